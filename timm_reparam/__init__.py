@@ -1,0 +1,35 @@
+"""Over-parameterised convolutions for timm backbones: accuracy while training, the stock architecture afterwards."""
+
+from . import models  # registers the models with timm
+from .convert import FusionReport, convert_model, fuse_model, is_variant, verify_fusion
+from .errors import ReparamError
+from .layers import (
+    ACBlock2d,
+    ACConv2d,
+    DOConv2d,
+    DOConvTranspose2d,
+    DynamicConv2d,
+    RefConv2d,
+    RefConvTranspose2d,
+)
+from .models import register_variant
+from .version import __version__
+
+__all__ = [
+    'ACBlock2d',
+    'ACConv2d',
+    'DOConv2d',
+    'DOConvTranspose2d',
+    'DynamicConv2d',
+    'FusionReport',
+    'RefConv2d',
+    'RefConvTranspose2d',
+    'ReparamError',
+    '__version__',
+    'convert_model',
+    'fuse_model',
+    'is_variant',
+    'models',
+    'register_variant',
+    'verify_fusion',
+]

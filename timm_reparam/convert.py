@@ -1,0 +1,508 @@
+"""Convert a model's convolutions into variants, fuse them back, and prove that nothing changed.
+
+Works on any ``nn.Module``; a timm model also has the names it is saved under kept right.
+"""
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.utils._pytree import tree_flatten
+
+from .errors import ReparamError
+from .layers import (
+    ACConv2d,
+    DOConv2d,
+    DOConvTranspose2d,
+    DynamicConv2d,
+    RefConv2d,
+    RefConvTranspose2d,
+    ReparamLayer,
+)
+from .layers.base import autocast_disabled, check_init
+
+__all__ = [
+    'VARIANTS',
+    'FusionReport',
+    'convert_model',
+    'fuse_model',
+    'is_variant',
+    'lift_state_dict',
+    'stock_architecture',
+    'variant_of',
+    'verify_fusion',
+]
+
+_logger = logging.getLogger(__name__)
+
+# A method is a line here: the name of the variant, and the layers that stand in for the convolutions.
+VARIANTS: dict[str, tuple[type[ReparamLayer], ...]] = {
+    'acconv': (ACConv2d,),
+    'doconv': (DOConv2d, DOConvTranspose2d),
+    'dyconv': (DynamicConv2d,),
+    'refconv': (RefConv2d, RefConvTranspose2d),
+}
+
+# What a block that re-parameterises itself calls its folding: it reads its convolutions' weights, so they stay plain.
+_SELF_FOLDING = ('fuse', 'reparameterize', 'switch_to_deploy')
+
+Skip = str | type[nn.Module] | Iterable[str | type[nn.Module]]
+
+
+def is_variant(module: nn.Module) -> bool:
+    """Whether a module is an over-parameterised convolution of this package."""
+    return isinstance(module, ReparamLayer)
+
+
+def variant_of(model: nn.Module) -> str | None:
+    """Name of the variant whose layers a model holds, or None for a model without any."""
+    for module in model.modules():
+        for name, layers in VARIANTS.items():
+            if isinstance(module, layers):
+                return name
+    return None
+
+
+def stock_architecture(model: nn.Module) -> str | None:
+    """Name of the stock timm architecture behind a timm model, or None for other models."""
+    architecture = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture')
+    return architecture and architecture.removesuffix(f'_{variant_of(model)}')
+
+
+def convert_model(model: nn.Module, variant: str, *, skip: Skip = (), init: str = 'lift', **options: Any) -> nn.Module:
+    """Replace a model's convolutions by a variant, in place.
+
+    Which convolutions a method takes is the method's own rule (see the layers): plain ``nn.Conv2d`` and timm's
+    ``Conv2dSame``, by exact type, and for DO-Conv and RefConv ``nn.ConvTranspose2d``. Weight-standardised and other
+    derived convolutions stay as they are, and so does everything inside blocks that re-parameterise themselves (that
+    have ``fuse``, ``reparameterize`` or ``switch_to_deploy``). Everything is checked before anything is changed.
+
+    Args:
+        model: Any module; one that is wrapped (DistributedDataParallel, torch.compile) is converted before wrapping.
+        variant: 'acconv', 'doconv', 'dyconv' or 'refconv'.
+        skip: What stays plain: names of modules (with everything inside), fnmatch patterns of names, or types.
+        init: 'lift' starts as exactly the same function; 'scratch' is the method's own random start.
+        **options: The layer's options, such as ``depth_multiplier`` or ``branch_norm``.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ReparamError: the variant or an option is unknown, the model is converted already, an entry of `skip` matches
+            nothing, a layer cannot take a convolution, or there is nothing to convert. The model is unchanged.
+    """
+    if variant not in VARIANTS:
+        raise ReparamError(f'unknown variant {variant!r}; the variants are: {", ".join(sorted(VARIANTS))}')
+    check_init(f"convert_model('{variant}')", init)
+    _refuse_wrapped(model, 'convert_model')
+    layers = {conv_type: layer for layer in VARIANTS[variant] for conv_type in layer.conv_types}
+    expected = ' or '.join(t.__name__ for t in layers)
+    if type(model) in layers:
+        raise ReparamError(
+            f'the model is itself a convolution, which cannot be replaced in place; use {layers[type(model)].__name__}'
+            '.from_conv(model)'
+        )
+    converted = [name for name, module in model.named_modules() if is_variant(module)]
+    if converted:
+        raise ReparamError(
+            f'{converted[0] or "the model"}: already a variant ({len(converted)} in all, {variant_of(model)}); convert '
+            'a stock model, or fuse_model() this one first'
+        )
+    plain, skip_names = _plain_modules(model, _as_tuple(skip))
+    stems = _stems(model, layers)
+    replacements: dict[int, nn.Module] = {}
+    for name, conv in model.named_modules():
+        layer = layers.get(type(conv))
+        if layer is None or id(conv) in plain or not layer.selects(conv, is_stem=id(conv) in stems):
+            continue
+        try:
+            replacements[id(conv)] = layer.from_conv(conv, init=init, **options)
+        except ReparamError as e:
+            raise ReparamError(f'{name}: {e}') from None
+    if not replacements:
+        found = [module for module in model.modules() if type(module) in layers]
+        left_out = sum(id(module) in plain for module in found)
+        raise ReparamError(
+            f'nothing to convert to {variant}: looked for {expected} of the kernel sizes that the method takes; '
+            f'{type(model).__name__} holds {len(found)} of these exact types, {left_out} of them left out by skip= or '
+            'inside blocks that re-parameterise themselves'
+        )
+    for module in list(model.modules()):
+        # _modules, because named_children leaves out a child's second name
+        for name, child in list(module._modules.items()):
+            if id(child) in replacements:
+                setattr(module, name, replacements[id(child)])
+    if skip_names:
+        options = dict(options, skip=skip_names)
+    _rename(model, f'{_architecture(model)}_{variant}', options)
+    return model
+
+
+def fuse_model(model: nn.Module) -> nn.Module:
+    """Fold a converted model into the stock architecture.
+
+    Args:
+        model: A converted model, left as it was. DistributedDataParallel, torch.compile and weight-averaging wrappers
+            are taken off.
+
+    Returns:
+        A new model with plain convolutions: the stock keys and shapes, and on a timm model the stock architecture's
+        name and arguments. Dynamic convolutions cannot become plain ones: they come back in their form for inference.
+
+    Raises:
+        ReparamError: the model holds no variant layer, or is scripted.
+    """
+    model = _unwrap(model)
+    variant = variant_of(model)
+    if variant is None:
+        raise ReparamError(f'{type(model).__name__} holds no over-parameterised convolution: there is nothing to fuse')
+    if is_variant(model):
+        return model.fuse()
+    # Deep-copying with the fused layers already in the memo puts them wherever the model refers to the old ones, so
+    # what was shared stays shared, and nothing else is special.
+    memo = {id(module): module.fuse() for module in model.modules() if is_variant(module)}
+    fused = copy.deepcopy(model, memo)
+    remaining = [module for module in fused.modules() if is_variant(module)]
+    if remaining:
+        _logger.info('%d dynamic convolutions depend on their input and stay, in inference form', len(remaining))
+        recorded = getattr(model, '_model_args', {}).get('conv_options', {})
+        schedule = ('temperature', 'temperature_steps', 'init')
+        options = {name: value for name, value in recorded.items() if name not in schedule}
+        _rename(fused, _architecture(fused), dict(options, temperature=None))
+    else:
+        _rename(fused, stock_architecture(model), {})
+    return fused
+
+
+@dataclasses.dataclass(frozen=True)
+class FusionReport:
+    """What :func:`verify_fusion` measured. Differences are the largest one over the largest logit.
+
+    Attributes:
+        algebra: Between the model in float64 and its fusion in float64; at most 1e-10 when the algebra is right.
+        stored: Between the fused model in its own dtype and the train-time model in float64.
+        own: Between the train-time model in its own dtype and the same in float64: its own rounding.
+        bound: What `stored` may be at most: twice `own`, or a few units in the last place.
+        top1_agreement: Share of inputs that both models, in their own dtype, put into the same class; None when the
+            output is not one batch of logits.
+        num_inputs: Number of inputs compared.
+    """
+
+    algebra: float
+    stored: float
+    own: float
+    bound: float
+    top1_agreement: float | None
+    num_inputs: int
+
+    ALGEBRA_BOUND = 1e-10
+
+    @property
+    def passed(self) -> bool:
+        """Whether both figures are within their bounds (NaN is not)."""
+        return self.algebra <= self.ALGEBRA_BOUND and self.stored <= self.bound
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields and `passed`, as plain values."""
+        return dict(dataclasses.asdict(self), passed=self.passed)
+
+    def __str__(self) -> str:
+        agreement = '' if self.top1_agreement is None else f', top-1 agreement {self.top1_agreement:.2%}'
+        return (
+            f'fusion {"proved" if self.passed else "NOT proved"} on {self.num_inputs} inputs: '
+            f'algebra {self.algebra:.1e} (at most {self.ALGEBRA_BOUND:.0e}), stored {self.stored:.1e} (at most {self.bound:.1e}; the train-time '
+            f"model's own rounding is {self.own:.1e}){agreement}"
+        )
+
+
+# Units in the last place of the largest logit that two orders of summation may always differ by.
+_ALWAYS_ALLOWED_ULPS = 8
+_VERIFY_IMAGES = 64
+_VERIFY_BATCH = 16
+
+
+@torch.no_grad()
+def verify_fusion(
+    model: nn.Module,
+    fused: nn.Module | None = None,
+    *,
+    inputs: torch.Tensor | Iterable[torch.Tensor] | None = None,
+) -> FusionReport:
+    """Compare a converted model with its fusion on real forward passes.
+
+    Both run in evaluation mode, without autocast and TF32; their modes and the random state are restored.
+
+    Args:
+        model: The converted model.
+        fused: Its fusion, as it will be saved; fused here when None.
+        inputs: A batch, or an iterable of batches; None takes 64 seeded random images of the model's own input size.
+
+    Returns:
+        The figures; whether they are good enough is the report's `passed`.
+
+    Raises:
+        ReparamError: the model holds no variant layer, no input size is known, or there are no inputs.
+    """
+    model = _unwrap(model)
+    fused = fuse_model(model) if fused is None else _unwrap(fused)
+    parameter = next(model.parameters())
+    device = parameter.device
+    exact_device = torch.device('cpu') if device.type == 'mps' else device
+    exact = copy.deepcopy(model).to(exact_device, torch.float64).eval()
+    exact_fused = fuse_model(exact)
+    batches = _seeded_images(model).split(_VERIFY_BATCH) if inputs is None else inputs
+    if isinstance(batches, torch.Tensor):
+        batches = (batches,)
+
+    largest = {'logit': 0.0, 'algebra': 0.0, 'stored': 0.0, 'own': 0.0}
+    num_inputs = agreeing = 0
+    classifies = True
+    fused_dtype = next(fused.parameters()).dtype
+    with _evaluation(model, fused, device=device):
+        for batch in batches:
+            reference = _flat_outputs(exact, batch, exact_device, torch.float64)
+            outputs = {
+                'algebra': _flat_outputs(exact_fused, batch, exact_device, torch.float64),
+                'own': _flat_outputs(model, batch, device, parameter.dtype),
+                'stored': _flat_outputs(fused, batch, next(fused.parameters()).device, fused_dtype),
+            }
+            largest['logit'] = _maximum(largest['logit'], reference)
+            for name, values in outputs.items():
+                difference = [a.to(exact_device, torch.float64) - b for a, b in zip(values, reference)]
+                largest[name] = _maximum(largest[name], difference)
+            num_inputs += len(batch)
+            classifies = classifies and len(reference) == 1 and reference[0].dim() == 2
+            if classifies:
+                agreeing += int((outputs['own'][0].argmax(1).cpu() == outputs['stored'][0].argmax(1).cpu()).sum())
+    if not num_inputs:
+        raise ReparamError('verify_fusion: expected at least one input, got none; pass a batch as inputs=')
+    scale = largest['logit'] or 1.0
+    own = largest['own'] / scale
+    return FusionReport(
+        algebra=largest['algebra'] / scale,
+        stored=largest['stored'] / scale,
+        own=own,
+        bound=max(2 * own, _ALWAYS_ALLOWED_ULPS * torch.finfo(fused_dtype).eps),
+        top1_agreement=agreeing / num_inputs if classifies else None,
+        num_inputs=num_inputs,
+    )
+
+
+def lift_state_dict(
+    state_dict: dict[str, torch.Tensor], model: nn.Module, not_lifted: ReparamError | None = None
+) -> dict[str, torch.Tensor]:
+    """Make a checkpoint loadable by a converted model.
+
+    A stock checkpoint lacks only what the method adds, which is taken from the model; a train-time checkpoint is
+    complete. If its stem has another number of input channels it is folded to the stock kernel, which the caller (timm)
+    adapts, and lifted again.
+
+    Args:
+        state_dict: A stock or a train-time checkpoint.
+        model: The model it is for, converted with init='lift'.
+        not_lifted: Why the model could not be converted with init='lift', if so; raised if a lift is needed.
+
+    Returns:
+        A new state dict with the keys of the model.
+
+    Raises:
+        ReparamError: keys are missing or unexpected, or shapes differ, the classifier's and the stem's aside.
+    """
+    own = model.state_dict()
+    layers = {name: module for name, module in model.named_modules() if is_variant(module)}
+    added = {f'{name}.{key}' for name, layer in layers.items() for key in layer.state_dict()}
+    added -= {f'{name}.{key}' for name in layers for key in ('weight', 'bias')}
+    state_dict = dict(state_dict)
+    lifted = set() if added & state_dict.keys() else added
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    stems = _as_tuple(cfg.get('first_conv') or ())
+    for name in set(stems) & layers.keys():
+        weight = state_dict.get(f'{name}.weight')
+        if not lifted and weight is not None and weight.shape[1] != layers[name].weight.shape[1]:
+            prefix = f'{name}.'
+            entries = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+            state_dict[f'{name}.weight'] = _fold_entries(name, layers[name], entries)
+            lifted = {key for key in added if key.startswith(prefix)}
+    if lifted and not_lifted is not None:
+        raise not_lifted
+    state_dict.update((key, own[key].detach().clone()) for key in lifted)
+
+    classifiers = tuple(f'{name}.' for name in _as_tuple(cfg.get('classifier') or ()))
+    free = {key for key in own.keys() | state_dict.keys() if key.startswith(classifiers)} if classifiers else set()
+    # absent from checkpoints older than PyTorch 0.4.1, and filled in by BatchNorm itself
+    counters = {key for key in own if key.endswith('num_batches_tracked')}
+    problems = {
+        'missing': sorted(own.keys() - state_dict.keys() - free - counters),
+        'unexpected': sorted(state_dict.keys() - own.keys() - free),
+        'of another shape': sorted(
+            f'{key} (expected {tuple(own[key].shape)}, got {tuple(value.shape)})'
+            for key, value in state_dict.items()
+            if key in own
+            and key not in free
+            and value.shape != own[key].shape
+            and not (key.removesuffix('.weight') in stems and value.shape[2:] == own[key].shape[2:])
+        ),
+    }
+    if any(problems.values()):
+        listed = '\n'.join(f'  {kind}: {", ".join(keys)}' for kind, keys in problems.items() if keys)
+        architecture = cfg.get('architecture') or type(model).__name__
+        raise ReparamError(
+            f'the checkpoint is not one of {architecture}, nor of the stock architecture:\n{listed}\n'
+            'load it into the architecture and with the conv_options that it was made with'
+        )
+    return state_dict
+
+
+def _fold_entries(name: str, layer: nn.Module, entries: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The stock kernel that a layer's entries of a checkpoint stand for, whatever its number of input channels."""
+    weight = entries['weight']
+    conv = nn.Conv2d(weight.shape[1], weight.shape[0], layer.kernel_size, bias='bias' in entries, dtype=weight.dtype)
+    options = {option: getattr(layer, option) for option in layer.option_names()}
+    source = type(layer).from_conv(conv, init='scratch', **options)
+    try:
+        source.load_state_dict(entries)
+    except RuntimeError as e:
+        raise ReparamError(
+            f'{name}: the checkpoint does not hold a {type(layer).__name__} with these options: {e}'
+        ) from None
+    return source.fuse().weight.detach()
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return (value,) if isinstance(value, (str, type)) else tuple(value)
+
+
+def _architecture(model: nn.Module) -> str | None:
+    """Name under which timm would save the model, or None."""
+    cfg = getattr(model, 'pretrained_cfg', None)
+    return cfg.get('architecture') if isinstance(cfg, dict) else None
+
+
+def _rename(model: nn.Module, architecture: str | None, conv_options: dict[str, Any]) -> None:
+    """Give a timm model the name and the arguments under which it can be built again."""
+    if _architecture(model) is None:
+        return
+    model.pretrained_cfg = dict(model.pretrained_cfg, architecture=architecture)
+    model.default_cfg = model.pretrained_cfg  # timm keeps both names
+    model_args = {name: value for name, value in getattr(model, '_model_args', {}).items() if name != 'conv_options'}
+    if conv_options:
+        model_args['conv_options'] = conv_options
+    model._model_args = model_args
+
+
+def _refuse_wrapped(model: nn.Module, caller: str) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ReparamError(f'{caller}: got a scripted model, whose code is fixed; pass the model it was made from')
+    if _inner(model) is not None:
+        raise ReparamError(f'{caller}: got a {type(model).__name__}; pass the model inside, and wrap it afterwards')
+
+
+def _inner(model: nn.Module) -> nn.Module | None:
+    """The model inside a wrapper, or None."""
+    from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
+    from torch.optim.swa_utils import AveragedModel
+
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel, ModelEma, ModelEmaV2, ModelEmaV3)
+    if isinstance(model, wrappers):
+        return model.ema if isinstance(model, ModelEma) else model.module
+    return getattr(model, '_orig_mod', None)
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    while (inner := _inner(model)) is not None:
+        model = inner
+    _refuse_wrapped(model, 'fuse_model')
+    return model
+
+
+def _plain_modules(model: nn.Module, skip: tuple[Any, ...]) -> tuple[set[int], list[str]]:
+    """Modules that stay plain, by id, and the entries of `skip` as names (a type as the names of its modules)."""
+    plain: set[int] = set()
+    names: list[str] = []
+    named = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
+    for entry in skip:
+        if isinstance(entry, str):
+            matches = [(name, module) for name, module in named if fnmatchcase(name, entry)]
+            names.append(entry)
+        elif isinstance(entry, type):
+            matches = [(name, module) for name, module in named if isinstance(module, entry)]
+            names.extend(name for name, _ in matches)
+        else:
+            raise ReparamError(f'skip: expected a module name, a pattern or a type, got {entry!r}')
+        if not matches:
+            raise ReparamError(
+                f'skip: {entry!r} matches no module of {type(model).__name__}; see model.named_modules()'
+            )
+        plain.update(id(m) for _, module in matches for m in module.modules())
+    for _, module in named:
+        if any(callable(getattr(type(module), method, None)) for method in _SELF_FOLDING):
+            plain.update(id(m) for m in module.modules())
+    return plain, names
+
+
+def _stems(model: nn.Module, conv_types: Iterable[type[nn.Module]]) -> set[int]:
+    """The convolutions that see the image, by id: timm's first_conv, elsewhere the first one."""
+    cfg = getattr(model, 'pretrained_cfg', None)
+    names = _as_tuple((cfg.get('first_conv') if isinstance(cfg, dict) else None) or ())
+    modules = dict(model.named_modules())
+    stems = {id(modules[name]) for name in names if name in modules}
+    if not stems:
+        convs = (module for module in modules.values() if isinstance(module, tuple(conv_types)))
+        stems = {id(conv) for conv in [next(convs, None)] if conv is not None}
+    return stems
+
+
+def _seeded_images(model: nn.Module) -> torch.Tensor:
+    from timm.data import resolve_data_config
+
+    if _architecture(model) is None and 'input_size' not in (getattr(model, 'pretrained_cfg', None) or {}):
+        raise ReparamError(
+            f'verify_fusion: {type(model).__name__} does not say its input size; pass a batch of images as inputs='
+        )
+    channels, height, width = resolve_data_config({}, model=model)['input_size']
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(_VERIFY_IMAGES, channels, height, width, generator=generator)
+
+
+@contextmanager
+def _evaluation(*models: nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluation mode, no autocast, no TF32; everything is put back."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    matmul_precision = torch.get_float32_matmul_precision()
+    cudnn = torch.backends.cudnn
+    devices = [device] if device.type == 'cuda' else []
+    try:
+        torch.set_float32_matmul_precision('highest')
+        for model in models:
+            model.eval()
+        with (
+            torch.random.fork_rng(devices=devices),
+            autocast_disabled(device.type),
+            cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False),
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(matmul_precision)
+        for module, training in modes:
+            module.training = training
+
+
+def _flat_outputs(
+    model: nn.Module, batch: torch.Tensor, device: torch.device, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """Every floating-point tensor that the model returns, in order."""
+    batch = batch.to(device, dtype if batch.is_floating_point() else None)
+    values = tree_flatten(model(batch))[0]
+    return [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
+
+
+def _maximum(value: float, tensors: Iterable[torch.Tensor]) -> float:
+    """Largest magnitude so far; NaN once there was one."""
+    values = [value, *(float(tensor.abs().max()) for tensor in tensors if tensor.numel())]
+    return float(torch.tensor(values, dtype=torch.float64).max())

@@ -1,0 +1,387 @@
+"""ACNet: asymmetric convolution
+
+Paper: `ACNet: Strengthening the Kernel Skeletons for Powerful CNN via Asymmetric Convolution Blocks` -
+https://arxiv.org/abs/1908.03930
+Official code: https://github.com/DingXiaoH/ACNet (this is an implementation of our own, from the paper)
+
+    square kernel        vertical        horizontal         what they stand for
+      w  w  w            .  v  .          .  .  .            w    w+v    w
+      w  w  w     +      .  v  .    +     h  h  h      =    w+h  w+v+h  w+h
+      w  w  w            .  v  .          .  .  .            w    w+v    w
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import register_notrace_module, to_2tuple
+from timm.layers.padding import pad_same
+
+from ..errors import ReparamError
+from .base import ReparamConv2d, autocast_disabled, conv_arguments, exact_copy
+
+__all__ = ['ACConv2d', 'ACBlock2d']
+
+
+def _check_odd(owner: str, kernel_size: tuple[int, int]) -> None:
+    if any(side % 2 == 0 for side in kernel_size):
+        raise ReparamError(f'{owner} needs odd kernel sides, got {tuple(kernel_size)}; leave it out with skip=')
+
+
+def _thin_padding(
+    kernel_size: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Paddings that put the kh x 1 and the 1 x kw kernel on the middle of the kh x kw one (negative: crop)."""
+    middle_h, middle_w = dilation[0] * (kernel_size[0] - 1) // 2, dilation[1] * (kernel_size[1] - 1) // 2
+    return (padding[0], padding[1] - middle_w), (padding[0] - middle_h, padding[1])
+
+
+def _thin_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> torch.Tensor:
+    """Convolution whose padding may be negative, which crops the input."""
+    crop_h, crop_w = max(-padding[0], 0), max(-padding[1], 0)
+    x = x[..., crop_h : x.shape[-2] - crop_h, crop_w : x.shape[-1] - crop_w]
+    return F.conv2d(x, weight, None, stride, (max(padding[0], 0), max(padding[1], 0)), dilation, groups)
+
+
+def _norm_scale_shift(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """A BatchNorm in evaluation as (scale, shift), each (channels,)."""
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -norm.running_mean * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias
+    return scale, shift
+
+
+def _add_skeleton(square: torch.Tensor, vertical: torch.Tensor, horizontal: torch.Tensor) -> torch.Tensor:
+    """Add a kh x 1 and a 1 x kw kernel to the middle column and row of a kh x kw one."""
+    across, down = square.shape[3] // 2, square.shape[2] // 2
+    return square + F.pad(vertical, [across, across, 0, 0]) + F.pad(horizontal, [0, 0, down, down])
+
+
+# Its forward moves the running variances, which tracing would bake into the graph.
+@register_notrace_module
+class ACConv2d(ReparamConv2d):
+    """Asymmetric convolution, ``y = W*x + s_v (W_v*x) + s_h (W_h*x)`` with ``s = gamma / sqrt(var + eps)`` per channel.
+
+    W (out_channels, in_channels/groups, kh, kw) is the stock kernel, W_v (.., kh, 1) and W_h (.., 1, kw) strengthen its
+    middle column and row; var is the variance of that branch's output over batch and space: the batch's in training
+    (taken in float32 under autocast; with several processes each uses its own, as BatchNorm does), the running one in
+    evaluation, where the layer is a single convolution.
+
+    Paper: `ACNet: Strengthening the Kernel Skeletons for Powerful CNN via Asymmetric Convolution Blocks` -
+    https://arxiv.org/abs/1908.03930
+    Official code: https://github.com/DingXiaoH/ACNet
+
+    Differences from the official code: this is the paper's block as seen through the BatchNorm that follows it in the
+    backbones. That norm removes every constant and rescales the sum, so the branches need no mean and shift, and the
+    square branch no norm; what stays is local to the convolution, starts exactly at the stock kernel (gamma = 0), and
+    fuses to a kernel without bias that is right in training mode, too. For the block with its three norms see
+    :class:`ACBlock2d`. Dilation works.
+
+    With ``branch_norm='none'`` the layer is ``y = scale * (W + W_v + W_h)*x``, one convolution in training as well.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Sides of the kernel, odd.
+        stride: Stride of the convolution.
+        padding: Zeros (see padding_mode) added to each side of the input, or 'same' or 'valid'.
+        dilation: Spacing between kernel elements.
+        groups: Blocked connections from input to output channels.
+        bias: Whether the output gets a learned bias.
+        padding_mode: 'zeros', 'reflect', 'replicate' or 'circular'.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+        branch_norm: 'batch' scales each branch by its variance, 'none' adds the kernels as they are.
+        gamma_init: Start of gamma with init='scratch' (default 1); 'batch' only.
+        scale: Factor on the sum of the kernels; 'none' only.
+        eps: Added to the variance; 'batch' only.
+        momentum: Weight of the newest batch in the running variance; 'batch' only.
+
+    Raises:
+        ReparamError: an even kernel side, an unknown branch_norm, or an option that belongs to the other branch_norm.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = 'zeros',
+        device=None,
+        dtype=None,
+        *,
+        branch_norm: str = 'batch',
+        gamma_init: float | None = None,
+        scale: float = 1.0,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+    ) -> None:
+        _check_odd('ACConv2d', to_2tuple(kernel_size))
+        if branch_norm not in ('batch', 'none'):
+            raise ReparamError(f"ACConv2d: branch_norm must be 'batch' or 'none', got {branch_norm!r}")
+        if branch_norm == 'batch' and scale != 1:
+            raise ReparamError(f"ACConv2d: scale belongs to branch_norm='none', got scale={scale} with 'batch'")
+        if branch_norm == 'none' and gamma_init is not None:
+            raise ReparamError(f"ACConv2d: branch_norm='none' has no gamma, got gamma_init={gamma_init}; leave it out")
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
+        factory = dict(device=device, dtype=dtype)
+        self.branch_norm = branch_norm
+        self.gamma_init = gamma_init
+        self.scale = float(scale)
+        self.eps = eps
+        self.momentum = momentum
+        shape = self.weight.shape
+        self.vertical_weight = nn.Parameter(torch.empty(*shape[:3], 1, **factory))
+        self.horizontal_weight = nn.Parameter(torch.empty(*shape[:2], 1, shape[3], **factory))
+        normed = branch_norm == 'batch'
+        for branch in ('vertical', 'horizontal'):
+            gamma = nn.Parameter(torch.empty(out_channels, **factory)) if normed else None
+            self.register_parameter(f'{branch}_gamma', gamma)
+            # 'running_var' in the name is what timm's distribute_bn looks for
+            running_var = torch.empty(out_channels, **factory) if normed else None
+            self.register_buffer(f'{branch}_running_var', running_var)
+        self._complete = True
+        self._init_variant('scratch')
+
+    @classmethod
+    def selects(cls, conv: nn.Module, is_stem: bool) -> bool:
+        # a 1 x k kernel would only get a copy of itself, and the 7x7 stem stays plain in the official networks, too
+        return min(conv.kernel_size) > 1 and max(conv.kernel_size) < 7
+
+    @classmethod
+    def check_lift(cls, **options: Any) -> None:
+        if options.get('gamma_init') not in (None, 0):
+            raise ReparamError(
+                f"ACConv2d: init='lift' starts at gamma 0, got gamma_init={options['gamma_init']}; use init='scratch'"
+            )
+        if options.get('scale', 1) != 1:
+            raise ReparamError(
+                f"ACConv2d: init='lift' is exact at scale 1 only, got scale={options['scale']}; use init='scratch'"
+            )
+
+    @torch.no_grad()
+    def _init_variant(self, init: str) -> None:
+        if self.branch_norm == 'none' and init == 'lift':
+            self.vertical_weight.zero_()
+            self.horizontal_weight.zero_()
+            return
+        nn.init.kaiming_uniform_(self.vertical_weight, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.horizontal_weight, a=math.sqrt(5))
+        if self.branch_norm == 'batch':
+            gamma = 0.0 if init == 'lift' else 1.0 if self.gamma_init is None else self.gamma_init
+            self.vertical_gamma.fill_(gamma)
+            self.horizontal_gamma.fill_(gamma)
+            self.vertical_running_var.fill_(1.0)
+            self.horizontal_running_var.fill_(1.0)
+
+    def _compose(self) -> torch.Tensor:
+        vertical, horizontal = self.vertical_weight, self.horizontal_weight
+        if self.vertical_gamma is None:
+            return self.scale * _add_skeleton(self.weight, vertical, horizontal)
+        vertical_scale = self.vertical_gamma * torch.rsqrt(self.vertical_running_var + self.eps)
+        horizontal_scale = self.horizontal_gamma * torch.rsqrt(self.horizontal_running_var + self.eps)
+        return _add_skeleton(
+            self.weight, vertical_scale.view(-1, 1, 1, 1) * vertical, horizontal_scale.view(-1, 1, 1, 1) * horizontal
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Convolve (batch, in_channels, height, width)."""
+        if not self.training or self.vertical_gamma is None:
+            return self._convolve(x, self.equivalent_kernel())
+        y = self._convolve(x, self.weight)
+        if self.tf_same:
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
+            padding = (0, 0)
+        elif self.padding_mode != 'zeros':
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = (0, 0)
+        else:
+            # left and right, top and bottom are equal: sides are odd
+            padding = (self._reversed_padding_repeated_twice[2], self._reversed_padding_repeated_twice[0])
+        vertical_padding, horizontal_padding = _thin_padding(self.kernel_size, padding, self.dilation)
+        vertical = _thin_conv(x, self.vertical_weight, self.stride, vertical_padding, self.dilation, self.groups)
+        vertical_scale = self._branch_scale(vertical, self.vertical_gamma, self.vertical_running_var)
+        horizontal = _thin_conv(x, self.horizontal_weight, self.stride, horizontal_padding, self.dilation, self.groups)
+        horizontal_scale = self._branch_scale(horizontal, self.horizontal_gamma, self.horizontal_running_var)
+        return y + vertical_scale * vertical + horizontal_scale * horizontal
+
+    def _branch_scale(self, branch: torch.Tensor, gamma: torch.Tensor, running_var: torch.Tensor) -> torch.Tensor:
+        """gamma over the standard deviation of a branch's output, (out_channels, 1, 1); moves the running variance."""
+        values = branch.float() if branch.dtype in (torch.float16, torch.bfloat16) else branch
+        dims = [0, 2, 3] if values.dim() == 4 else [1, 2]
+        variance = torch.var(values, dims, unbiased=False)
+        count = values.numel() // max(values.shape[-3], 1)
+        unbiased = variance.detach() * (count / max(count - 1, 1))
+        running_var.lerp_(unbiased.to(running_var.dtype), self.momentum)
+        return (gamma * torch.rsqrt(variance + self.eps)).to(branch.dtype).view(-1, 1, 1)
+
+    def extra_repr(self) -> str:
+        options = f", branch_norm='{self.branch_norm}'"
+        if self.scale != 1:
+            options += f', scale={self.scale:g}'
+        return super().extra_repr() + options
+
+
+class ACBlock2d(nn.Module):
+    """The paper's stand-alone block, ``y = BN_s(W*x) + BN_v(W_v*x) + BN_h(W_h*x)``.
+
+    For networks that are composed by hand, and for checkpoints of the official code, whose module names it keeps. It
+    fuses to one convolution with bias.
+
+    Paper: `ACNet: Strengthening the Kernel Skeletons for Powerful CNN via Asymmetric Convolution Blocks` -
+    https://arxiv.org/abs/1908.03930
+    Official code: https://github.com/DingXiaoH/ACNet
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Sides of the square kernel, odd.
+        stride: Stride of the convolutions.
+        padding: Padding of the square convolution, or 'same' or 'valid'; the thin ones are aligned with it.
+        dilation: Spacing between kernel elements.
+        groups: Blocked connections from input to output channels.
+        padding_mode: 'zeros', 'reflect', 'replicate' or 'circular'.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+        affine: Whether the three norms have a learned scale and shift.
+        gamma_init: Start of the scale of all three norms (default 1).
+        reduce_gamma: Start the scale of all three norms at 1/3.
+        single_init: Start the scale of the square norm at 1 and those of the others at 0.
+        last_norm: Whether a BatchNorm follows the sum.
+        eps: Added to the variances.
+        momentum: Weight of the newest batch in the running statistics.
+
+    Raises:
+        ReparamError: an even kernel side, or more than one start of the scales, or one without affine norms.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        padding_mode: str = 'zeros',
+        device=None,
+        dtype=None,
+        *,
+        affine: bool = True,
+        gamma_init: float | None = None,
+        reduce_gamma: bool = False,
+        single_init: bool = False,
+        last_norm: bool = False,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+    ) -> None:
+        super().__init__()
+        kernel_size = to_2tuple(kernel_size)
+        _check_odd('ACBlock2d', kernel_size)
+        starts = [
+            name
+            for name, given in (
+                ('gamma_init', gamma_init is not None),
+                ('reduce_gamma', reduce_gamma),
+                ('single_init', single_init),
+            )
+            if given
+        ]
+        if len(starts) > 1 or (starts and not affine):
+            raise ReparamError(
+                'ACBlock2d: give at most one of gamma_init, reduce_gamma and single_init, and with affine=True only; '
+                f'got {", ".join(starts)} with affine={affine}'
+            )
+        factory = dict(device=device, dtype=dtype)
+        options = dict(stride=stride, dilation=dilation, groups=groups, bias=False, **factory)
+        norm = dict(eps=eps, momentum=momentum, **factory)
+        self.square_conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, padding=padding, padding_mode=padding_mode, **options
+        )
+        self.square_bn = nn.BatchNorm2d(out_channels, affine=affine, **norm)
+        self.ver_conv = nn.Conv2d(in_channels, out_channels, (kernel_size[0], 1), **options)
+        self.ver_bn = nn.BatchNorm2d(out_channels, affine=affine, **norm)
+        self.hor_conv = nn.Conv2d(in_channels, out_channels, (1, kernel_size[1]), **options)
+        self.hor_bn = nn.BatchNorm2d(out_channels, affine=affine, **norm)
+        self.last_bn = nn.BatchNorm2d(out_channels, **norm) if last_norm else None
+        if reduce_gamma:
+            gamma_init = 1 / 3
+        if single_init or gamma_init is not None:
+            nn.init.constant_(self.square_bn.weight, 1.0 if single_init else gamma_init)
+            for norm in (self.ver_bn, self.hor_bn):
+                nn.init.constant_(norm.weight, 0.0 if single_init else gamma_init)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum of the three normalised branches of (batch, in_channels, height, width)."""
+        conv = self.square_conv
+        y = self.square_bn(conv(x))
+        # left and right, top and bottom are equal: sides are odd
+        padding = (conv._reversed_padding_repeated_twice[2], conv._reversed_padding_repeated_twice[0])
+        if conv.padding_mode != 'zeros':
+            x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+            padding = (0, 0)
+        vertical_padding, horizontal_padding = _thin_padding(conv.kernel_size, padding, conv.dilation)
+        vertical = _thin_conv(x, self.ver_conv.weight, conv.stride, vertical_padding, conv.dilation, conv.groups)
+        horizontal = _thin_conv(x, self.hor_conv.weight, conv.stride, horizontal_padding, conv.dilation, conv.groups)
+        y = y + self.ver_bn(vertical) + self.hor_bn(horizontal)
+        if self.last_bn is not None:
+            y = self.last_bn(y)
+        return y
+
+    def equivalent_kernel(self) -> torch.Tensor:
+        """Kernel (out_channels, in_channels/groups, kh, kw) of the convolution that the block equals in evaluation."""
+        return self._fold()[0]
+
+    def equivalent_bias(self) -> torch.Tensor:
+        """Bias (out_channels,) of the convolution that the block equals in evaluation."""
+        return self._fold()[1]
+
+    def _fold(self) -> tuple[torch.Tensor, torch.Tensor]:
+        with autocast_disabled(self.square_conv.weight.device.type):
+            kernels, biases = [], []
+            branches = (
+                (self.square_conv, self.square_bn),
+                (self.ver_conv, self.ver_bn),
+                (self.hor_conv, self.hor_bn),
+            )
+            for conv, norm in branches:
+                scale, shift = _norm_scale_shift(norm)
+                kernels.append(scale.view(-1, 1, 1, 1) * conv.weight)
+                biases.append(shift)
+            kernel, bias = _add_skeleton(*kernels), sum(biases)
+            if self.last_bn is not None:
+                scale, shift = _norm_scale_shift(self.last_bn)
+                kernel, bias = scale.view(-1, 1, 1, 1) * kernel, scale * bias + shift
+            return kernel, bias
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Conv2d:
+        """Fold the block, in float64 and rounded once, into a fresh convolution with bias; it stays as it was."""
+        kernel, bias = exact_copy(self)._fold()
+        square = self.square_conv
+        conv = nn.Conv2d(**dict(conv_arguments(square), bias=True), device='meta', dtype=square.weight.dtype)
+        like = dict(device=square.weight.device, dtype=square.weight.dtype)
+        trainable = any(p.requires_grad for p in self.parameters())
+        conv.weight = nn.Parameter(kernel.to(**like), requires_grad=trainable)
+        conv.bias = nn.Parameter(bias.to(**like), requires_grad=trainable)
+        return conv.train(self.training)

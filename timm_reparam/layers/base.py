@@ -1,0 +1,248 @@
+"""What every over-parameterised convolution shares: construction from a plain convolution, and the way back.
+
+A variant is a small subclass of ``nn.Conv2d`` (or ``nn.ConvTranspose2d``) whose ``weight`` and ``bias`` keep the stock
+names and shapes; everything a method adds lies beside them and is a residual from identity. A method is one file beside
+this one: a class that derives from :class:`ReparamLayer` and the torch layer, and that writes down what it adds
+(``__init__``), how that starts (``_init_variant``) and the kernel it stands for (``_compose``).
+"""
+
+import copy
+import inspect
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import Conv2dSame
+from timm.layers.padding import pad_same
+
+from ..errors import ReparamError
+
+__all__ = [
+    'ReparamLayer',
+    'ReparamConv2d',
+    'ReparamConvTranspose2d',
+    'autocast_disabled',
+    'check_init',
+    'conv_arguments',
+    'exact_copy',
+]
+
+# What makes a forward of the plain convolution more than its weights: converting would lose it.
+_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+
+
+def autocast_disabled(device_type: str) -> AbstractContextManager:
+    """A context in which autocast is off on `device_type` (nothing to switch off on the meta device)."""
+    return nullcontext() if device_type == 'meta' else torch.autocast(device_type, enabled=False)
+
+
+def check_init(owner: str, init: str) -> None:
+    """Raise ReparamError unless `init` is one of the two starts that every layer knows."""
+    if init not in ('lift', 'scratch'):
+        raise ReparamError(f"{owner}: init must be 'lift' (exactly the given convolution) or 'scratch', got {init!r}")
+
+
+class ReparamLayer:
+    """Mixin in front of a torch convolution: ``from_conv``, ``equivalent_kernel`` and ``fuse``.
+
+    Attributes:
+        conv_types: Exact types of convolution that this layer replaces.
+        needs_trained_weights: Whether the method starts from trained weights and means nothing without.
+    """
+
+    conv_types: ClassVar[tuple[type[nn.Module], ...]] = ()
+    needs_trained_weights: ClassVar[bool] = False
+
+    @classmethod
+    def option_names(cls) -> tuple[str, ...]:
+        """Names of the method's own options: the keyword-only arguments of the constructor."""
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        return tuple(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
+
+    @classmethod
+    def selects(cls, conv: nn.Module, is_stem: bool) -> bool:
+        """Whether the method over-parameterises this convolution when a whole model is converted.
+
+        Args:
+            conv: A convolution of one of `conv_types`.
+            is_stem: Whether it is the convolution that sees the image.
+
+        Returns:
+            True if `convert_model` should replace it.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def check_lift(cls, **options: Any) -> None:
+        """Raise ReparamError if these options leave no start that is exactly the given convolution."""
+
+    @classmethod
+    def from_conv(cls, conv: nn.Module, *, init: str = 'lift', **options: Any) -> 'ReparamLayer':
+        """Build the layer from a plain convolution, which is left as it was.
+
+        The Parameter objects of `conv` are reused wherever they stay parameters, so that ties, device, dtype and
+        ``requires_grad`` survive; what the method adds is frozen if the convolution's weight is.
+
+        Args:
+            conv: The convolution, of one of `conv_types` exactly.
+            init: 'lift' starts as exactly the same function; 'scratch' is the method's own random start.
+            **options: The method's own options, as in the constructor.
+
+        Returns:
+            The new layer, in the mode (training or evaluation) of `conv`.
+
+        Raises:
+            ReparamError: `conv` is of another type or carries hooks, or an option is unknown or not possible here.
+        """
+        name = cls.__name__
+        check_init(name, init)
+        if type(conv) not in cls.conv_types:
+            expected = ' or '.join(t.__name__ for t in cls.conv_types)
+            raise ReparamError(
+                f'{name} replaces {expected} exactly, got {type(conv).__name__}; leave it out with skip='
+            )
+        if any(getattr(conv, hooks, None) for hooks in _HOOKS):
+            raise ReparamError(
+                f'{name}: the convolution carries hooks (a weight or spectral norm, perhaps), which conversion would '
+                'lose; remove them first, or leave it out with skip='
+            )
+        unknown = sorted(set(options) - set(cls.option_names()))
+        if unknown:
+            known = ', '.join(cls.option_names()) or 'none'
+            raise ReparamError(f'{name}: unknown option {", ".join(unknown)}; its options are: {known}')
+        if init == 'lift':
+            cls.check_lift(**options)
+        # Built on meta, then given memory: nothing is drawn for the weight that is about to be replaced.
+        layer = cls(**conv_arguments(conv), device='meta', dtype=conv.weight.dtype, **options)
+        layer.to_empty(device=conv.weight.device)
+        layer._adopt(conv)
+        layer._init_variant(init)
+        for parameter_name, parameter in layer.named_parameters():
+            if parameter_name not in ('weight', 'bias'):
+                parameter.requires_grad_(conv.weight.requires_grad)
+        return layer.train(conv.training)
+
+    def _adopt(self, conv: nn.Module) -> None:
+        """Take over the stock parameters themselves."""
+        self.weight = conv.weight
+        self.bias = conv.bias
+
+    def _init_variant(self, init: str) -> None:
+        """Give everything beside `weight` and `bias` its start."""
+        raise NotImplementedError
+
+    def _compose(self) -> torch.Tensor:
+        """The kernel this layer stands for, from its parameters and buffers in their own dtype."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Draw a new start, as the constructor does: torch's for `weight` and `bias`, the method's for the rest."""
+        super().reset_parameters()
+        # torch's constructor calls this before the method has added anything
+        if getattr(self, '_complete', False):
+            self._init_variant('scratch')
+
+    def equivalent_kernel(self) -> torch.Tensor:
+        """The kernel of the one plain convolution that this layer equals in evaluation mode.
+
+        Pure and differentiable; composed in the parameters' own dtype, outside autocast.
+
+        Returns:
+            The kernel, of `weight`'s shape and dtype.
+        """
+        if torch.jit.is_scripting():
+            return self._compose()
+        with autocast_disabled(self.weight.device.type):
+            return self._compose()
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        """Fold the layer into a plain convolution; the layer itself is left as it was.
+
+        The kernel is composed in float64 and rounded once.
+
+        Returns:
+            A fresh convolution of the type this layer was built from, with the same device, dtype and mode.
+        """
+        kernel = exact_copy(self).equivalent_kernel()
+        return self._plain_conv(kernel, self.bias)
+
+    def _plain_conv(self, kernel: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+        """A fresh plain convolution with these weights."""
+        arguments = dict(conv_arguments(self), bias=bias is not None)
+        conv_type = self.conv_types[0]
+        if getattr(self, 'tf_same', False):
+            conv_type = Conv2dSame
+            arguments.pop('padding_mode')
+        conv = conv_type(**arguments, device='meta', dtype=self.weight.dtype)
+        trainable = any(p.requires_grad for name, p in self.named_parameters() if name != 'bias')
+        kernel = kernel.to(device=self.weight.device, dtype=self.weight.dtype, copy=True)
+        conv.weight = nn.Parameter(kernel, requires_grad=trainable)
+        if bias is not None:
+            conv.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+        return conv.train(self.training)
+
+
+def exact_copy(module: nn.Module) -> nn.Module:
+    """A float64 copy of a module, on the CPU where the device has no float64."""
+    device = 'cpu' if next(module.parameters()).device.type == 'mps' else None
+    return copy.deepcopy(module).to(device=device, dtype=torch.float64)
+
+
+def conv_arguments(conv: nn.Module) -> dict[str, Any]:
+    """The constructor arguments, device and dtype aside, that make a convolution of the same geometry."""
+    names = ['in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'groups', 'padding_mode']
+    if isinstance(conv, nn.ConvTranspose2d):
+        names.append('output_padding')
+    return dict({name: getattr(conv, name) for name in names}, bias=conv.bias is not None)
+
+
+class ReparamConv2d(ReparamLayer, nn.Conv2d):
+    """Base of the variants of ``nn.Conv2d`` and of timm's ``Conv2dSame``.
+
+    Attributes:
+        tf_same: Whether the input is padded as TensorFlow's SAME does, by its size (timm's ``Conv2dSame``).
+    """
+
+    __constants__ = [*nn.Conv2d.__constants__, 'tf_same']
+    conv_types = (nn.Conv2d, Conv2dSame)
+    tf_same: bool = False
+
+    def _adopt(self, conv: nn.Module) -> None:
+        super()._adopt(conv)
+        self.tf_same = isinstance(conv, Conv2dSame)
+
+    def _convolve(self, x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+        """One convolution with `kernel`, padded as the plain convolution pads."""
+        if self.tf_same:
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
+            return F.conv2d(x, kernel, self.bias, self.stride, (0, 0), self.dilation, self.groups)
+        return self._conv_forward(x, kernel, self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Convolve (batch, in_channels, height, width) with the equivalent kernel."""
+        return self._convolve(x, self.equivalent_kernel())
+
+
+class ReparamConvTranspose2d(ReparamLayer, nn.ConvTranspose2d):
+    """Base of the variants of ``nn.ConvTranspose2d``."""
+
+    conv_types = (nn.ConvTranspose2d,)
+
+    def forward(self, x: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+        """Transposed convolution of (batch, in_channels, height, width) with the equivalent kernel."""
+        output_padding = self._output_padding(
+            x, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
+        )
+        return F.conv_transpose2d(
+            x,
+            self.equivalent_kernel(),
+            self.bias,
+            self.stride,
+            self.padding,
+            output_padding,
+            self.groups,
+            self.dilation,
+        )

@@ -1,0 +1,196 @@
+"""DO-Conv: depthwise over-parameterised convolution
+
+Paper: `DO-Conv: Depthwise Over-parameterized Convolutional Layer` - https://arxiv.org/abs/2006.12030
+Official code: https://github.com/yangyanli/DO-Conv (this is an implementation of our own, from the paper)
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+
+from ..errors import ReparamError
+from .base import ReparamConv2d, ReparamConvTranspose2d
+
+__all__ = ['DOConv2d', 'DOConvTranspose2d']
+
+
+class _DepthwiseOverParameterised:
+    """What the convolution and the transposed convolution share: the parameters, their start, the kernel."""
+
+    def _add_depthwise(self, depth_multiplier: int | None, device=None, dtype=None) -> None:
+        area = self.kernel_size[0] * self.kernel_size[1]
+        if depth_multiplier is None:
+            depth_multiplier = area
+        if not isinstance(depth_multiplier, int) or depth_multiplier < area:
+            raise ReparamError(
+                f'{type(self).__name__}: depth_multiplier must be an integer of at least {area}, the area of the '
+                f'{self.kernel_size[0]}x{self.kernel_size[1]} kernel, got {depth_multiplier!r}; leave it at None, or '
+                'leave the layer out with skip='
+            )
+        if area == 1 and depth_multiplier != 1:
+            raise ReparamError(
+                f'{type(self).__name__}: a 1x1 kernel has nothing to over-parameterise, got depth_multiplier='
+                f'{depth_multiplier}; leave it at None'
+            )
+        self.depth_multiplier = depth_multiplier
+        self.register_parameter('depthwise_weight', None)
+        self.register_parameter('surplus_weight', None)
+        if area > 1:
+            shape = (self.in_channels, area, depth_multiplier)
+            self.depthwise_weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        if depth_multiplier > area:
+            shape = (*self.weight.shape[:2], depth_multiplier - area)
+            self.surplus_weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self._complete = True
+
+    @torch.no_grad()
+    def _init_variant(self, init: str) -> None:
+        # Both starts are the same: with D = 0 the layer is the plain convolution, and that is the paper's start, too.
+        if self.depthwise_weight is not None:
+            self.depthwise_weight.zero_()
+        if self.surplus_weight is not None:
+            self.surplus_weight.zero_()
+            # The columns that no whole identity block covers reach the kernel through D alone: D = W = 0 never moves.
+            leftover = self.surplus_weight[..., self.surplus_weight.shape[-1] // self._area * self._area :]
+            bound = 1 / math.sqrt(self.weight.shape[1] * self._area)
+            leftover.uniform_(-bound, bound)
+
+    @property
+    def _area(self) -> int:
+        return self.kernel_size[0] * self.kernel_size[1]
+
+    @classmethod
+    def selects(cls, conv: nn.Module, is_stem: bool) -> bool:
+        return max(conv.kernel_size) > 1
+
+    def _compose(self) -> torch.Tensor:
+        weight = self.weight
+        depthwise = self.depthwise_weight
+        if depthwise is None:
+            return weight
+        area = weight.shape[2] * weight.shape[3]
+        columns = weight.flatten(2)
+        kernel = columns
+        if self.surplus_weight is not None:
+            surplus = self.surplus_weight
+            for block in range(surplus.shape[2] // area):
+                kernel = kernel + surplus[:, :, block * area : (block + 1) * area]
+            columns = torch.cat([columns, surplus], dim=2)
+        return (kernel + self._apply_depthwise(depthwise, columns)).view_as(weight)
+
+    def extra_repr(self) -> str:
+        return f'{super().extra_repr()}, depth_multiplier={self.depth_multiplier}'
+
+
+class DOConv2d(_DepthwiseOverParameterised, ReparamConv2d):
+    """Depthwise over-parameterised convolution, ``K[o, i, m] = sum_s (E[m, s] + D[i, m, s]) W[o, i, s]``.
+
+    A depthwise kernel D (in_channels, kh*kw, depth_multiplier) transforms the kernel W (out_channels,
+    in_channels/groups, depth_multiplier) of every input channel i; E is the identity, repeated. D starts at zero, so the
+    layer starts as the plain convolution and weight decay pulls it back there. Composed in kernel space, its cost does
+    not grow with the feature map.
+
+    Paper: `DO-Conv: Depthwise Over-parameterized Convolutional Layer` - https://arxiv.org/abs/2006.12030
+    Official code: https://github.com/yangyanli/DO-Conv
+
+    Differences from the official code: `weight` is the first identity block, with the plain convolution's name and
+    shape, and the identity is not stored. With groups, each *real* input channel has its own D, as the paper defines it; the
+    official code's reshape pairs D with the wrong channels there. A 1x1 kernel gets no D, as in the official code.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Sides of the kernel.
+        stride: Stride of the convolution.
+        padding: Zeros (see padding_mode) added to each side of the input, or 'same' or 'valid'.
+        dilation: Spacing between kernel elements.
+        groups: Blocked connections from input to output channels.
+        bias: Whether the output gets a learned bias.
+        padding_mode: 'zeros', 'reflect', 'replicate' or 'circular'.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+        depth_multiplier: Columns of D, at least kh*kw (the default).
+
+    Raises:
+        ReparamError: depth_multiplier is smaller than the kernel's area.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = 'zeros',
+        device=None,
+        dtype=None,
+        *,
+        depth_multiplier: int | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
+        self._add_depthwise(depth_multiplier, device, dtype)
+        self._init_variant('scratch')
+
+    def _apply_depthwise(self, depthwise: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        # g groups, o output channels and i input channels of a group, m kernel elements, s columns
+        columns = columns.view(self.groups, -1, columns.shape[1], columns.shape[2])
+        depthwise = depthwise.view(self.groups, -1, depthwise.shape[1], depthwise.shape[2])
+        return torch.einsum('gois,gims->goim', columns, depthwise).flatten(0, 1)
+
+
+class DOConvTranspose2d(_DepthwiseOverParameterised, ReparamConvTranspose2d):
+    """Depthwise over-parameterised transposed convolution, ``K[i, o, m] = sum_s (E[m, s] + D[i, m, s]) W[i, o, s]``.
+
+    :class:`DOConv2d` in the kernel space of ``nn.ConvTranspose2d``, whose weight (in_channels, out_channels/groups, kh,
+    kw) leads with the input channel.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Sides of the kernel.
+        stride: Stride of the convolution.
+        padding: ``dilation * (kernel_size - 1) - padding`` zeros are added to each side of the input.
+        output_padding: Size added to one side of the output.
+        groups: Blocked connections from input to output channels.
+        bias: Whether the output gets a learned bias.
+        dilation: Spacing between kernel elements.
+        padding_mode: 'zeros', the only one that transposed convolutions have.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+        depth_multiplier: Columns of D, at least kh*kw (the default).
+
+    Raises:
+        ReparamError: depth_multiplier is smaller than the kernel's area.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        output_padding: int | tuple[int, int] = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | tuple[int, int] = 1,
+        padding_mode: str = 'zeros',
+        device=None,
+        dtype=None,
+        *,
+        depth_multiplier: int | None = None,
+    ) -> None:
+        geometry = (kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode)
+        super().__init__(in_channels, out_channels, *geometry, device, dtype)
+        self._add_depthwise(depth_multiplier, device, dtype)
+        self._init_variant('scratch')
+
+    def _apply_depthwise(self, depthwise: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        return torch.einsum('ios,ims->iom', columns, depthwise)

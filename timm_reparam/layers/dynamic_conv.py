@@ -1,0 +1,334 @@
+"""Dynamic convolution: attention over convolution kernels
+
+Paper: `Dynamic Convolution: Attention over Convolution Kernels` - https://arxiv.org/abs/1912.03458
+(no official code; this is an implementation of our own, from the paper)
+
+                       +-> pool -> fc1 -> relu -> fc2 -> softmax(. / T) = pi ---+
+                       |                                                        |
+    x (B, I, H, W) ----+----------------> convolution of each sample with  W + sum_k (pi_k - pi_K) R_k ----> y
+
+    start:  fc2 = 0, so pi is uniform, every coefficient is 0 and every sample's kernel is W, bit for bit
+"""
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
+from timm.layers.padding import pad_same
+
+from ..errors import ReparamError
+from .base import ReparamConv2d, autocast_disabled, conv_arguments, exact_copy
+
+__all__ = ['DynamicConv2d', 'KernelAttention']
+
+# Narrowest hidden layer of the attention, for inputs of few channels.
+_MIN_HIDDEN = 4
+# Start of the residual kernels when lifted, as a share of nn.Conv2d's own start: large enough for the attention to get
+# a gradient at once, small beside trained kernels.
+_LIFT_RESIDUAL = 0.1
+
+
+class KernelAttention(nn.Module):
+    """Squeeze-and-excitation style attention: pooled features to one logit a kernel.
+
+    Args:
+        in_channels: Channels of the pooled features.
+        hidden_features: Width of the hidden layer.
+        num_kernels: Number of logits.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(self, in_channels: int, hidden_features: int, num_kernels: int, device=None, dtype=None) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(in_channels, hidden_features, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden_features, num_kernels, device=device, dtype=dtype)
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, num_kernels) of pooled features (batch, in_channels)."""
+        return self.fc2(F.relu(self.fc1(pooled)))
+
+
+# Its forward moves the position in the temperature's schedule, which tracing must leave alone.
+@register_notrace_module
+class DynamicConv2d(ReparamConv2d):
+    """Dynamic convolution, ``y_b = (sum_k pi_k(x_b) W_k) * x_b + sum_k pi_k(x_b) b_k`` for each sample b.
+
+    K kernels are mixed by an attention ``pi(x) = softmax(fc2(relu(fc1(avgpool(x)))) / T)``. Held as the mean kernel
+    `weight` (the plain convolution's name and shape) and K-1 residuals R_k, ``W_k = W + R_k`` and
+    ``W_K = W - sum R_k``, stacked in `residual_weight` ((K-1) * out_channels, in_channels/groups, kh, kw): since the
+    attention sums to one, the sample's kernel is ``W + sum_k (pi_k - pi_K) R_k``. Biases are held likewise.
+
+    The temperature falls linearly from `temperature` to 1 over `temperature_steps` training-mode forward passes of this
+    layer, in any training loop: position and length are buffers, so the schedule is saved, moved and resumed with the
+    model. A pass that gradient checkpointing repeats does not count, and sees the temperature of the pass it repeats
+    (of the latest one, where a layer runs several times before the backward pass). Evaluation uses the current
+    temperature. With ``temperature=None`` there is no schedule and T = 1: the form for inference.
+
+    The kernel depends on the input, so there is no equivalent kernel; :meth:`fuse` gives the form for inference.
+
+    Paper: `Dynamic Convolution: Attention over Convolution Kernels` - https://arxiv.org/abs/1912.03458
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Sides of the kernel.
+        stride: Stride of the convolution.
+        padding: Zeros (see padding_mode) added to each side of the input, or 'same' or 'valid'.
+        dilation: Spacing between kernel elements.
+        groups: Blocked connections from input to output channels.
+        bias: Whether the output gets K learned biases.
+        padding_mode: 'zeros', 'reflect', 'replicate' or 'circular'.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+        num_kernels: K, the number of kernels.
+        reduction: The attention's hidden layer has in_channels // reduction features (at least 4).
+        temperature: T at the start, at least 1, or None for no schedule.
+        temperature_steps: Training-mode forward passes until T is 1.
+
+    Raises:
+        ReparamError: an option out of its range.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = 'zeros',
+        device=None,
+        dtype=None,
+        *,
+        num_kernels: int = 4,
+        reduction: int = 4,
+        temperature: float | None = 30.0,
+        temperature_steps: int = 10_000,
+    ) -> None:
+        _check_integer('num_kernels', num_kernels, 2)
+        _check_integer('reduction', reduction, 1)
+        _check_integer('temperature_steps', temperature_steps, 1)
+        if temperature is not None and not temperature >= 1:
+            raise ReparamError(f'DynamicConv2d: temperature must be at least 1, or None, got {temperature!r}')
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
+        factory = dict(device=device, dtype=dtype)
+        self.num_kernels = num_kernels
+        self.reduction = reduction
+        self.temperature = None if temperature is None else float(temperature)
+        shape = self.weight.shape
+        # 4-D, because model.to(memory_format=torch.channels_last) refuses 5-D parameters
+        self.residual_weight = nn.Parameter(torch.empty((num_kernels - 1) * shape[0], *shape[1:], **factory))
+        self.register_parameter('residual_bias', None)
+        if bias:
+            self.residual_bias = nn.Parameter(torch.empty((num_kernels - 1) * out_channels, **factory))
+        self.attention = KernelAttention(
+            in_channels, max(in_channels // reduction, _MIN_HIDDEN), num_kernels, device=device, dtype=dtype
+        )
+        # Integers: a float counter stops at 256 in bfloat16, and weight averaging would average it.
+        schedule = dict(dtype=torch.int64, device=device)
+        scheduled = temperature is not None
+        self.register_buffer('temperature_position', torch.zeros((), **schedule) if scheduled else None)
+        self.register_buffer('temperature_steps', torch.zeros((), **schedule) if scheduled else None)
+        self._first_length = temperature_steps
+        self._complete = True
+        self._init_variant('scratch')
+
+    @classmethod
+    def selects(cls, conv: nn.Module, is_stem: bool) -> bool:
+        return not is_stem
+
+    @torch.no_grad()
+    def _init_variant(self, init: str) -> None:
+        self.attention.fc1.reset_parameters()
+        self.attention.fc2.reset_parameters()
+        if self.temperature is not None:
+            self.reset_temperature(self._first_length)
+        if init == 'lift':
+            nn.init.zeros_(self.attention.fc2.weight)
+            nn.init.zeros_(self.attention.fc2.bias)
+            bound = _LIFT_RESIDUAL / self.weight[0].numel() ** 0.5
+            nn.init.uniform_(self.residual_weight, -bound, bound)
+            if self.residual_bias is not None:
+                nn.init.uniform_(self.residual_bias, -bound, bound)
+            return
+        for name in ('weight', 'bias'):
+            parameter = getattr(self, name)
+            if parameter is None:
+                continue
+            # K independent draws of the given parameter's own scale. Their mean is a new Parameter: the given one may
+            # still belong to the plain convolution.
+            draws = torch.randn_like(parameter.expand(self.num_kernels, *parameter.shape))
+            draws = draws * parameter.square().mean().sqrt()
+            mean = draws.mean(0)
+            setattr(self, name, nn.Parameter(mean, requires_grad=parameter.requires_grad))
+            getattr(self, f'residual_{name}').copy_((draws[:-1] - mean).flatten(0, 1))
+
+    def reset_temperature(self, steps: int | None = None) -> None:
+        """Start the temperature's schedule again.
+
+        Args:
+            steps: New length of the schedule in training-mode forward passes; None keeps it.
+
+        Raises:
+            ReparamError: steps is not a positive integer, or the layer has no schedule.
+        """
+        if self.temperature_position is None:
+            raise ReparamError(
+                'DynamicConv2d: this layer has no temperature schedule (temperature=None) to start again'
+            )
+        if steps is not None:
+            _check_integer('steps', steps, 1)
+            self.temperature_steps.fill_(steps)
+        self.temperature_position.zero_()
+
+    def current_temperature(self) -> torch.Tensor:
+        """The temperature of evaluation and of the next training-mode forward pass, as a 0-dim tensor."""
+        return self._temperature_at(self.temperature_position)
+
+    def _temperature_at(self, position: torch.Tensor | None) -> torch.Tensor:
+        if position is None or self.temperature is None or self.temperature_steps is None:
+            return torch.ones((), device=self.weight.device)
+        remaining = (1 - position / self.temperature_steps).clamp(min=0)
+        return 1 + (self.temperature - 1) * remaining
+
+    def _next_temperature(self) -> torch.Tensor:
+        """Temperature of this forward pass; counts the pass if it is the first of its kind."""
+        position = self.temperature_position
+        if position is None or not self.training:
+            return self._temperature_at(position)
+        repeated = False
+        if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
+            # Inside a backward pass: gradient checkpointing repeats a pass that was counted. (Grad mode does not tell:
+            # reentrant checkpointing runs the first pass without gradients.)
+            repeated = torch._C._current_graph_task_id() != -1
+        if repeated:
+            return self._temperature_at(position - 1)
+        temperature = self._temperature_at(position)
+        position.add_(1)
+        return temperature
+
+    def _coefficients(self, x: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+        """pi_k - pi_K, (batch, num_kernels - 1), in the parameters' dtype."""
+        logits = self.attention(x.mean((2, 3), dtype=self.weight.dtype))
+        attention = (logits / temperature).softmax(1)
+        return attention[:, :-1] - attention[:, -1:]
+
+    def _mix(self, coefficients: torch.Tensor, mean: torch.Tensor, residuals: torch.Tensor) -> torch.Tensor:
+        """mean + sum_k coefficients_k residuals_k for each sample, (batch, *mean.shape)."""
+        mixed = torch.matmul(coefficients, residuals.reshape(self.num_kernels - 1, -1))
+        return mean + mixed.unflatten(1, mean.shape)
+
+    def sample_kernels(self, x: torch.Tensor) -> torch.Tensor:
+        """The kernel of each sample at the current temperature; the schedule is not advanced.
+
+        Args:
+            x: Input (batch, in_channels, height, width).
+
+        Returns:
+            Kernels (batch, out_channels, in_channels/groups, kh, kw).
+        """
+        with autocast_disabled(self.weight.device.type):
+            coefficients = self._coefficients(x, self.current_temperature())
+            return self._mix(coefficients, self.weight, self.residual_weight)
+
+    def equivalent_kernel(self) -> torch.Tensor:
+        """Not possible: the kernel depends on the input.
+
+        Raises:
+            ReparamError: always.
+        """
+        raise ReparamError(
+            'DynamicConv2d: the kernel depends on the input, so no single kernel is equivalent; use sample_kernels(x) '
+            'for the kernels of a batch, or fuse() for the form for inference'
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Convolve each sample of (batch, in_channels, height, width) with its own kernel."""
+        unbatched = x.dim() == 3
+        if unbatched:
+            x = x.unsqueeze(0)
+        temperature = self._next_temperature()
+        if torch.jit.is_scripting():
+            kernels, biases = self._mix_all(x, temperature)
+        else:
+            with autocast_disabled(self.weight.device.type):
+                kernels, biases = self._mix_all(x, temperature)
+        y = self._convolve_samples(x, kernels)
+        if biases is not None:
+            y = y + biases.to(y.dtype)[:, :, None, None]
+        return y.squeeze(0) if unbatched else y
+
+    def _mix_all(self, x: torch.Tensor, temperature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        coefficients = self._coefficients(x, temperature)
+        kernels = self._mix(coefficients, self.weight, self.residual_weight)
+        if self.bias is not None and self.residual_bias is not None:
+            return kernels, self._mix(coefficients, self.bias, self.residual_bias)
+        return kernels, None
+
+    def _convolve_samples(self, x: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
+        """Convolve sample b of x with kernels[b]."""
+        if self.tf_same:
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
+        elif self.padding_mode != 'zeros':
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+        else:
+            x = F.pad(x, self._reversed_padding_repeated_twice)
+        batch_size, in_channels, height, width = x.shape
+        if batch_size == 0:
+            return F.conv2d(x, self.weight, None, self.stride, 0, self.dilation, self.groups)
+        if self.kernel_size == (1, 1):
+            # a matrix product for each sample, much faster than a convolution of batch * groups groups
+            x = x[:, :, :: self.stride[0], :: self.stride[1]]
+            height, width = x.shape[2], x.shape[3]
+            x = x.reshape(batch_size, self.groups, in_channels // self.groups, height * width)
+            kernels = kernels.reshape(batch_size, self.groups, -1, in_channels // self.groups)
+            return torch.matmul(kernels, x).view(batch_size, self.out_channels, height, width)
+        # the samples side by side as groups of one convolution
+        x = x.reshape(1, batch_size * in_channels, height, width)
+        kernels = kernels.flatten(0, 1)
+        y = F.conv2d(x, kernels, None, self.stride, 0, self.dilation, batch_size * self.groups)
+        return y.view(batch_size, self.out_channels, y.shape[2], y.shape[3])
+
+    @torch.no_grad()
+    def fuse(self) -> 'DynamicConv2d':
+        """The form for inference, with the current temperature folded into fc2; the layer itself is left as it was.
+
+        Returns:
+            A fresh DynamicConv2d without a schedule, with the same device, dtype and mode.
+        """
+        exact = exact_copy(self)
+        temperature = exact.current_temperature()
+        exact.attention.fc2.weight.div_(temperature)
+        exact.attention.fc2.bias.div_(temperature)
+        layer = type(self)(
+            **conv_arguments(self),
+            device='meta',
+            dtype=self.weight.dtype,
+            num_kernels=self.num_kernels,
+            reduction=self.reduction,
+            temperature=None,
+        ).to_empty(device=self.weight.device)
+        layer.tf_same = self.tf_same
+        schedule = ('temperature_position', 'temperature_steps')
+        layer.load_state_dict({name: value for name, value in exact.state_dict().items() if name not in schedule})
+        for (_, new), (_, old) in zip(layer.named_parameters(), self.named_parameters()):
+            new.requires_grad_(old.requires_grad)
+        return layer.train(self.training)
+
+    def extra_repr(self) -> str:
+        schedule = 'None' if self.temperature is None else f'{self.temperature:g}'
+        options = f'num_kernels={self.num_kernels}, reduction={self.reduction}, temperature={schedule}'
+        return f'{super().extra_repr()}, {options}'
+
+
+def _check_integer(name: str, value: Any, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ReparamError(f'DynamicConv2d: {name} must be an integer of at least {at_least}, got {value!r}')

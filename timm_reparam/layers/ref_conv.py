@@ -1,0 +1,185 @@
+"""RefConv: re-parameterised refocusing convolution
+
+Paper: `Refconv: Re-parameterized Refocusing Convolution for Powerful ConvNets` - https://arxiv.org/abs/2310.10563
+Official code: https://github.com/Aiolus-X/RefConv (this is an implementation of our own, from the paper)
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import to_2tuple
+
+from ..errors import ReparamError
+from .base import ReparamConv2d, ReparamConvTranspose2d
+
+__all__ = ['RefConv2d', 'RefConvTranspose2d']
+
+
+class _Refocusing:
+    """What the convolution and the transposed convolution share: the frozen base, the map, the kernel."""
+
+    needs_trained_weights = True
+
+    def _add_map(self, map_kernel_size: int | tuple[int, int], device=None, dtype=None) -> None:
+        sides = to_2tuple(map_kernel_size)
+        if not all(isinstance(side, int) and side >= 1 for side in sides):
+            raise ReparamError(
+                f'{type(self).__name__}: map_kernel_size must be positive integers, got {map_kernel_size!r}'
+            )
+        self.map_kernel_size = map_kernel_size
+        # odd, and no larger than the kernel, so that the map keeps the kernel's size
+        sides = [(min(side, kernel_side) - 1) // 2 * 2 + 1 for side, kernel_side in zip(sides, self.kernel_size)]
+        self._freeze_base()
+        kernels_2d = self.in_channels * self.out_channels // self.groups
+        self.map_weight = nn.Parameter(torch.empty(kernels_2d, self.groups, *sides, device=device, dtype=dtype))
+        self._complete = True
+
+    def _freeze_base(self) -> None:
+        # The trained kernel is data from now on, not a parameter: it is saved and moved, never updated. A copy, because
+        # another module that is tied to the parameter goes on training it.
+        weight = self.weight.detach().clone()
+        del self.weight
+        self.register_buffer('weight', weight)
+
+    def _adopt(self, conv: nn.Module) -> None:
+        super()._adopt(conv)
+        self._freeze_base()
+
+    @torch.no_grad()
+    def _init_variant(self, init: str) -> None:
+        if init == 'lift':
+            self.map_weight.zero_()
+        else:
+            nn.init.kaiming_uniform_(self.map_weight, a=math.sqrt(5))
+
+    @classmethod
+    def selects(cls, conv: nn.Module, is_stem: bool) -> bool:
+        return max(conv.kernel_size) > 1
+
+    def _compose(self) -> torch.Tensor:
+        base = self.weight
+        map_weight = self.map_weight
+        map_h, map_w = map_weight.shape[2], map_weight.shape[3]
+        image = base.reshape(-1, base.shape[2], base.shape[3])
+        if map_weight.shape[1] == 1 and base.dtype == torch.float64:
+            # The same sum, written out: in float64 a CPU convolution of this many groups is 100 times slower.
+            padded = F.pad(image, [map_w // 2, map_w // 2, map_h // 2, map_h // 2])
+            change = torch.zeros_like(image)
+            for row in range(map_h):
+                for column in range(map_w):
+                    shifted = padded[:, row : row + image.shape[1], column : column + image.shape[2]]
+                    change = torch.addcmul(change, map_weight[:, :, row, column].unsqueeze(2), shifted)
+        else:
+            groups = map_weight.shape[0] // map_weight.shape[1]
+            change = F.conv2d(image.unsqueeze(0), map_weight, None, 1, [map_h // 2, map_w // 2], 1, groups)
+        return base + change.reshape(base.shape)
+
+    def extra_repr(self) -> str:
+        return f'{super().extra_repr()}, map_kernel_size={self.map_kernel_size}'
+
+
+class RefConv2d(_Refocusing, ReparamConv2d):
+    """Refocusing convolution, ``K = W + Map(W)`` with W frozen and the map learned.
+
+    The base kernel W (out_channels, in_channels/groups, kh, kw), a trained one, is viewed as one image of
+    out_channels * in_channels/groups channels and kh x kw pixels; Map is a bias-free convolution of that image with a
+    small kernel (each side the smaller of map_kernel_size and the kernel's side, rounded down to odd), padded to keep
+    the size, in out_channels * in_channels / groups**2 groups. So a dense layer gets one filter for each of its 2-D
+    kernels, and a depthwise layer a map that links each of its channels to every other.
+
+    Paper: `Refconv: Re-parameterized Refocusing Convolution for Powerful ConvNets` - https://arxiv.org/abs/2310.10563
+    Official code: https://github.com/Aiolus-X/RefConv
+
+    Differences from the official code: lifted layers start with a zero map (exactly the trained function) where the
+    official code starts with a random one (here init='scratch'); bias, dilation, padding modes and kernels that are not
+    square are supported.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Sides of the kernel.
+        stride: Stride of the convolution.
+        padding: Zeros (see padding_mode) added to each side of the input, or 'same' or 'valid'.
+        dilation: Spacing between kernel elements.
+        groups: Blocked connections from input to output channels.
+        bias: Whether the output gets a learned bias.
+        padding_mode: 'zeros', 'reflect', 'replicate' or 'circular'.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+        map_kernel_size: Sides of the map's kernel, at most.
+
+    Raises:
+        ReparamError: map_kernel_size is not positive.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = 'zeros',
+        device=None,
+        dtype=None,
+        *,
+        map_kernel_size: int | tuple[int, int] = 3,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
+        self._add_map(map_kernel_size, device, dtype)
+        self._init_variant('scratch')
+
+
+class RefConvTranspose2d(_Refocusing, ReparamConvTranspose2d):
+    """Refocusing transposed convolution, ``K = W + Map(W)`` with W frozen and the map learned.
+
+    :class:`RefConv2d` in the kernel space of ``nn.ConvTranspose2d``, whose weight is (in_channels, out_channels/groups,
+    kh, kw).
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Sides of the kernel.
+        stride: Stride of the convolution.
+        padding: ``dilation * (kernel_size - 1) - padding`` zeros are added to each side of the input.
+        output_padding: Size added to one side of the output.
+        groups: Blocked connections from input to output channels.
+        bias: Whether the output gets a learned bias.
+        dilation: Spacing between kernel elements.
+        padding_mode: 'zeros', the only one that transposed convolutions have.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+        map_kernel_size: Sides of the map's kernel, at most.
+
+    Raises:
+        ReparamError: map_kernel_size is not positive.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        output_padding: int | tuple[int, int] = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | tuple[int, int] = 1,
+        padding_mode: str = 'zeros',
+        device=None,
+        dtype=None,
+        *,
+        map_kernel_size: int | tuple[int, int] = 3,
+    ) -> None:
+        geometry = (kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode)
+        super().__init__(in_channels, out_channels, *geometry, device, dtype)
+        self._add_map(map_kernel_size, device, dtype)
+        self._init_variant('scratch')

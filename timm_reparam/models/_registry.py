@@ -1,0 +1,194 @@
+"""Register variants of timm's architectures in timm's registry.
+
+A variant's entrypoint builds the stock model through the stock entrypoint and converts it. Every tag of the stock
+architecture is a tag of the variant and points at the stock weights, which are lifted while they load.
+"""
+
+import sys
+import types
+import warnings
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.models import (
+    DefaultCfg,
+    build_model_with_cfg,
+    get_arch_pretrained_cfgs,
+    is_model,
+    model_entrypoint,
+    register_model,
+)
+from timm.models._features import FeatureGetterNet, FeatureListNet
+
+from ..convert import VARIANTS, convert_model, lift_state_dict
+from ..errors import ReparamError
+
+__all__ = ['register_family', 'register_variant']
+
+
+def register_family(module_name: str, variant: str, stock_names: Iterable[str]) -> None:
+    """Register the variant of each stock architecture in a family (what timm calls a module).
+
+    Args:
+        module_name: ``__name__`` of the family's module, whose ``default_cfgs`` and ``__all__`` are filled in.
+        variant: Name of the variant.
+        stock_names: Names of timm's architectures.
+    """
+    for stock_name in stock_names:
+        _register(sys.modules[module_name], stock_name, variant)
+
+
+def register_variant(stock_name: str, variant: str) -> str:
+    """Register the variant of any timm architecture as ``<stock_name>_<variant>``.
+
+    It is listed under the family ``<stock module>_<variant>``, such as ``convnext_doconv``.
+
+    Args:
+        stock_name: Name of the architecture, without a tag.
+        variant: 'acconv', 'doconv', 'dyconv' or 'refconv'.
+
+    Returns:
+        The new name, for ``timm.create_model``.
+
+    Raises:
+        ReparamError: the architecture or the variant is unknown, or the name exists.
+    """
+    if variant not in VARIANTS:
+        raise ReparamError(f'unknown variant {variant!r}; the variants are: {", ".join(sorted(VARIANTS))}')
+    if not is_model(stock_name):
+        raise ReparamError(f'{stock_name!r} is no architecture of timm; see timm.list_models(), and leave out the tag')
+    if is_variant_name(stock_name):
+        raise ReparamError(f'{stock_name!r} is a variant already; name the stock architecture')
+    family = f'{model_entrypoint(stock_name).__module__.rpartition(".")[-1]}_{variant}'
+    module_name = f'{__package__}.{family}'
+    module = sys.modules.get(module_name)
+    if module is None:
+        module = types.ModuleType(module_name, f'{family}: registered at run time.')
+        module.default_cfgs = {}
+        module.__all__ = []
+        sys.modules[module_name] = module
+    return _register(module, stock_name, variant)
+
+
+def is_variant_name(name: str) -> bool:
+    """Whether this name was registered here."""
+    return is_model(name) and model_entrypoint(name).__module__.startswith(f'{__package__}.')
+
+
+def _register(module: types.ModuleType, stock_name: str, variant: str) -> str:
+    name = f'{stock_name}_{variant}'
+    if name.startswith('test_'):
+        raise ReparamError(f"{name!r}: names that start with 'test_' are for timm's own tests; register another model")
+    if is_model(name):
+        raise ReparamError(f'{name!r} is registered already and would be overwritten')
+    cfgs = {tag.partition('.')[2]: cfg for tag, cfg in get_arch_pretrained_cfgs(stock_name).items()}
+    if cfgs:
+        module.default_cfgs[name] = DefaultCfg(tags=deque(cfgs), cfgs=cfgs, is_pretrained=True)
+
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _create(name, stock_name, variant, pretrained, **kwargs)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__module__ = module.__name__
+    entrypoint.__doc__ = f"timm's {stock_name} with {variant} layers; ``conv_options`` are the layers' options."
+    setattr(module, name, register_model(entrypoint))
+    return name
+
+
+def _create(
+    name: str,
+    stock_name: str,
+    variant: str,
+    pretrained: bool,
+    conv_options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build the stock architecture, convert it, load the weights, all within timm's own builder."""
+    if conv_options is not None and not isinstance(conv_options, dict):
+        raise ReparamError(f'{name}: conv_options must be a dict of layer options, got {conv_options!r}')
+    options = dict(conv_options or {})
+    init = options.pop('init', 'lift' if pretrained else 'scratch')
+    loader = _Loader(stock_name, variant)
+    if not pretrained and any(layer.needs_trained_weights for layer in VARIANTS[variant]):
+        warnings.warn(
+            f'{name} without pretrained weights: its base kernels are frozen at their random start, which is not the '
+            'method. Start from trained weights: pretrained=True, or load a checkpoint.',
+            stacklevel=4,
+        )
+
+    def model_cls(**model_kwargs: Any) -> nn.Module:
+        loader.model_kwargs = model_kwargs
+        model = model_entrypoint(stock_name)(pretrained=False, **model_kwargs)
+        if not pretrained:
+            return convert_model(model, variant, init=init, **options)
+        if init == 'scratch':
+            loader.not_lifted = ReparamError(f"{name}: init='scratch' is a random start, it cannot take stock weights")
+        else:
+            try:
+                return convert_model(model, variant, init=init, **options)
+            except ReparamError as e:
+                # Options without an exact lift are right for a train-time checkpoint, which brings everything along.
+                loader.not_lifted = e
+        return convert_model(model, variant, init='scratch', **options)
+
+    if kwargs.get('features_only') and 'feature_cls' not in kwargs:
+        kwargs['feature_cfg'] = dict(feature_cls=_feature_net, out_indices=kwargs.pop('out_indices', None))
+    return build_model_with_cfg(model_cls, name, pretrained, pretrained_filter_fn=loader, **kwargs)
+
+
+class _Loader:
+    """The checkpoint filter of a variant: takes stock and train-time checkpoints.
+
+    Attributes:
+        model_kwargs: Arguments the stock model was built with.
+        not_lifted: Why stock weights cannot be lifted into the model, if so.
+    """
+
+    def __init__(self, stock_name: str, variant: str) -> None:
+        self.stock_name = stock_name
+        self.variant = variant
+        self.model_kwargs: dict[str, Any] = {}
+        self.not_lifted: ReparamError | None = None
+
+    def __call__(self, state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+        try:
+            return lift_state_dict(state_dict, model, self.not_lifted)
+        except ReparamError:
+            translated = self._translate(state_dict, model.pretrained_cfg)
+            if translated is None:
+                raise
+        return lift_state_dict(translated, model, self.not_lifted)
+
+    def _translate(
+        self, state_dict: dict[str, torch.Tensor], pretrained_cfg: dict[str, Any]
+    ) -> dict[str, torch.Tensor] | None:
+        """A checkpoint as the stock entrypoint's own filter reads it, or None if it cannot."""
+        sources = ('source', 'url', 'file', 'hf_hub_id', 'hf_hub_filename', 'architecture', 'label_offset')
+        cfg = {key: value for key, value in pretrained_cfg.items() if key not in sources}
+        # as many classes and channels as the checkpoint has: adapting them is left to the load that is under way
+        cfg['num_classes'] = cfg.get('num_classes', 1000) + (pretrained_cfg.get('label_offset') or 0)
+        cfg['state_dict'] = state_dict
+        kwargs = dict(self.model_kwargs, num_classes=cfg['num_classes'], in_chans=cfg.get('input_size', (3,))[0])
+        try:
+            stock = model_entrypoint(self.stock_name)(pretrained=True, pretrained_cfg=cfg, **kwargs)
+        except Exception:  # another architecture's filter may fail in any way on a checkpoint that is not for it
+            return None
+        return stock.state_dict()
+
+
+def _feature_net(model: nn.Module, out_indices: Iterable[int] | None = None, **kwargs: Any) -> nn.Module:
+    """timm's feature wrapper that suits the model: by module where its stages are children, else by method.
+
+    Args:
+        model: The classification model.
+        out_indices: Feature levels; None takes all.
+        **kwargs: Options of the wrapper.
+    """
+    stages = {info['module'] for info in model.feature_info}
+    feature_cls = FeatureListNet if stages <= {child for child, _ in model.named_children()} else FeatureGetterNet
+    if out_indices is None:
+        out_indices = range(len(model.feature_info))
+    return feature_cls(model, out_indices=tuple(out_indices), **kwargs)

@@ -1,0 +1,9 @@
+"""ResNets with RefConv, re-parameterised refocusing convolution (https://arxiv.org/abs/2310.10563)."""
+
+from ._backbones import RESNETS
+from ._registry import register_family
+
+__all__ = []  # filled in by the registry
+default_cfgs = {}
+
+register_family(__name__, 'refconv', RESNETS)
