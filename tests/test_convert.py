@@ -1,0 +1,347 @@
+"""convert_model, fuse_model and verify_fusion on whole models, timm's and others."""
+
+import copy
+import logging
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from stand_in import random_model, randomise
+from timm.layers import Conv2dSame
+from timm.utils import ModelEmaV3, reparameterize_model
+from torch import nn
+
+import timm_reparam
+from timm_reparam import ReparamError, convert_model, fuse_model, is_variant, verify_fusion
+from timm_reparam.convert import VARIANTS, lift_state_dict
+
+STATIC = ('acconv', 'doconv', 'refconv')
+# the smallest backbone of each family
+SMALLEST = {'resnet': 'resnet10t', 'mobilenetv2': 'mobilenetv2_035'}
+FAMILIES = [(stock, variant) for stock in SMALLEST.values() for variant in VARIANTS]
+
+
+class Net(nn.Module):
+    """Nothing of timm: shared and tied modules, a transposed convolution, even and 1x1 kernels, a linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.again = self.body[0]
+        self.tied = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.tied.weight = self.again.weight
+        self.same = Conv2dSame(8, 8, 3, stride=2)
+        self.up = nn.ConvTranspose2d(8, 8, 4, stride=2, padding=1)
+        self.point = nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.again(self.body(self.stem(x)))
+        x = self.point(self.up(self.same(self.tied(x))))
+        return self.head(x.mean((2, 3)))
+
+
+class Folding(nn.Module):
+    """A block that re-parameterises itself, as timm's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def fuse(self) -> nn.Module:
+        return self.conv
+
+
+def images(*size: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_same_state(model: nn.Module, expected: dict[str, torch.Tensor]) -> None:
+    found = model.state_dict()
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def disturbed(model: nn.Module, seed: int = 3) -> nn.Module:
+    """Everything that starts at zero or one, and the temperature's position, moved away."""
+    randomise(model, seed)
+    for name, buffer in model.named_buffers():
+        if name.endswith('temperature_position'):
+            buffer.fill_(4_000)
+    return model
+
+
+def converted(stock: str, variant: str, **options) -> nn.Module:
+    return convert_model(random_model(stock, num_classes=10), variant, **options)
+
+
+@pytest.mark.parametrize('stock, variant', FAMILIES)
+def test_lift_keeps_the_function(stock: str, variant: str) -> None:
+    model = random_model(stock, num_classes=10)
+    reference = copy.deepcopy(model)
+    x = images(4, 3, 48, 48)
+    assert convert_model(model, variant) is model
+    exact = variant != 'dyconv'
+    for training in (False, True):
+        model.train(training)
+        reference.train(training)
+        torch.manual_seed(0)
+        expected = reference(x)
+        torch.manual_seed(0)
+        found = model(x)
+        assert torch.equal(found, expected) if exact else (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize('stock, variant', FAMILIES)
+def test_fusion_is_proved_and_is_the_stock_architecture(stock: str, variant: str) -> None:
+    model = disturbed(converted(stock, variant)).eval()
+    reference = random_model(stock, num_classes=10)
+    x = images(8, 3, 48, 48)
+    before = state(model)
+    assert (model(x) - reference(x)).abs().max() > 1e-3 * reference(x).abs().max(), 'the variant does something'
+    fused = fuse_model(model)
+    assert_same_state(model, before)
+    report = verify_fusion(model, fused, inputs=x)
+    assert report.passed, report
+    assert report.top1_agreement == 1.0 and report.num_inputs == 8
+    assert report.stored > 0
+    if variant in STATIC:
+        assert not any(is_variant(m) for m in fused.modules())
+        assert fused.pretrained_cfg['architecture'] == stock
+        assert [(k, v.shape) for k, v in fused.state_dict().items()] == [
+            (k, v.shape) for k, v in reference.state_dict().items()
+        ]
+        reference.load_state_dict(fused.state_dict())
+        assert torch.equal(reference(x), fused(x))
+        assert [type(m) for m in fused.modules()] == [type(m) for m in reference.modules()]
+    else:
+        assert fused.pretrained_cfg['architecture'] == f'{stock}_dyconv'
+        assert fused._model_args['conv_options'] == {'temperature': None}
+        again = timm.create_model(f'{stock}_dyconv', **fused._model_args).eval()
+        again.load_state_dict(fused.state_dict())
+        assert torch.equal(again(x), fused(x))
+
+
+@pytest.mark.parametrize('stock, variant', FAMILIES)
+def test_timms_reparameterize_model_gives_the_same(stock: str, variant: str) -> None:
+    model = disturbed(converted(stock, variant)).eval()
+    assert_same_state(reparameterize_model(model), state(fuse_model(model)))
+
+
+@pytest.mark.parametrize('variant', STATIC)
+def test_fine_tuning_the_fused_model_starts_where_the_train_time_model_stood(variant: str) -> None:
+    """In training mode, too: the BatchNorms' statistics are those of the fused kernels' outputs."""
+    model = converted('resnet10t', variant)
+    x, y = images(32, 3, 48, 48), torch.arange(32) % 10
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.02)
+    model.train()
+    for _ in range(12):
+        optimiser.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimiser.step()
+    fused = fuse_model(model)
+    assert fused.training
+    with torch.no_grad():
+        train_time, stock = F.cross_entropy(model(x), y), F.cross_entropy(fused(x), y)
+    # ACConv2d's running variance lags behind the batch's: a few percent; the others are the same kernel
+    assert abs(stock - train_time) < (0.05 if variant == 'acconv' else 1e-5) * train_time
+
+
+def test_any_module() -> None:
+    for variant in ('doconv', 'refconv', 'dyconv'):
+        model, x = Net().eval(), images(2, 3, 9, 11)
+        expected = model(x)
+        weight = model.again.weight
+        convert_model(model, variant)
+        assert model.again is model.body[0], 'shared modules stay shared'
+        assert torch.allclose(model(x), expected, rtol=1e-5, atol=1e-6)
+        if variant == 'doconv':
+            assert model.again.weight is weight and model.tied.weight is weight, 'tied parameters stay tied'
+        assert is_variant(model.up) == (variant != 'dyconv')
+        assert is_variant(model.point) == (variant == 'dyconv')
+        assert is_variant(model.stem) == (variant != 'dyconv')
+        disturbed(model)
+        fused = fuse_model(model)
+        assert fused.again is fused.body[0] and type(fused.same) is type(model.same.fuse())
+        report = verify_fusion(model, fused, inputs=x)
+        assert report.passed, report
+
+
+def test_skip_takes_names_patterns_and_types() -> None:
+    stock = timm.create_model('resnet10t')
+    every = {name for name, m in convert_model(copy.deepcopy(stock), 'doconv').named_modules() if is_variant(m)}
+    for skip, left_out in (
+        ('conv1', {name for name in every if name.startswith('conv1.')}),
+        (['layer1.0.conv1', 'layer[34].*'], {'layer1.0.conv1', *(n for n in every if n[:6] in ('layer3', 'layer4'))}),
+        (type(stock.layer1[0]), {name for name in every if name.startswith('layer')}),
+    ):
+        model = convert_model(copy.deepcopy(stock), 'doconv', skip=skip)
+        assert left_out and left_out < every
+        assert {name for name, m in model.named_modules() if is_variant(m)} == every - left_out
+        recorded = model._model_args['conv_options']
+        again = timm.create_model('resnet10t_doconv', conv_options=recorded)
+        assert list(again.state_dict()) == list(model.state_dict())
+
+
+def test_blocks_that_fold_themselves_are_left_alone() -> None:
+    model = nn.Sequential(Folding(), nn.Conv2d(3, 3, 3))
+    convert_model(model, 'doconv')
+    assert not is_variant(model[0].conv) and is_variant(model[1])
+    model = timm.create_model('repvgg_a0', num_classes=3)
+    with pytest.raises(ReparamError, match='nothing to convert to doconv.*re-parameterise themselves'):
+        convert_model(model, 'doconv')
+
+
+def test_weight_standardised_convolutions_are_left_alone() -> None:
+    model = convert_model(timm.create_model('resnetv2_50x1_bit', num_classes=3), 'dyconv')
+    assert not any(is_variant(m) for name, m in model.named_modules() if 'stages' in name)
+
+
+def test_options_reach_the_layers_and_freezing_survives() -> None:
+    model = timm.create_model('resnet10t')
+    model.layer1.requires_grad_(False)
+    convert_model(model, 'acconv', branch_norm='none')
+    assert all(m.branch_norm == 'none' for m in model.modules() if is_variant(m))
+    assert not any(p.requires_grad for p in model.layer1.parameters())
+    assert all(p.requires_grad for p in model.layer2.parameters())
+    fused = fuse_model(model)
+    assert not any(p.requires_grad for p in fused.layer1.parameters())
+    assert all(p.requires_grad for p in fused.layer2.parameters())
+
+
+REFUSED = [
+    (lambda: (Net(), 'deconv'), {}, "unknown variant 'deconv'; the variants are: acconv, doconv, dyconv, refconv"),
+    (lambda: (Net(), 'doconv'), {'init': 'zero'}, "init must be 'lift'.*'zero'"),
+    (lambda: (Net(), 'doconv'), {'depth': 3}, 'stem: DOConv2d: unknown option depth; its options are: depth_multiplier'),
+    (lambda: (Net(), 'doconv'), {'depth_multiplier': 8}, 'stem: DOConv2d: depth_multiplier .* at least 9'),
+    (lambda: (Net(), 'doconv'), {'skip': 'layer9'}, "skip: 'layer9' matches no module"),
+    (lambda: (Net(), 'doconv'), {'skip': nn.Conv3d}, 'skip: .*Conv3d.* matches no module'),
+    (lambda: (Net(), 'doconv'), {'skip': 3 * (4,)}, 'skip: expected a module name, a pattern or a type, got 4'),
+    (lambda: (nn.Sequential(nn.Conv2d(3, 3, 2)), 'acconv'), {}, r'0: ACConv2d needs odd kernel sides, got \(2, 2\); .*skip='),
+    (lambda: (nn.Conv2d(3, 3, 3), 'doconv'), {}, r'itself a convolution.*DOConv2d.from_conv'),
+    (lambda: (nn.Sequential(nn.Linear(3, 3)), 'refconv'), {}, 'nothing to convert to refconv: looked for Conv2d'),
+    (lambda: (nn.DataParallel(Net()), 'doconv'), {}, 'got a DataParallel; pass the model inside'),
+    (lambda: (ModelEmaV3(Net()), 'doconv'), {}, 'got a ModelEmaV3'),
+    (lambda: (torch.compile(Net()), 'doconv'), {}, 'got a OptimizedModule'),
+    (lambda: (torch.jit.trace(nn.Conv2d(3, 3, 3), images(1, 3, 4, 4)), 'doconv'), {}, 'scripted model'),
+    (lambda: (convert_model(Net(), 'doconv'), 'refconv'), {}, 'stem: already a variant .*doconv'),
+    (
+        lambda: (nn.Sequential(nn.Conv2d(3, 3, 3), nn.utils.weight_norm(nn.Conv2d(3, 3, 3))), 'doconv'),
+        {},
+        '1: DOConv2d: the convolution carries hooks',
+    ),
+]
+
+
+@pytest.mark.filterwarnings('ignore:.*weight_norm.*:FutureWarning')
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+@pytest.mark.parametrize('build, options, message', REFUSED)
+def test_what_is_refused_leaves_the_model_alone(build, options, message: str) -> None:
+    model, variant = build()
+    before, modules = state(model), list(model.modules())
+    with pytest.raises(ReparamError, match=message):
+        convert_model(model, variant, **options)
+    assert_same_state(model, before)
+    assert list(model.modules()) == modules
+
+
+def test_fuse_takes_wrappers_off_and_refuses_what_it_cannot_fuse() -> None:
+    model = disturbed(convert_model(Net(), 'doconv'))
+    expected = state(fuse_model(model))
+    for wrapped in (nn.DataParallel(model), ModelEmaV3(model), torch.compile(model)):
+        assert_same_state(fuse_model(wrapped), expected)
+    with pytest.raises(ReparamError, match='Net holds no over-parameterised convolution'):
+        fuse_model(Net())
+    single = timm_reparam.DOConv2d(3, 4, 3)
+    assert type(fuse_model(single)) is nn.Conv2d
+
+
+def test_dynamic_layers_in_inference_form_are_mentioned(caplog: pytest.LogCaptureFixture) -> None:
+    model = convert_model(Net(), 'dyconv')
+    with caplog.at_level(logging.INFO, logger='timm_reparam'):
+        fused = fuse_model(model)
+    assert len(caplog.records) == 1 and 'inference form' in caplog.text
+    assert all(m.temperature is None for m in fused.modules() if is_variant(m))
+
+
+def test_verify_fusion_notices_a_wrong_fusion() -> None:
+    model = disturbed(converted('resnet10t', 'doconv'))
+    fused = fuse_model(model)
+    with torch.no_grad():
+        fused.layer2[0].conv1.weight *= 1.001
+    report = verify_fusion(model, fused, inputs=images(4, 3, 48, 48))
+    assert not report.passed and report.stored > report.bound and 'NOT proved' in str(report)
+    with torch.no_grad():
+        fused.layer2[0].conv1.weight[0] = float('nan')
+    assert not verify_fusion(model, fused, inputs=images(4, 3, 48, 48)).passed
+
+
+def test_verify_fusion_puts_everything_back() -> None:
+    model = converted('resnet10t', 'acconv').train()
+    model.layer1.eval()
+    fused = fuse_model(model).eval()
+    modes = [m.training for m in model.modules()]
+    before = state(model)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        report = verify_fusion(model, fused, inputs=images(4, 3, 48, 48))
+        assert torch.is_autocast_enabled('cpu')
+    assert report.passed, 'autocast would have cost three digits'
+    assert torch.equal(torch.rand(3), expected)
+    assert [m.training for m in model.modules()] == modes and not fused.training
+    assert_same_state(model, before)
+
+
+def test_verify_fusion_makes_its_own_inputs() -> None:
+    model = timm.create_model('resnet10t_doconv', num_classes=3, in_chans=1)
+    model.pretrained_cfg = dict(model.pretrained_cfg, input_size=(3, 32, 32))
+    report = verify_fusion(model)
+    assert report.passed and report.num_inputs == 64 and report.to_dict()['passed']
+    assert verify_fusion(model) == report, 'seeded'
+    batches = (images(2, 1, 32, 32, seed=seed) for seed in range(3))
+    assert verify_fusion(model, inputs=batches).num_inputs == 6
+    with pytest.raises(ReparamError, match='does not say its input size; pass a batch of images as inputs='):
+        verify_fusion(convert_model(Net(), 'doconv'))
+    with pytest.raises(ReparamError, match='at least one input'):
+        verify_fusion(model, inputs=[])
+    with pytest.raises(ReparamError, match='nothing to fuse'):
+        verify_fusion(fuse_model(model))
+
+
+def test_verify_fusion_takes_any_outputs() -> None:
+    model = timm.create_model('resnet10t_doconv', features_only=True)
+    report = verify_fusion(disturbed(model), inputs=images(2, 3, 48, 48))
+    assert report.passed and report.top1_agreement is None
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    model = disturbed(converted('resnet10t', 'doconv')).to(dtype)
+    fused = fuse_model(model)
+    assert {p.dtype for p in fused.parameters()} == {dtype}
+    assert verify_fusion(model, fused, inputs=images(4, 3, 48, 48)).passed
+
+
+def test_channels_last() -> None:
+    for variant in VARIANTS:
+        model = converted('resnet10t', variant).to(memory_format=torch.channels_last)
+        x = images(2, 3, 48, 48).to(memory_format=torch.channels_last)
+        assert verify_fusion(disturbed(model), inputs=x).passed
+        model.train()(x).sum().backward()
+
+
+def test_lift_state_dict_keeps_the_given_one() -> None:
+    model = convert_model(random_model('resnet10t'), 'doconv')
+    stock = random_model('resnet10t', seed=9).state_dict()
+    keys = list(stock)
+    lifted = lift_state_dict(stock, model)
+    assert list(stock) == keys and lifted.keys() == model.state_dict().keys()
