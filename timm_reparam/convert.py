@@ -216,8 +216,8 @@ class FusionReport:
         agreement = '' if self.top1_agreement is None else f', top-1 agreement {self.top1_agreement:.2%}'
         return (
             f'fusion {"proved" if self.passed else "NOT proved"} on {self.num_inputs} inputs: '
-            f'algebra {self.algebra:.1e} (at most {self.ALGEBRA_BOUND:.0e}), stored {self.stored:.1e} (at most {self.bound:.1e}; the train-time '
-            f"model's own rounding is {self.own:.1e}){agreement}"
+            f'algebra {self.algebra:.1e} (at most {self.ALGEBRA_BOUND:.0e}), stored {self.stored:.1e} '
+            f"(at most {self.bound:.1e}; the train-time model's own rounding is {self.own:.1e}){agreement}"
         )
 
 
@@ -459,13 +459,13 @@ def _stems(model: nn.Module, conv_types: Iterable[type[nn.Module]]) -> set[int]:
 
 
 def _seeded_images(model: nn.Module) -> torch.Tensor:
-    from timm.data import resolve_data_config
+    from timm.data import resolve_input_data_config
 
     if _architecture(model) is None and 'input_size' not in (getattr(model, 'pretrained_cfg', None) or {}):
         raise ReparamError(
             f'verify_fusion: {type(model).__name__} does not say its input size; pass a batch of images as inputs='
         )
-    channels, height, width = resolve_data_config({}, model=model)['input_size']
+    channels, height, width = resolve_input_data_config(model)['input_size']
     generator = torch.Generator().manual_seed(0)
     return torch.randn(_VERIFY_IMAGES, channels, height, width, generator=generator)
 

@@ -226,6 +226,8 @@ class ACConv2d(ReparamConv2d):
 
     def _branch_scale(self, branch: torch.Tensor, gamma: torch.Tensor, running_var: torch.Tensor) -> torch.Tensor:
         """gamma over the standard deviation of a branch's output, (out_channels, 1, 1); moves the running variance."""
+        if branch.numel() == 0:  # an empty batch has no variance
+            return torch.zeros_like(gamma).view(-1, 1, 1)
         values = branch.float() if branch.dtype in (torch.float16, torch.bfloat16) else branch
         dims = [0, 2, 3] if values.dim() == 4 else [1, 2]
         variance = torch.var(values, dims, unbiased=False)

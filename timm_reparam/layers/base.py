@@ -117,14 +117,14 @@ class ReparamLayer:
         # Built on meta, then given memory: nothing is drawn for the weight that is about to be replaced.
         layer = cls(**conv_arguments(conv), device='meta', dtype=conv.weight.dtype, **options)
         layer.to_empty(device=conv.weight.device)
-        layer._adopt(conv)
+        layer._adopt(conv, init)
         layer._init_variant(init)
         for parameter_name, parameter in layer.named_parameters():
             if parameter_name not in ('weight', 'bias'):
                 parameter.requires_grad_(conv.weight.requires_grad)
         return layer.train(conv.training)
 
-    def _adopt(self, conv: nn.Module) -> None:
+    def _adopt(self, conv: nn.Module, init: str) -> None:
         """Take over the stock parameters themselves."""
         self.weight = conv.weight
         self.bias = conv.bias
@@ -210,8 +210,8 @@ class ReparamConv2d(ReparamLayer, nn.Conv2d):
     conv_types = (nn.Conv2d, Conv2dSame)
     tf_same: bool = False
 
-    def _adopt(self, conv: nn.Module) -> None:
-        super()._adopt(conv)
+    def _adopt(self, conv: nn.Module, init: str) -> None:
+        super()._adopt(conv, init)
         self.tf_same = isinstance(conv, Conv2dSame)
 
     def _convolve(self, x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:

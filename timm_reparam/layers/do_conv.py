@@ -87,16 +87,16 @@ class DOConv2d(_DepthwiseOverParameterised, ReparamConv2d):
     """Depthwise over-parameterised convolution, ``K[o, i, m] = sum_s (E[m, s] + D[i, m, s]) W[o, i, s]``.
 
     A depthwise kernel D (in_channels, kh*kw, depth_multiplier) transforms the kernel W (out_channels,
-    in_channels/groups, depth_multiplier) of every input channel i; E is the identity, repeated. D starts at zero, so the
-    layer starts as the plain convolution and weight decay pulls it back there. Composed in kernel space, its cost does
-    not grow with the feature map.
+    in_channels/groups, depth_multiplier) of every input channel i; E is the identity, repeated. D starts at zero, so
+    the layer starts as the plain convolution and weight decay pulls it back there. Composed in kernel space, its cost
+    does not grow with the feature map.
 
     Paper: `DO-Conv: Depthwise Over-parameterized Convolutional Layer` - https://arxiv.org/abs/2006.12030
     Official code: https://github.com/yangyanli/DO-Conv
 
     Differences from the official code: `weight` is the first identity block, with the plain convolution's name and
-    shape, and the identity is not stored. With groups, each *real* input channel has its own D, as the paper defines it; the
-    official code's reshape pairs D with the wrong channels there. A 1x1 kernel gets no D, as in the official code.
+    shape, and the identity is not stored. With groups, each *real* input channel has its own D, as the paper has it;
+    the official code's reshape pairs D with the wrong channels there. A 1x1 kernel gets no D, as in the official code.
 
     Args:
         in_channels: Channels of the input.

@@ -10,6 +10,7 @@ Paper: `Dynamic Convolution: Attention over Convolution Kernels` - https://arxiv
     start:  fc2 = 0, so pi is uniform, every coefficient is 0 and every sample's kernel is W, bit for bit
 """
 
+import math
 from typing import Any
 
 import torch
@@ -28,6 +29,35 @@ _MIN_HIDDEN = 4
 # Start of the residual kernels when lifted, as a share of nn.Conv2d's own start: large enough for the attention to get
 # a gradient at once, small beside trained kernels.
 _LIFT_RESIDUAL = 0.1
+
+
+def _temperature(position: torch.Tensor, steps: torch.Tensor, start: float) -> torch.Tensor:
+    """Temperature at a position of the schedule, falling linearly from `start` to 1 over `steps`."""
+    return 1 + (start - 1) * (1 - position / steps).clamp(min=0)
+
+
+def _is_repeated() -> bool:
+    """Whether this forward pass runs inside a backward pass: gradient checkpointing repeats one that was counted.
+
+    Grad mode does not tell: reentrant checkpointing runs the first pass without gradients.
+    """
+    return torch._C._current_graph_task_id() != -1
+
+
+# One opaque operation for torch.compile: it would otherwise recompute the temperature in the backward pass, from a
+# position that has moved on by then, and could not tell a repeated pass, which only shows at run time.
+@torch.library.custom_op('timm_reparam::next_temperature', mutates_args={'position'})
+def _next_temperature(position: torch.Tensor, steps: torch.Tensor, start: float) -> torch.Tensor:
+    if _is_repeated():
+        return _temperature(position - 1, steps, start)
+    temperature = _temperature(position, steps, start)
+    position.add_(1)
+    return temperature
+
+
+@_next_temperature.register_fake
+def _(position: torch.Tensor, steps: torch.Tensor, start: float) -> torch.Tensor:
+    return torch.empty((), device=position.device)
 
 
 class KernelAttention(nn.Module):
@@ -114,8 +144,11 @@ class DynamicConv2d(ReparamConv2d):
         _check_integer('num_kernels', num_kernels, 2)
         _check_integer('reduction', reduction, 1)
         _check_integer('temperature_steps', temperature_steps, 1)
-        if temperature is not None and not temperature >= 1:
-            raise ReparamError(f'DynamicConv2d: temperature must be at least 1, or None, got {temperature!r}')
+        is_number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+        if temperature is not None and not (is_number and 1 <= temperature < math.inf):
+            raise ReparamError(
+                f'DynamicConv2d: temperature must be a number of at least 1, or None, got {temperature!r}'
+            )
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
@@ -159,17 +192,21 @@ class DynamicConv2d(ReparamConv2d):
             if self.residual_bias is not None:
                 nn.init.uniform_(self.residual_bias, -bound, bound)
             return
-        for name in ('weight', 'bias'):
-            parameter = getattr(self, name)
-            if parameter is None:
-                continue
-            # K independent draws of the given parameter's own scale. Their mean is a new Parameter: the given one may
-            # still belong to the plain convolution.
-            draws = torch.randn_like(parameter.expand(self.num_kernels, *parameter.shape))
-            draws = draws * parameter.square().mean().sqrt()
-            mean = draws.mean(0)
-            setattr(self, name, nn.Parameter(mean, requires_grad=parameter.requires_grad))
-            getattr(self, f'residual_{name}').copy_((draws[:-1] - mean).flatten(0, 1))
+        for parameter, residual in ((self.weight, self.residual_weight), (self.bias, self.residual_bias)):
+            if parameter is not None:
+                # K independent draws of the parameter's own scale
+                draws = torch.randn_like(parameter.expand(self.num_kernels, *parameter.shape))
+                draws = draws * parameter.square().mean().sqrt()
+                parameter.copy_(draws.mean(0))
+                residual.copy_((draws[:-1] - parameter).flatten(0, 1))
+
+    def _adopt(self, conv: nn.Module, init: str) -> None:
+        super()._adopt(conv, init)
+        if init == 'scratch':
+            # about to be drawn anew, which must not reach the given convolution
+            for name in ('weight', 'bias'):
+                if (given := getattr(self, name)) is not None:
+                    setattr(self, name, nn.Parameter(given.detach().clone(), requires_grad=given.requires_grad))
 
     def reset_temperature(self, steps: int | None = None) -> None:
         """Start the temperature's schedule again.
@@ -196,21 +233,18 @@ class DynamicConv2d(ReparamConv2d):
     def _temperature_at(self, position: torch.Tensor | None) -> torch.Tensor:
         if position is None or self.temperature is None or self.temperature_steps is None:
             return torch.ones((), device=self.weight.device)
-        remaining = (1 - position / self.temperature_steps).clamp(min=0)
-        return 1 + (self.temperature - 1) * remaining
+        return _temperature(position, self.temperature_steps, self.temperature)
 
     def _next_temperature(self) -> torch.Tensor:
         """Temperature of this forward pass; counts the pass if it is the first of its kind."""
         position = self.temperature_position
         if position is None or not self.training:
             return self._temperature_at(position)
-        repeated = False
-        if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
-            # Inside a backward pass: gradient checkpointing repeats a pass that was counted. (Grad mode does not tell:
-            # reentrant checkpointing runs the first pass without gradients.)
-            repeated = torch._C._current_graph_task_id() != -1
-        if repeated:
-            return self._temperature_at(position - 1)
+        if not torch.jit.is_scripting():
+            if torch.compiler.is_compiling():
+                return _next_temperature(position, self.temperature_steps, self.temperature)
+            if _is_repeated():
+                return self._temperature_at(position - 1)
         temperature = self._temperature_at(position)
         position.add_(1)
         return temperature

@@ -43,8 +43,8 @@ class _Refocusing:
         del self.weight
         self.register_buffer('weight', weight)
 
-    def _adopt(self, conv: nn.Module) -> None:
-        super()._adopt(conv)
+    def _adopt(self, conv: nn.Module, init: str) -> None:
+        super()._adopt(conv, init)
         self._freeze_base()
 
     @torch.no_grad()
@@ -63,8 +63,8 @@ class _Refocusing:
         map_weight = self.map_weight
         map_h, map_w = map_weight.shape[2], map_weight.shape[3]
         image = base.reshape(-1, base.shape[2], base.shape[3])
-        if map_weight.shape[1] == 1 and base.dtype == torch.float64:
-            # The same sum, written out: in float64 a CPU convolution of this many groups is 100 times slower.
+        if map_weight.shape[1] == 1 and (base.dtype == torch.float64 or map_h * map_w == 1):
+            # The same sum, written out: here a CPU convolution of this many groups is far slower.
             padded = F.pad(image, [map_w // 2, map_w // 2, map_h // 2, map_h // 2])
             change = torch.zeros_like(image)
             for row in range(map_h):

@@ -21,7 +21,7 @@ from timm.models import (
     model_entrypoint,
     register_model,
 )
-from timm.models._features import FeatureGetterNet, FeatureListNet
+from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureHookNet
 
 from ..convert import VARIANTS, convert_model, lift_state_dict
 from ..errors import ReparamError
@@ -134,8 +134,8 @@ def _create(
                 loader.not_lifted = e
         return convert_model(model, variant, init='scratch', **options)
 
-    if kwargs.get('features_only') and 'feature_cls' not in kwargs:
-        kwargs['feature_cfg'] = dict(feature_cls=_feature_net, out_indices=kwargs.pop('out_indices', None))
+    if kwargs.get('features_only'):
+        kwargs.update(_feature_options(stock_name, kwargs))
     return build_model_with_cfg(model_cls, name, pretrained, pretrained_filter_fn=loader, **kwargs)
 
 
@@ -179,16 +179,22 @@ class _Loader:
         return stock.state_dict()
 
 
-def _feature_net(model: nn.Module, out_indices: Iterable[int] | None = None, **kwargs: Any) -> nn.Module:
-    """timm's feature wrapper that suits the model: by module where its stages are children, else by method.
+def _feature_options(stock_name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for timm's builder that give the features, and the state dict keys, that the stock entrypoint gives.
 
-    Args:
-        model: The classification model.
-        out_indices: Feature levels; None takes all.
-        **kwargs: Options of the wrapper.
+    The stock entrypoint is asked on the meta device, because each brings its own defaults along. One that builds a class
+    of its own instead of a wrapper (EfficientNet) has its features taken from the whole model.
     """
-    stages = {info['module'] for info in model.feature_info}
-    feature_cls = FeatureListNet if stages <= {child for child, _ in model.named_children()} else FeatureGetterNet
-    if out_indices is None:
-        out_indices = range(len(model.feature_info))
-    return feature_cls(model, out_indices=tuple(out_indices), **kwargs)
+    about_weights = ('pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir', 'pretrained_model_args')
+    with torch.device('meta'):
+        stock = model_entrypoint(stock_name)(**{k: v for k, v in kwargs.items() if k not in about_weights})
+    options: dict[str, Any] = {}
+    feature_cls = kwargs.get('feature_cls')
+    if feature_cls is None:
+        feature_cls = type(stock) if isinstance(stock, (FeatureDictNet, FeatureHookNet)) else FeatureGetterNet
+        options['feature_cls'] = feature_cls
+    if 'out_indices' not in kwargs:
+        options['out_indices'] = tuple(stock.feature_info.out_indices)
+    if any('.' in name for name in stock.feature_info.module_name()):
+        options['feature_cfg'] = dict(flatten_sequential=True)  # what timm's list wrapper needs for nested stages
+    return options

@@ -1,0 +1,442 @@
+"""ACConv2d and ACBlock2d beyond what all layers share: the formulas, the running variances, the options."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn as nn
+
+from timm_reparam import ReparamError
+from timm_reparam.layers import ACBlock2d, ACConv2d
+
+from . import oracles
+from .cases import (
+    ALGEBRA,
+    CASES,
+    CLEARLY,
+    DTYPES,
+    Case,
+    assert_same_state,
+    assert_within,
+    generator,
+    has_middle,
+    identifier,
+    in_float64,
+    magnitude,
+    randomise,
+    relative_difference,
+    state,
+    unit_roundoff,
+)
+
+SIDES = ('vertical', 'horizontal')
+AC_CASES = tuple(filter(has_middle, CASES))
+BIASED = Case('biased', 3, padding=1, bias=True)
+
+every_case = pytest.mark.parametrize('case', AC_CASES, ids=identifier)
+both_modes = pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
+
+
+def randomised(case: Case, dtype: torch.dtype = torch.float64, **options) -> ACConv2d:
+    layer = ACConv2d.from_conv(case.conv(dtype), **options)
+    randomise(layer, generator(2))
+    return layer
+
+
+# The variant form -----------------------------------------------------------------------------------------------------
+
+
+@every_case
+def test_formula_in_eval(case: Case) -> None:
+    layer, x = randomised(case).eval(), case.input()
+    before = state(layer)
+    expected = oracles.ac_conv(layer, x, case, training=False)
+    assert relative_difference(layer(x), expected) <= ALGEBRA
+    assert relative_difference(layer.fuse()(x), expected) <= ALGEBRA
+    assert_same_state(layer, before)
+
+
+@every_case
+def test_formula_in_train(case: Case) -> None:
+    layer, x = randomised(case).train(), case.input()
+    before = state(layer)
+    expected = oracles.ac_conv(layer, x, case, training=True)
+    found = layer(x)
+    assert relative_difference(found, case.conv()(x)) > CLEARLY
+    assert relative_difference(found, expected) <= ALGEBRA
+    for side in SIDES:
+        name = f'{side}_running_var'
+        updated = oracles.ac_running_var(layer, side, before[name], x, case, momentum=0.1)
+        assert relative_difference(before[name], updated) > CLEARLY
+        assert relative_difference(layer.state_dict()[name], updated) <= ALGEBRA
+
+
+@pytest.mark.parametrize('momentum', [0.1, 0.3, 1.0])
+def test_running_variance_is_kept_as_batch_norm_keeps_it(momentum: float) -> None:
+    case = Case('momentum', (3, 5), stride=2, padding=(1, 2), dilation=(2, 1), groups=2)
+    layer = ACConv2d.from_conv(case.conv(), momentum=momentum, eps=1e-3)
+    for side in SIDES:
+        assert (getattr(layer, f'{side}_running_var') == 1).all()
+    norms = {side: nn.BatchNorm2d(6, eps=1e-3, momentum=momentum, dtype=torch.float64) for side in SIDES}
+    for step in range(3):
+        x = case.input(seed=20 + step)
+        layer.train()(x)
+        for side in SIDES:
+            kernel = oracles.in_the_middle(getattr(layer, f'{side}_weight'), layer.weight.shape)
+            norms[side](oracles.convolution(x, kernel, None, case))
+            assert relative_difference(getattr(layer, f'{side}_running_var'), norms[side].running_var) <= ALGEBRA
+            assert getattr(layer, f'{side}_running_var').grad_fn is None
+
+
+def test_gradient_flows_through_the_variance_of_the_batch() -> None:
+    """The normalised branch does not depend on the size of its kernel: the gradient along the kernel vanishes."""
+    layer, x = randomised(BIASED, eps=0.0).train(), BIASED.input()
+    projection = torch.randn(2, 6, 9, 8, generator=generator(3), dtype=torch.float64)
+    (layer(x) * projection).sum().backward()
+    for side in SIDES:
+        weight = getattr(layer, f'{side}_weight')
+        along = (weight * weight.grad).sum(dim=(1, 2, 3))
+        across = (weight.abs() * weight.grad.abs()).sum(dim=(1, 2, 3))
+        assert (along.abs() <= ALGEBRA * across).all()
+
+
+@pytest.mark.parametrize('eps', [1e-5, 1e-3])
+@both_modes
+def test_eps_is_within_the_root(eps: float, training: bool) -> None:
+    layer, x = randomised(BIASED, eps=eps).train(training), BIASED.input()
+    with torch.no_grad():
+        layer.vertical_weight.mul_(1e-3)
+        layer.vertical_running_var.mul_(1e-3)
+    assert layer.eps == eps
+    expected = oracles.ac_conv(layer, x, BIASED, training)
+    assert relative_difference(layer(x), expected) <= ALGEBRA
+
+
+def test_variance_is_float32_under_autocast() -> None:
+    layer, x = randomised(BIASED, torch.float32, momentum=1.0).train(), BIASED.input(torch.float32)
+    with torch.autocast('cpu', torch.bfloat16):
+        layer(x)
+    for side in SIDES:
+        found = getattr(layer, f'{side}_running_var')
+        expected = oracles.ac_running_var(layer, side, found, x, BIASED, momentum=1.0)
+        assert found.dtype == torch.float32
+        assert (found != found.bfloat16().float()).any()
+        assert relative_difference(found.double(), expected) <= 2 * unit_roundoff(torch.bfloat16)
+
+
+def test_variance_of_large_means_is_accurate() -> None:
+    """Branch outputs far from zero: the difference of two means of squares would lose all digits in float32."""
+    case = Case('offset', 3)
+    layer, x = randomised(case, torch.float32, momentum=1.0).train(), case.input(torch.float32) + 1000
+    layer(x)
+    for side in SIDES:
+        found = getattr(layer, f'{side}_running_var')
+        expected = oracles.ac_running_var(layer, side, found, x, case, momentum=1.0)
+        assert relative_difference(found.double(), expected) < 1e-2
+
+
+def test_one_value_per_channel_does_not_poison_the_running_variance() -> None:
+    """BatchNorm2d refuses such a batch in training: an unbiased variance of one value does not exist."""
+    layer = randomised(Case('one', 3)).train()
+    try:
+        y = layer(torch.ones(1, 4, 3, 3, dtype=torch.float64))
+    except ValueError:
+        pass
+    else:
+        assert y.isfinite().all()
+    for name, tensor in layer.state_dict().items():
+        assert tensor.isfinite().all(), name
+
+
+def test_fused_kernel_is_right_in_train_mode_before_a_norm() -> None:
+    """Fine-tuning the fused weights starts where the layer stood: the following norm removes every constant."""
+    case = Case('offset', 3, padding=0)
+    layer, x = randomised(case, momentum=1.0), case.input() + 3
+    norm = nn.BatchNorm2d(6, dtype=torch.float64).train()
+    expected = norm(layer.train()(x))
+    count = expected[:, 0].numel()
+    with torch.no_grad():
+        # The very batch's biased variances, so that nothing but the missing constants could differ.
+        for side in SIDES:
+            getattr(layer, f'{side}_running_var').mul_((count - 1) / count)
+    assert relative_difference(norm(layer.fuse()(x)), expected) <= ALGEBRA
+
+
+def test_parameters() -> None:
+    for layer in (ACConv2d(4, 6, (3, 5), groups=2), ACConv2d.from_conv(nn.Conv2d(4, 6, (3, 5), groups=2))):
+        assert {name: tuple(value.shape) for name, value in layer.named_parameters()} == {
+            'weight': (6, 2, 3, 5),
+            'bias': (6,),
+            'vertical_weight': (6, 2, 3, 1),
+            'horizontal_weight': (6, 2, 1, 5),
+            'vertical_gamma': (6,),
+            'horizontal_gamma': (6,),
+        }
+        assert {name: tuple(value.shape) for name, value in layer.named_buffers()} == {
+            'vertical_running_var': (6,),
+            'horizontal_running_var': (6,),
+        }
+    plain = ACConv2d(4, 6, (3, 5), groups=2, branch_norm='none')
+    assert set(plain.state_dict()) == {'weight', 'bias', 'vertical_weight', 'horizontal_weight'}
+
+
+@pytest.mark.parametrize('gamma_init, expected', [(None, 1.0), (1 / 3, 1 / 3), (0.0, 0.0), (2, 2.0)])
+def test_scratch_start(gamma_init: float | None, expected: float) -> None:
+    direct = ACConv2d(4, 6, 3, gamma_init=gamma_init, dtype=torch.float64)
+    converted = ACConv2d.from_conv(BIASED.conv(), init='scratch', gamma_init=gamma_init)
+    for layer in (direct, converted):
+        for side in SIDES:
+            assert (getattr(layer, f'{side}_gamma') == expected).all()
+            assert (getattr(layer, f'{side}_running_var') == 1).all()
+            assert getattr(layer, f'{side}_weight').std() > 0
+    x = BIASED.input()
+    expected_output = oracles.ac_conv(converted, x, BIASED, training=True)
+    assert relative_difference(converted.train()(x), expected_output) <= ALGEBRA
+
+
+def test_lift_starts_with_fresh_side_kernels_and_gamma_zero() -> None:
+    """A side kernel of zeros has no variance, and γ would get no gradient."""
+    layer = ACConv2d.from_conv(BIASED.conv())
+    for side in SIDES:
+        assert (getattr(layer, f'{side}_gamma') == 0).all()
+        assert getattr(layer, f'{side}_weight').std() > 0
+    (layer.train()(BIASED.input()) * torch.randn(2, 6, 9, 8, generator=generator(3))).sum().backward()
+    for side in SIDES:
+        assert (getattr(layer, f'{side}_gamma').grad != 0).all()
+
+
+# The plain form -------------------------------------------------------------------------------------------------------
+
+
+@every_case
+@both_modes
+def test_plain_form(case: Case, training: bool) -> None:
+    layer, x = randomised(case, branch_norm='none').train(training), case.input()
+    expected = oracles.ac_plain(layer, x, case, scale=1.0)
+    assert relative_difference(layer(x), expected) <= ALGEBRA
+    assert relative_difference(layer.fuse()(x), expected) <= ALGEBRA
+
+
+@pytest.mark.parametrize('scale', [1.0, 1 / 3])
+@both_modes
+def test_plain_form_with_a_scale(scale: float, training: bool) -> None:
+    conv, x = BIASED.conv(), BIASED.input()
+    layer = ACConv2d.from_conv(conv, init='scratch', branch_norm='none', scale=scale).train(training)
+    assert relative_difference(layer(x), conv(x)) > CLEARLY
+    for _ in range(2):
+        expected = oracles.ac_plain(layer, x, BIASED, scale)
+        assert relative_difference(layer(x), expected) <= ALGEBRA
+        assert relative_difference(layer.fuse()(x), expected) <= ALGEBRA
+        randomise(layer, generator(2))
+
+
+# The paper's block ----------------------------------------------------------------------------------------------------
+
+BLOCK_CASES = tuple(case for case in AC_CASES if not case.same)
+BLOCK_OPTIONS = {
+    'default': {},
+    'gamma_init': {'gamma_init': 0.5},
+    'reduce_gamma': {'reduce_gamma': True},
+    'single_init': {'single_init': True},
+    'non_affine': {'affine': False},
+    'last_norm': {'last_norm': True},
+    'non_affine_last_norm': {'affine': False, 'last_norm': True},
+    'reduce_gamma_last_norm_eps': {'reduce_gamma': True, 'last_norm': True, 'eps': 1e-2, 'momentum': 0.4},
+}
+every_block = pytest.mark.parametrize('options', BLOCK_OPTIONS.values(), ids=BLOCK_OPTIONS.keys())
+
+
+def block_of(case: Case, dtype: torch.dtype = torch.float64, **options) -> ACBlock2d:
+    arguments = case.arguments()
+    del arguments['bias']
+    torch.manual_seed(4)
+    block = ACBlock2d(**arguments, dtype=dtype, **options)
+    randomise(block, generator(2), keep=())
+    return block
+
+
+def check_block(block: ACBlock2d, case: Case) -> None:
+    x = case.input()
+    expected = oracles.ac_block(block.train(), x, case, training=True)
+    assert relative_difference(block(x), expected) <= ALGEBRA
+    expected = oracles.ac_block(block.eval(), x, case, training=False)
+    before = state(block)
+    assert relative_difference(block(x), expected) <= ALGEBRA
+    fused = block.fuse()
+    assert type(fused) is nn.Conv2d
+    assert set(fused.state_dict()) == {'weight', 'bias'}
+    assert not fused.training
+    assert relative_difference(fused(x), expected) <= ALGEBRA
+    assert relative_difference(block.equivalent_kernel(), fused.weight) <= ALGEBRA
+    assert relative_difference(block.equivalent_bias(), fused.bias) <= ALGEBRA
+    assert_same_state(block, before)
+
+
+@every_block
+def test_block_with_all_options(options: dict) -> None:
+    for case in (BIASED, next(case for case in BLOCK_CASES if case.name == 'groups_2_5x3_bias')):
+        check_block(block_of(case, **options), case)
+
+
+@pytest.mark.parametrize('case', BLOCK_CASES, ids=identifier)
+def test_block_formula(case: Case) -> None:
+    check_block(block_of(case, last_norm=case.bias), case)
+
+
+@pytest.mark.parametrize('last_norm', [False, True], ids=['sum', 'last_norm'])
+@pytest.mark.parametrize('dtype', DTYPES, ids=identifier)
+def test_fused_block_is_rounded_once(dtype: torch.dtype, last_norm: bool) -> None:
+    block, x = block_of(BIASED, dtype, last_norm=last_norm).eval(), BIASED.input(dtype)
+    fused, exact = block.fuse(), in_float64(block)
+    kernel, bias = exact.equivalent_kernel(), exact.equivalent_bias()
+    roundoff = unit_roundoff(dtype)
+    assert fused.weight.dtype == fused.bias.dtype == dtype
+    assert_within(fused.weight, kernel, roundoff * kernel.abs())
+    assert_within(fused.bias, bias, roundoff * bias.abs())
+    bound = roundoff * magnitude(fused, x, kernel, bias)
+    assert_within(in_float64(fused)(x.double()), exact(x.double()), bound)
+
+
+@pytest.mark.parametrize(
+    'options, square, side',
+    [
+        ({}, 1.0, 1.0),
+        ({'gamma_init': 0.5}, 0.5, 0.5),
+        ({'reduce_gamma': True}, 1 / 3, 1 / 3),
+        ({'single_init': True}, 1.0, 0.0),
+    ],
+)
+def test_block_starts(options: dict, square: float, side: float) -> None:
+    block = ACBlock2d(4, 6, (3, 5), padding=(1, 2), groups=2, dtype=torch.float64, **options)
+    assert torch.allclose(block.square_bn.weight, torch.full((6,), square, dtype=torch.float64), rtol=1e-15, atol=0)
+    for norm in (block.ver_bn, block.hor_bn):
+        assert torch.allclose(norm.weight, torch.full((6,), side, dtype=torch.float64), rtol=1e-15, atol=0)
+    for norm in (block.square_bn, block.ver_bn, block.hor_bn):
+        assert (norm.bias == 0).all()
+        assert (norm.eps, norm.momentum) == (1e-5, 0.1)
+    assert block.last_bn is None
+    assert block.square_conv.weight.shape == (6, 2, 3, 5)
+    assert block.ver_conv.weight.shape == (6, 2, 3, 1)
+    assert block.hor_conv.weight.shape == (6, 2, 1, 5)
+    assert block.square_conv.bias is block.ver_conv.bias is block.hor_conv.bias is None
+
+
+@every_block
+def test_block_gradients_and_round_trips(options: dict) -> None:
+    block, x = block_of(BIASED, **options).train(), BIASED.input()
+    projection = torch.randn(2, 6, 9, 8, generator=generator(3), dtype=torch.float64)
+    (block(x) * projection).sum().backward()
+    # A last norm that is fed the batch's own statistics removes the constants that come before it.
+    removed = {f'{name}.bias' for name in ('square_bn', 'ver_bn', 'hor_bn')} if options.get('last_norm') else set()
+    for name, parameter in block.named_parameters():
+        assert parameter.grad is not None, name
+        assert name in removed or parameter.grad.abs().max() > 0, name
+    for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert_same_state(other, state(block))
+        assert torch.equal(other.eval()(x), copy.deepcopy(block).eval()(x))
+    fresh = block_of(BIASED, **options)
+    fresh.load_state_dict(block.state_dict())
+    assert torch.equal(fresh.eval()(x), block.eval()(x))
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit.*:FutureWarning', 'ignore:.*torch.jit.*:DeprecationWarning')
+@pytest.mark.parametrize('last_norm', [False, True], ids=['sum', 'last_norm'])
+@both_modes
+def test_scripted_block_equals_eager(training: bool, last_norm: bool) -> None:
+    case = Case('script', 5, stride=2, padding=0, dilation=(1, 2), size=(9, 12), padding_mode='circular')
+    block, x = block_of(case, last_norm=last_norm).train(training), case.input()
+    scripted = torch.jit.script(copy.deepcopy(block))
+    for _ in range(2):
+        assert torch.equal(scripted(x), block(x))
+    assert_same_state(scripted, state(block))
+
+
+@both_modes
+def test_block_edge_inputs(training: bool) -> None:
+    block, x = block_of(BIASED).train(training), BIASED.input()
+    assert block(x[:0]).shape == (0, 6, 9, 8)
+    meta = ACBlock2d(4, 6, 3, padding=1, device='meta')
+    assert all(tensor.is_meta for tensor in meta.state_dict().values())
+    assert meta(torch.empty(2, 4, 9, 8, device='meta')).shape == (2, 6, 9, 8)
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+BAD_KERNELS = [
+    (2, ['odd', '(2, 2)']),
+    ((2, 3), ['odd', '(2, 3)']),
+    ((3, 4), ['odd', '(3, 4)']),
+    ((1, 2), ['odd', '(1, 2)']),
+]
+
+
+@pytest.mark.parametrize('kernel_size, fragments', BAD_KERNELS, ids=identifier)
+def test_even_sides_have_no_middle(kernel_size: int | tuple[int, int], fragments: list[str]) -> None:
+    conv = nn.Conv2d(4, 6, kernel_size)
+    for name, build in (
+        ('ACConv2d', lambda: ACConv2d(4, 6, kernel_size)),
+        ('ACConv2d', lambda: ACConv2d(4, 6, kernel_size, branch_norm='none')),
+        ('ACConv2d', lambda: ACConv2d.from_conv(conv)),
+        ('ACConv2d', lambda: ACConv2d.from_conv(conv, init='scratch')),
+        ('ACBlock2d', lambda: ACBlock2d(4, 6, kernel_size)),
+    ):
+        with pytest.raises(ReparamError) as error:
+            build()
+        for fragment in [name, *fragments]:
+            assert fragment in str(error.value)
+
+
+# Options that no lift is exact with, and options that belong to the other form.
+BAD_LIFT_OPTIONS = [
+    ({'gamma_init': 1.0}, ['gamma_init', '1.0', 'scratch']),
+    ({'gamma_init': 1 / 3}, ['gamma_init', 'scratch']),
+    ({'branch_norm': 'none', 'scale': 1 / 3}, ['scale', 'scratch']),
+    ({'branch_norm': 'none', 'scale': 0.0}, ['scale', '0.0', 'scratch']),
+]
+BAD_OPTIONS = [
+    ({'branch_norm': 'layer'}, ['branch_norm', "'layer'", 'batch', 'none']),
+    ({'branch_norm': None}, ['branch_norm', 'None', 'batch']),
+    ({'branch_norm': 'none', 'gamma_init': 1.0}, ['gamma_init', 'branch_norm']),
+    ({'branch_norm': 'batch', 'scale': 0.5}, ['scale', 'branch_norm']),
+]
+
+
+@pytest.mark.parametrize('options, fragments', BAD_LIFT_OPTIONS, ids=identifier)
+def test_options_without_an_exact_lift(options: dict, fragments: list[str]) -> None:
+    conv = nn.Conv2d(4, 6, 3)
+    with pytest.raises(ReparamError) as error:
+        ACConv2d.from_conv(conv, **options)
+    for fragment in ['ACConv2d', *fragments]:
+        assert fragment in str(error.value)
+    ACConv2d.from_conv(conv, init='scratch', **options)
+
+
+@pytest.mark.parametrize('options, fragments', BAD_OPTIONS, ids=identifier)
+def test_bad_options(options: dict, fragments: list[str]) -> None:
+    for build in (
+        lambda: ACConv2d(4, 6, 3, **options),
+        lambda: ACConv2d.from_conv(nn.Conv2d(4, 6, 3), init='scratch', **options),
+    ):
+        with pytest.raises(ReparamError) as error:
+            build()
+        for fragment in ['ACConv2d', *fragments]:
+            assert fragment in str(error.value)
+
+
+BAD_BLOCK_OPTIONS = [
+    ({'gamma_init': 0.5, 'reduce_gamma': True}, ['gamma_init', 'reduce_gamma']),
+    ({'gamma_init': 0.5, 'single_init': True}, ['gamma_init', 'single_init']),
+    ({'reduce_gamma': True, 'single_init': True}, ['reduce_gamma', 'single_init']),
+    ({'affine': False, 'gamma_init': 0.5}, ['gamma_init', 'affine']),
+    ({'affine': False, 'reduce_gamma': True}, ['reduce_gamma', 'affine']),
+    ({'affine': False, 'single_init': True}, ['single_init', 'affine']),
+]
+
+
+@pytest.mark.parametrize('options, fragments', BAD_BLOCK_OPTIONS, ids=identifier)
+def test_block_options_that_contradict_each_other(options: dict, fragments: list[str]) -> None:
+    with pytest.raises(ReparamError) as error:
+        ACBlock2d(4, 6, 3, **options)
+    for fragment in ['ACBlock2d', *fragments]:
+        assert fragment in str(error.value)
