@@ -182,8 +182,8 @@ class _Loader:
 def _feature_options(stock_name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments for timm's builder that give the features, and the state dict keys, that the stock entrypoint gives.
 
-    The stock entrypoint is asked on the meta device, because each brings its own defaults along. One that builds a class
-    of its own instead of a wrapper (EfficientNet) has its features taken from the whole model.
+    The stock entrypoint is asked, on the meta device, because each brings its own defaults along. One that builds a
+    class of its own instead of a wrapper (EfficientNet) has its features taken from the whole model.
     """
     about_weights = ('pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir', 'pretrained_model_args')
     with torch.device('meta'):

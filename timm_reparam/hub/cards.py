@@ -1,0 +1,497 @@
+"""Model cards, rendered from the facts in a checkpoint folder and from nothing else.
+
+A card is a pure function of three files of the folder: ``config.json``, ``training.json`` (if there is one) and
+``model.safetensors`` (its hash), so rendering again gives the same bytes. What ``training.json`` may say about a
+checkpoint is checked by :func:`check_facts`; what it does not say is not in the card. Keys that cards use:
+
+- ``form``: 'train_time' or 'fused'; ``name``: name of the folder; ``tag``; ``variant``; ``stock_architecture``;
+- ``base_model``: where the weights started, dict(id=Hub repo, revision=commit or None, license=...), or None when the
+  training started from random weights;
+- ``license``, ``license_name``, ``license_link``: licence of the weights, if it is not that of the base model;
+- ``dataset``: dict(name=..., id=Hub dataset, split=..., train_images=..., validation_images=..., label_names=[...]);
+- ``metrics``: by form, for instance dict(train_time=dict(top1=97.5), fused=dict(top1=97.5)), accuracies in percent;
+- ``logit_difference``: largest absolute difference between the logits of the two forms;
+- ``profile``: by form, as :meth:`timm_reparam.profile.Profile.to_dict` gives it;
+- ``fusion``: the measured proof, as :meth:`timm_reparam.FusionReport.to_dict` gives it;
+- ``sibling``: the other form, dict(name=..., sha256=hash of its model.safetensors);
+- ``recipe``: settings of the training run; ``environment``: versions it ran with.
+"""
+
+import hashlib
+import importlib.resources
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from ..errors import ReparamError
+
+__all__ = ['METHODS', 'check_facts', 'read_config', 'read_facts', 'render_card', 'sha256_of', 'template_folder']
+
+CONFIG_NAME = 'config.json'
+FACTS_NAME = 'training.json'
+WEIGHTS_NAME = 'model.safetensors'
+CARD_NAME = 'README.md'
+FORMS = ('train_time', 'fused')
+
+# What a card says about each method, and whom it credits.
+METHODS: dict[str, dict[str, str]] = {
+    'doconv': {
+        'name': 'DO-Conv',
+        'summary': 'While it trains, every kernel larger than 1x1 is the product of a kernel and a depthwise transform '
+        'that starts as the identity; the product is again one kernel of the same size.',
+        'title': 'DO-Conv: Depthwise Over-parameterized Convolutional Layer',
+        'authors': 'Cao, Jinming and Li, Yangyan and Sun, Mingchao and Chen, Ying and Lischinski, Dani and '
+        'Cohen-Or, Daniel and Chen, Baoquan and Tu, Changhe',
+        'venue': 'IEEE Transactions on Image Processing',
+        'year': '2022',
+        'arxiv': '2006.12030',
+    },
+    'acconv': {
+        'name': 'ACNet',
+        'summary': 'While it trains, a vertical and a horizontal one-dimensional kernel run beside the square one and '
+        'strengthen its middle column and row; their sum is again one kernel.',
+        'title': 'ACNet: Strengthening the Kernel Skeletons for Powerful CNN via Asymmetric Convolution Blocks',
+        'authors': 'Ding, Xiaohan and Guo, Yuchen and Ding, Guiguang and Han, Jungong',
+        'venue': 'IEEE/CVF International Conference on Computer Vision',
+        'year': '2019',
+        'arxiv': '1908.03930',
+    },
+    'refconv': {
+        'name': 'RefConv',
+        'summary': 'The trained kernels are frozen and a small learned map over the kernels refocuses them; a frozen '
+        'kernel and its mapped change add up to one kernel.',
+        'title': 'RefConv: Re-parameterized Refocusing Convolution for Powerful ConvNets',
+        'authors': 'Cai, Zhicheng and Ding, Xiaohan and Shen, Qiu and Cao, Xun',
+        'venue': 'IEEE Transactions on Neural Networks and Learning Systems',
+        'year': '2025',
+        'arxiv': '2310.10563',
+    },
+    'dyconv': {
+        'name': 'Dynamic convolution',
+        'summary': 'Each convolution mixes several kernels by weights that an attention branch computes from its '
+        'input, so every image gets a kernel of its own.',
+        'title': 'Dynamic Convolution: Attention over Convolution Kernels',
+        'authors': 'Chen, Yinpeng and Dai, Xiyang and Liu, Mengchen and Chen, Dongdong and Yuan, Lu and Liu, Zicheng',
+        'venue': 'IEEE/CVF Conference on Computer Vision and Pattern Recognition',
+        'year': '2020',
+        'arxiv': '1912.03458',
+    },
+}
+
+_FORM_LABELS = {'train_time': 'Train-time form', 'fused': 'Fused form'}
+_METRIC_LABELS = {'top1': 'Top-1 accuracy (%)', 'top5': 'Top-5 accuracy (%)', 'loss': 'Loss'}
+
+
+def render_card(folder: str | Path) -> str:
+    """Render the card of a checkpoint folder.
+
+    Args:
+        folder: Folder with ``config.json``, ``model.safetensors`` and, if the training is known, ``training.json``.
+
+    Returns:
+        The text of ``README.md``; the same bytes every time for the same files.
+
+    Raises:
+        ReparamError: A file is missing, or says something that has the wrong form.
+    """
+    folder = Path(folder)
+    config, facts = read_config(folder), read_facts(folder) or {}
+    context = _Context(config, facts, sha256_of(folder / WEIGHTS_NAME))
+    templates = template_folder()
+    template = ''.join((templates / name).read_text(encoding='utf-8') for name in (f'{context.form}.md', 'details.md'))
+    card = ModelCard.from_template(context.card_data(), template_str=template, **context.texts())
+    return str(card).rstrip() + '\n'
+
+
+def template_folder() -> Path:
+    """Return the folder of the card templates, of an installed package or of a checkout.
+
+    Raises:
+        ReparamError: There are no templates in either place.
+    """
+    package = Path(str(importlib.resources.files('timm_reparam')))
+    for folder in (package / 'model_cards', package.parent / 'model_cards'):
+        if all((folder / f'{form}.md').is_file() for form in FORMS):
+            return folder
+    raise ReparamError(
+        f'{package}: expected model_cards/ inside the package or beside it, found none; install it again'
+    )
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """Read ``config.json`` of a checkpoint folder.
+
+    Args:
+        folder: Checkpoint folder.
+
+    Returns:
+        The configuration; ``architecture`` is a text and ``model_args`` and ``pretrained_cfg`` are dicts.
+
+    Raises:
+        ReparamError: There is no such file, or it does not describe a timm model.
+    """
+    path = Path(folder) / CONFIG_NAME
+    config = _read_json(path)
+    if config is None:
+        raise ReparamError(f'{path}: not found; expected a checkpoint folder with {CONFIG_NAME} and {WEIGHTS_NAME}')
+    config.setdefault('model_args', {})
+    config.setdefault('pretrained_cfg', {})
+    for key, kind in (('architecture', str), ('model_args', dict), ('pretrained_cfg', dict)):
+        _expect(config, key, kind, str(path), required=True)
+    return config
+
+
+def read_facts(folder: str | Path) -> dict[str, Any] | None:
+    """Read ``training.json`` of a checkpoint folder.
+
+    Args:
+        folder: Checkpoint folder.
+
+    Returns:
+        The facts, or None if the folder has no such file.
+
+    Raises:
+        ReparamError: The file is not json or says something that has the wrong form.
+    """
+    path = Path(folder) / FACTS_NAME
+    facts = _read_json(path)
+    return facts if facts is None else check_facts(facts, str(path))
+
+
+def check_facts(facts: Mapping[str, Any], place: str = 'facts') -> dict[str, Any]:
+    """Check that the facts about a checkpoint have the form that cards rely on.
+
+    Args:
+        facts: What is known of a checkpoint, see the head of this module. Other keys are kept as they are.
+        place: Where they come from, for the message.
+
+    Returns:
+        The same facts as plain json values.
+
+    Raises:
+        ReparamError: A value is of the wrong type or cannot be written as json; the message names its key.
+    """
+    if not isinstance(facts, Mapping):
+        raise ReparamError(f'{place}: expected a dict, got {type(facts).__name__}')
+    plain: dict[str, Any] = {}
+    for key, value in facts.items():
+        try:
+            plain[key] = json.loads(json.dumps(value, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise ReparamError(f'{place}.{key}: expected finite json values, got {value!r} ({error})') from error
+    for key in ('name', 'tag', 'variant', 'stock_architecture', 'license', 'license_name', 'license_link'):
+        _expect(plain, key, str, place)
+    for key in ('base_model', 'dataset', 'metrics', 'profile', 'fusion', 'sibling', 'recipe', 'environment'):
+        _expect(plain, key, dict, place)
+    _expect(plain, 'logit_difference', float, place)
+    if plain.get('form', FORMS[0]) not in FORMS:
+        raise ReparamError(f'{place}.form: expected one of {FORMS}, got {plain["form"]!r}')
+    for outer, keys, kind in (
+        ('base_model', ('id', 'revision', 'license'), str),
+        ('dataset', ('name', 'id', 'split'), str),
+        ('dataset', ('train_images', 'validation_images'), int),
+        ('dataset', ('label_names',), list),
+        ('metrics', FORMS, dict),
+        ('profile', FORMS, dict),
+        ('sibling', ('name', 'sha256'), str),
+        ('fusion', ('algebra', 'stored', 'own', 'bound', 'top1_agreement'), float),
+        ('fusion', ('num_inputs',), int),
+    ):
+        for key in keys:
+            _expect(plain.get(outer) or {}, key, kind, f'{place}.{outer}')
+    for name, value in (plain.get('environment') or {}).items():
+        _expect({name: value}, name, str, f'{place}.environment')
+    for index, label in enumerate((plain.get('dataset') or {}).get('label_names') or ()):
+        if not isinstance(label, str):
+            raise ReparamError(f'{place}.dataset.label_names[{index}]: expected a text, got {label!r}')
+    for form in FORMS:
+        for name, value in ((plain.get('metrics') or {}).get(form) or {}).items():
+            _expect({name: value}, name, float, f'{place}.metrics.{form}')
+        profile = (plain.get('profile') or {}).get(form) or {}
+        for name in ('parameters', 'trainable_parameters', 'macs', 'batch_size'):
+            _expect(profile, name, int, f'{place}.profile.{form}', required=name in profile)
+        for name in ('latency_ms', 'latency_spread_ms'):
+            _expect(profile, name, float, f'{place}.profile.{form}')
+    return plain
+
+
+def sha256_of(path: str | Path) -> str:
+    """Return the sha256 of a file in hexadecimal digits.
+
+    Raises:
+        ReparamError: The file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, 'rb') as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise ReparamError(
+            f'{path}: cannot be read ({error.strerror}); expected the weights of a checkpoint'
+        ) from error
+    return digest.hexdigest()
+
+
+class _Context:
+    """The facts of one folder, turned into front matter and into texts that are safe to put into Markdown."""
+
+    def __init__(self, config: dict[str, Any], facts: dict[str, Any], sha256: str):
+        self.config, self.facts, self.sha256 = config, facts, sha256
+        architecture = config['architecture']
+        stock, _, suffix = architecture.rpartition('_')
+        is_variant = bool(stock) and suffix in METHODS
+        self.variant = facts.get('variant') or (suffix if is_variant else None)
+        self.stock_architecture = facts.get('stock_architecture') or (stock if is_variant else architecture)
+        # a model that was never a variant is described as a fused one of which less is known
+        self.form = facts.get('form') or ('train_time' if is_variant else 'fused')
+        self.is_plain = self.variant is None
+        # of a fused checkpoint, only dynamic convolution keeps the variant's architecture
+        self.is_dynamic = is_variant and suffix == 'dyconv'
+        self.name = facts['name'] if _is_repo_name(facts.get('name')) else None
+
+    def card_data(self) -> ModelCardData:
+        facts = self.facts
+        base = facts.get('base_model') or {}
+        dataset = facts.get('dataset') or {}
+        license_ = facts.get('license') or base.get('license') or (self.config['pretrained_cfg'].get('license'))
+        tags = ['image-classification', 'timm', 'timm-reparam', *([self.variant] if self.variant else [])]
+        base_id = base.get('id') if _is_repo_id(base.get('id')) else None
+        data: dict[str, Any] = {
+            'library_name': 'timm',
+            'pipeline_tag': 'image-classification',
+            'tags': [_plain(tag) for tag in tags],
+            'license': _plain(license_) if isinstance(license_, str) else None,
+            'license_name': _plain(facts['license_name']) if facts.get('license_name') else None,
+            'license_link': _plain(facts['license_link']) if facts.get('license_link') else None,
+            'datasets': [dataset['id']] if _is_repo_id(dataset.get('id')) else None,
+            'base_model': base_id,
+            'base_model_relation': 'finetune' if base_id else None,
+        }
+        results = self._eval_results(dataset)
+        if results:
+            data |= {'metrics': ['accuracy'], 'model_name': self._title(), 'eval_results': results}
+        return ModelCardData(**{key: value for key, value in data.items() if value is not None})
+
+    def texts(self) -> dict[str, Any]:
+        facts, config = self.facts, self.config
+        method = METHODS.get(self.variant or '')
+        base = facts.get('base_model')
+        sibling = facts.get('sibling') or {}
+        input_size = config['pretrained_cfg'].get('input_size')
+        return {
+            'title': _markdown(self._title()),
+            'path': f'path/to/{self.name or "this-folder"}',
+            'architecture': _code(config['architecture']),
+            'stock_architecture': _code(self.stock_architecture),
+            'method': method,
+            'citation': _bibtex(self.variant, method) if method and self.variant else None,
+            'is_dynamic': self.is_dynamic,
+            'starts_known': 'base_model' in facts,
+            'base_model': _markdown(base['id']) if base and base.get('id') else None,
+            'base_revision': _markdown(base['revision']) if base and base.get('revision') else None,
+            'input_size': ' x '.join(str(int(side)) for side in input_size) if _is_size(input_size) else None,
+            'num_classes': config['num_classes'] if isinstance(config.get('num_classes'), int) else None,
+            'dataset': self._dataset_lines(),
+            'metrics': [(label, value) for label, value, _ in self._metrics()],
+            'fusion': self._fusion_lines(),
+            'cost': self._cost_rows(),
+            'sibling': _markdown(sibling['name']) if sibling.get('name') else None,
+            'sibling_sha256': _markdown(sibling['sha256']) if sibling.get('sha256') else None,
+            'sha256': self.sha256,
+            'recipe': _fenced(json.dumps(facts['recipe'], indent=2), 'json') if facts.get('recipe') else None,
+            'environment': ', '.join(
+                f'{_markdown(name)} {_markdown(version)}' for name, version in (facts.get('environment') or {}).items()
+            ),
+        }
+
+    def _title(self) -> str:
+        return self.name or _plain(self.config['architecture'])
+
+    def _measured(self, kind: str) -> dict[str, dict[str, Any]]:
+        """What was measured of each form, by the label of the form; a plain model has one form only."""
+        measured = {form: values for form, values in (self.facts.get(kind) or {}).items() if form in FORMS and values}
+        if self.is_plain:
+            return dict(zip(['Value'], measured.values()))
+        return {_FORM_LABELS[form]: measured[form] for form in FORMS if form in measured}
+
+    def _metrics(self) -> list[tuple[str, float, str]]:
+        measured = self._measured('metrics').get('Value' if self.is_plain else _FORM_LABELS[self.form]) or {}
+        known = {key: measured[key] for key in _METRIC_LABELS if key in measured}  # these first, in this order
+        measured = known | measured
+        return [(_METRIC_LABELS.get(key) or _markdown(key), round(value, 4), key) for key, value in measured.items()]
+
+    def _eval_results(self, dataset: dict[str, Any]) -> list[EvalResult]:
+        name = _plain(dataset.get('name') or '')
+        if not name:
+            return []
+        slug = re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-').lower()
+        kind = dataset['id'] if _is_repo_id(dataset.get('id')) else slug
+        return [
+            EvalResult(
+                task_type='image-classification',
+                dataset_type=kind or 'dataset',
+                dataset_name=name,
+                dataset_split=_plain(dataset['split']) if dataset.get('split') else None,
+                metric_type='accuracy',
+                metric_name=_METRIC_LABELS[key],
+                metric_value=value,
+            )
+            for _, value, key in self._metrics()
+            if key in ('top1', 'top5')
+        ]
+
+    def _dataset_lines(self) -> list[str]:
+        dataset = self.facts.get('dataset') or {}
+        lines = []
+        if dataset.get('name'):
+            lines.append(f'Dataset: {_markdown(dataset["name"])}')
+        images = [
+            f'{dataset[key]} for {use}'
+            for key, use in (('train_images', 'training'), ('validation_images', 'validation'))
+            if dataset.get(key) is not None
+        ]
+        if images:
+            lines.append(f'Images: {", ".join(images)}')
+        labels = dataset.get('label_names') or []
+        if labels:
+            shown = ', '.join(_markdown(label) for label in labels[:20])
+            lines.append(f'Labels: {shown}' + (f' and {len(labels) - 20} more' if len(labels) > 20 else ''))
+        return lines
+
+    def _fusion_lines(self) -> list[str]:
+        fusion = self.facts.get('fusion') or {}
+        lines = []
+        if fusion.get('algebra') is not None:
+            lines.append(f'Algebra, both forms in float64: relative difference {fusion["algebra"]:.3g}')
+        if fusion.get('stored') is not None:
+            text = f'As stored, against the train-time form in float64: relative difference {fusion["stored"]:.3g}'
+            if fusion.get('bound') is not None:
+                text += f', allowed {fusion["bound"]:.3g}'
+            if fusion.get('own') is not None:
+                text += f" (the train-time form's own rounding: {fusion['own']:.3g})"
+            lines.append(text)
+        if fusion.get('top1_agreement') is not None:
+            lines.append(f'Same top-1 class in both forms: {100 * fusion["top1_agreement"]:.4g} %')
+        if self.facts.get('logit_difference') is not None:
+            lines.append(f'Largest absolute difference between logits: {self.facts["logit_difference"]:.3g}')
+        if lines and fusion.get('num_inputs') is not None:
+            lines.append(f'Inputs compared: {fusion["num_inputs"]}')
+        return lines
+
+    def _cost_rows(self) -> list[list[str]]:
+        """Rows of the table of costs, its header first; none if nothing was measured."""
+        profiles = self._measured('profile')
+        rows = [['', *profiles]] if profiles else []
+        for label, key in (
+            ('Parameters', 'parameters'),
+            ('Trainable parameters', 'trainable_parameters'),
+            ('MACs per image', 'macs'),
+        ):
+            if any(key in profile for profile in profiles.values()):
+                rows.append([label, *(f'{profile[key]:,}' if key in profile else '' for profile in profiles.values())])
+        timed = [profile for profile in profiles.values() if profile.get('latency_ms') is not None]
+        if timed:
+            where = [f'batch of {timed[0]["batch_size"]}'] if timed[0].get('batch_size') is not None else []
+            where += [_markdown(timed[0][key]) for key in ('device', 'dtype') if isinstance(timed[0].get(key), str)]
+            latencies = (profile.get('latency_ms') for profile in profiles.values())
+            rows.append(
+                [
+                    f'Latency, median ({", ".join(where)})' if where else 'Latency, median',
+                    *('' if latency is None else f'{latency:.4g} ms' for latency in latencies),
+                ]
+            )
+        return rows
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ReparamError(f'{path}: cannot be read as json ({error})') from error
+    if not isinstance(value, dict):
+        raise ReparamError(f'{path}: expected a json object, got {type(value).__name__}')
+    return value
+
+
+def _expect(mapping: Mapping[str, Any], key: str, kind: type, place: str, *, required: bool = False) -> None:
+    value = mapping.get(key)
+    if value is None and not required:
+        return
+    kinds = (int, float) if kind is float else (kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+        raise ReparamError(f'{place}.{key}: expected {kind.__name__}, got {value!r}')
+
+
+def _is_repo_id(text: Any) -> bool:
+    # the client's own rule, and ascii only: older clients let other letters pass
+    if not isinstance(text, str) or not text.isascii():
+        return False
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _is_repo_name(text: Any) -> bool:
+    return _is_repo_id(text) and '/' not in text
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(side, int) for side in value)
+
+
+def _plain(text: str) -> str:
+    """One line without control characters, for front matter, where yaml does the quoting."""
+    return ' '.join(''.join(character if character.isprintable() else ' ' for character in text).split())
+
+
+# Every ascii punctuation mark may be escaped in Markdown. Left as they are: those that can do no harm, the dot, dash
+# and underscore inside of a word, and the colon, but not those that would make an address a link.
+_MARKUP = re.compile(
+    r"""[!#$&()*;<=>?@\[\]\\^`{|}~]|(?<![A-Za-z0-9])[._-]|[._-](?![A-Za-z0-9])|(?<=www)\.|:(?=/)""", re.IGNORECASE
+)
+_ENTITIES = {'<': '&lt;', '>': '&gt;', '&': '&amp;'}
+
+
+def _markdown(text: str) -> str:
+    """One line of text in which Markdown and HTML see no markup, wherever in a line it is put."""
+    return _MARKUP.sub(lambda match: _ENTITIES.get(match[0], '\\' + match[0]), _plain(text))
+
+
+def _code(text: str) -> str:
+    """One line of text as a code span, its fence longer than any run of backticks inside."""
+    text = _plain(text)
+    fence = '`' * (_longest_backticks(text) + 1)
+    padding = ' ' if text.startswith('`') or text.endswith('`') else ''
+    return f'{fence}{padding}{text}{padding}{fence}'
+
+
+def _fenced(text: str, language: str) -> str:
+    fence = '`' * max(3, _longest_backticks(text) + 1)
+    return f'{fence}{language}\n{text}\n{fence}'
+
+
+def _longest_backticks(text: str) -> int:
+    return max((len(run) for run in re.findall('`+', text)), default=0)
+
+
+def _bibtex(key: str, method: Mapping[str, str]) -> str:
+    fields = {
+        'title': f'{{{method["title"]}}}',
+        'author': method['authors'],
+        'journal': method['venue'],
+        'year': method['year'],
+        'eprint': method['arxiv'],
+        'archivePrefix': 'arXiv',
+    }
+    lines = ',\n'.join(f'  {name} = {{{value}}}' for name, value in fields.items())
+    return f'@article{{{key}{method["year"]},\n{lines}\n}}'

@@ -1,0 +1,604 @@
+"""Checkpoint folders on disk: the train-time form of a model and its fused form.
+
+A folder holds ``config.json`` and ``model.safetensors``, which timm loads as ``local-dir:FOLDER`` or from the Hub, the
+card ``README.md``, and ``training.json`` with the facts about the training (see :mod:`timm_reparam.hub.cards`).
+
+A folder is complete or not there at all. It is written under another name beside its place (``.NAME.partial``) and
+renamed; a folder that it replaces is set aside first (``.NAME.previous``) and removed when the new one is in place.
+Whatever a killed process leaves of that is put right by the next save under the same name: a folder that was set aside
+and has no successor comes back, unfinished ones go.
+"""
+
+import copy
+import json
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from timm.models import get_model_args
+from timm.models._hub import save_config_for_hf
+from timm.utils import unwrap_model
+from torch import nn
+
+from ..convert import FusionReport, fuse_model, is_variant, stock_architecture, variant_of, verify_fusion
+from ..errors import ReparamError
+from ..layers import DynamicConv2d
+from .cards import (
+    CARD_NAME,
+    CONFIG_NAME,
+    FACTS_NAME,
+    WEIGHTS_NAME,
+    check_facts,
+    read_config,
+    read_facts,
+    render_card,
+    sha256_of,
+)
+
+try:
+    import fcntl
+except ImportError:  # only POSIX has it; elsewhere two saves into one folder at the same time are not kept apart
+    fcntl = None
+
+__all__ = [
+    'check_pair',
+    'check_tag',
+    'folder_name',
+    'fuse_checkpoint',
+    'load_checkpoint',
+    'save_checkpoint',
+    'save_pair',
+    'verify_checkpoint',
+]
+
+_FILES = (CARD_NAME, CONFIG_NAME, FACTS_NAME, WEIGHTS_NAME)
+_FUSED_SUFFIX = '_fused'
+# Parts of a pretrained_cfg that tell of the weights a training started from, not of those it made.
+_STALE_KEYS = ('origin_url', 'paper_ids', 'paper_name', 'description', 'notes')
+
+
+def folder_name(model_name: str, tag: str, fused: bool) -> str:
+    """Return the name of a checkpoint folder, which is also its repo name on the Hub.
+
+    Args:
+        model_name: Architecture of the train-time form.
+        tag: Name of the training result.
+        fused: Whether it is the fused form.
+    """
+    return f'{model_name}.{tag}' + (_FUSED_SUFFIX if fused else '')
+
+
+def check_tag(tag: str, model_name: str = 'model') -> str:
+    """Check that both forms of a model can be stored under a tag, here and on the Hub.
+
+    Args:
+        tag: Name of the training result.
+        model_name: Architecture of the train-time form; its length counts too.
+
+    Returns:
+        The tag.
+
+    Raises:
+        ReparamError: The tag makes no legal repo name.
+    """
+    if not isinstance(tag, str) or not re.fullmatch(r'[A-Za-z0-9._-]+', tag):
+        raise ReparamError(f'tag: expected letters, digits, ".", "_" and "-", got {tag!r}; give another --tag')
+    if tag.endswith(_FUSED_SUFFIX):
+        raise ReparamError(f'tag: {tag!r} ends with {_FUSED_SUFFIX!r}, which marks the fused form; give another --tag')
+    for fused in (False, True):
+        try:
+            validate_repo_id(folder_name(model_name, tag, fused))
+        except HFValidationError as error:
+            raise ReparamError(f'tag: {tag!r} makes no legal repo name ({error}); give another --tag') from error
+    return tag
+
+
+def save_checkpoint(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    card: str | None = None,
+    data_config: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Path:
+    """Save a timm model as a folder that ``timm.create_model('local-dir:FOLDER', pretrained=True)`` loads.
+
+    Everything is checked before anything is written, and the folder appears all at once. A folder that holds the same
+    architecture is replaced; anything else at that place is left alone.
+
+    Args:
+        model: A timm model, train-time or stock, that its architecture's name and its model arguments describe fully.
+        folder: Where to save it; its parent has to be there.
+        card: Text of the model card; rendered from the other files by default.
+        data_config: Preprocessing of the inputs (input_size, mean, std, interpolation, crop_pct, ...); the model's own
+            by default.
+        facts: What is known of the training, stored as ``training.json``. With facts the weights count as trained:
+            tag, licence and labels are then what the facts say, not what the base weights came with.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ReparamError: The model cannot be rebuilt from its name and arguments, holds NaN or infinity, or the place is
+            not writable or taken by something else.
+    """
+    target = Path(folder).absolute()
+    _write_all([_Draft(target, model, data_config, facts, card)])
+    return target
+
+
+def save_pair(
+    model: nn.Module,
+    zoo: str | Path,
+    *,
+    tag: str,
+    fused: nn.Module | None = None,
+    report: FusionReport | None = None,
+    facts: Mapping[str, Any] | None = None,
+    data_config: Mapping[str, Any] | None = None,
+) -> tuple[Path, Path]:
+    """Save both forms of a variant, ``ZOO/<model>.<tag>`` and ``ZOO/<model>.<tag>_fused``.
+
+    Both are complete on disk before either takes its name. The facts of each folder get its ``form``, ``name``,
+    ``tag``, ``variant`` and ``stock_architecture``, the proof (``fusion``) and the name and hash of the other
+    (``sibling``).
+
+    Args:
+        model: Train-time model.
+        zoo: Folder of the pair; made if its parent is there.
+        tag: Name of the training result.
+        fused: Fused form of the model; fused here by default.
+        report: Proof of the fusion; proved here by default.
+        facts: What is known of the training, see :mod:`timm_reparam.hub.cards`.
+        data_config: Preprocessing of the inputs; the model's own by default.
+
+    Returns:
+        The folders of the train-time form and of the fused form.
+
+    Raises:
+        ReparamError: The proof failed, or what :func:`save_checkpoint` refuses, for either form.
+    """
+    architecture = _architecture(model)
+    check_tag(tag, architecture)
+    if variant_of(model) is None:
+        raise ReparamError(f'{architecture}: expected a train-time model, got one without variant layers; convert it')
+    fused = fuse_model(model) if fused is None else fused
+    unfused = [name for name, module in fused.named_modules() if is_variant(module) and not _is_inference_form(module)]
+    if unfused:
+        raise ReparamError(f'{architecture}: {unfused[0]}: expected a fused model, got a variant layer; use fuse_model')
+    expected = architecture if variant_of(fused) else stock_architecture(unwrap_model(model))
+    if _architecture(fused) != expected:
+        raise ReparamError(f'{architecture}: expected the fused model to be {expected}, got {_architecture(fused)}')
+    common = {**check_facts(facts or {}), **_origin(model), 'tag': tag}
+    zoo = Path(zoo).absolute()
+    drafts = []
+    for form, form_model in (('train_time', model), ('fused', fused)):
+        name = folder_name(architecture, tag, form == 'fused')
+        drafts.append(_Draft(zoo / name, form_model, data_config, {**common, 'form': form, 'name': name}))
+    report = verify_fusion(model, fused) if report is None else report
+    if not report.passed:
+        raise ReparamError(f'{architecture}: the fused model differs from the train-time model, not saved: {report}')
+
+    def add_what_only_both_know(hashes: Sequence[str]) -> None:
+        for draft, sibling, sha256 in zip(drafts, reversed(drafts), reversed(hashes)):
+            draft.add_facts(fusion=report.to_dict(), sibling={'name': sibling.target.name, 'sha256': sha256})
+
+    with _zoo_folder(zoo):
+        _write_all(drafts, add_what_only_both_know)
+    return drafts[0].target, drafts[1].target
+
+
+def check_pair(model_name: str, zoo: str | Path, *, tag: str) -> None:
+    """Check, before a training, that its result can be saved by :func:`save_pair`.
+
+    Args:
+        model_name: Architecture of the train-time form.
+        zoo: Folder of the pair.
+        tag: Name of the training result.
+
+    Raises:
+        ReparamError: The tag makes no legal repo name, the zoo is not writable, or another model is in the way.
+    """
+    check_tag(tag, model_name)
+    zoo = Path(zoo).absolute()
+    with _zoo_folder(zoo, keep=False):
+        for fused in (False, True):
+            target = zoo / folder_name(model_name, tag, fused)
+            # whether the fused form keeps the variant's name depends on the method; save_pair knows
+            _check_target(target, {model_name, model_name.rpartition('_')[0]} if fused else {model_name})
+        with _as_reparam_error(zoo), tempfile.TemporaryDirectory(dir=zoo, prefix='.writable-'):
+            pass
+
+
+def load_checkpoint(folder: str | Path) -> nn.Module:
+    """Load a checkpoint folder, safetensors only.
+
+    Args:
+        folder: Folder with ``config.json`` and ``model.safetensors``.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        ReparamError: The folder is no checkpoint, or its weights do not fit its architecture.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    weights = folder / WEIGHTS_NAME
+    if not weights.is_file():
+        raise ReparamError(f'{weights}: not found; only safetensors are loaded')
+    architecture = config['architecture']
+    if not timm.is_model(architecture):
+        raise ReparamError(f'{folder / CONFIG_NAME}: expected an architecture that timm knows, got {architecture!r}')
+    try:
+        model = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    except ReparamError:
+        raise
+    except Exception as error:  # whatever a damaged file or a wrong argument makes of it
+        raise ReparamError(f'{folder}: cannot be loaded ({error})') from error
+    return model.eval()
+
+
+def fuse_checkpoint(folder: str | Path, target: str | Path) -> tuple[Path, FusionReport]:
+    """Turn a train-time checkpoint folder into a fused one, after proving the fusion.
+
+    Args:
+        folder: Train-time checkpoint.
+        target: Folder of the fused checkpoint; its parent has to be there.
+
+    Returns:
+        The fused folder and the proof.
+
+    Raises:
+        ReparamError: The checkpoint cannot be loaded or has nothing to fuse, the proof failed, or what
+            :func:`save_checkpoint` refuses.
+    """
+    folder, target = Path(folder), Path(target).absolute()
+    model = load_checkpoint(folder)
+    if variant_of(model) is None:
+        raise ReparamError(f'{folder}: expected a train-time checkpoint, got {_architecture(model)}, nothing to fuse')
+    fused = fuse_model(model)
+    report = verify_fusion(model, fused)
+    if not report.passed:
+        raise ReparamError(f'{folder}: the fused model differs from the train-time model, not saved: {report}')
+    facts = read_facts(folder)
+    known = ((facts or {}).get('sibling') or {}).get('sha256')
+    if facts is not None:
+        sibling = {'sha256': sha256_of(folder / WEIGHTS_NAME)}
+        if facts.get('name'):
+            sibling['name'] = facts['name']
+            facts['name'] += _FUSED_SUFFIX
+        facts |= {**_origin(model), 'form': 'fused', 'fusion': report.to_dict(), 'sibling': sibling}
+    draft = _Draft(target, fused, None, facts)
+
+    def drop_unmeasured(hashes: Sequence[str]) -> None:
+        if draft.facts is not None and hashes[0] != known:  # the training measured another fused file than this one
+            draft.facts.pop('logit_difference', None)
+            for key in ('metrics', 'profile'):
+                (draft.facts.get(key) or {}).pop('fused', None)
+
+    _write_all([draft], drop_unmeasured)
+    return target, report
+
+
+def verify_checkpoint(folder: str | Path, fused_folder: str | Path | None = None) -> FusionReport:
+    """Prove again that two folders are the two forms of one model.
+
+    Args:
+        folder: Train-time checkpoint, or the fused one if its name ends with ``_fused`` and no other folder is given.
+        fused_folder: Fused checkpoint; by default the folder beside it whose name ends with ``_fused``.
+
+    Returns:
+        The proof on fresh inputs.
+
+    Raises:
+        ReparamError: A folder cannot be loaded, the two do not belong together, or weights do not have the hash that
+            the other folder recorded.
+    """
+    folder = Path(folder).absolute()
+    if fused_folder is None:
+        if folder.name.endswith(_FUSED_SUFFIX):
+            folder = folder.with_name(folder.name.removesuffix(_FUSED_SUFFIX))
+        fused_folder = folder.with_name(folder.name + _FUSED_SUFFIX)
+    fused_folder = Path(fused_folder).absolute()
+    for one, other in ((folder, fused_folder), (fused_folder, folder)):
+        recorded = ((read_facts(one) or {}).get('sibling') or {}).get('sha256')
+        if recorded is not None and recorded != (found := sha256_of(other / WEIGHTS_NAME)):
+            raise ReparamError(
+                f'{other / WEIGHTS_NAME}: expected the sha256 that {one / FACTS_NAME} records, {recorded}, got {found};'
+                f' the two are not of one save, fuse {folder} again'
+            )
+    return verify_fusion(load_checkpoint(folder), load_checkpoint(fused_folder))
+
+
+class _Draft:
+    """A checkpoint that is checked and ready to be written; nothing on disk has changed yet."""
+
+    def __init__(
+        self,
+        target: Path,
+        model: nn.Module,
+        data_config: Mapping[str, Any] | None,
+        facts: Mapping[str, Any] | None,
+        card: str | None = None,
+    ):
+        model = unwrap_model(model)
+        self.target = target
+        self.card = card
+        self.facts = None if facts is None else check_facts(facts)
+        self.data_config = None if data_config is None else dict(data_config)
+        self.architecture = _architecture(model)
+        self.tensors = _tensors_to_save(model, self.architecture)
+        self.skeleton = _rebuild(model, self.architecture, self.tensors)
+        self.config = self._config()
+
+    def _config(self) -> bytes:
+        """Return the text of ``config.json``, as timm writes it."""
+        labels = self._describe_weights()
+        model_config = {'label_names': labels} if labels else None
+        with _as_reparam_error(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / CONFIG_NAME
+            try:
+                save_config_for_hf(self.skeleton, str(path), model_config=model_config, data_config=self.data_config)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise ReparamError(f'{self.architecture}: its configuration cannot be saved ({error})') from error
+            return path.read_bytes()
+
+    def _describe_weights(self) -> list[str] | None:
+        """Make the skeleton's pretrained_cfg that of these weights, and return the labels of its classes if known."""
+        cfg = self.skeleton.pretrained_cfg
+        for key in _STALE_KEYS:
+            cfg.pop(key, None)
+        if self.facts is None:
+            return None
+        cfg['tag'] = self.facts.get('tag')
+        cfg['license'] = self.facts.get('license') or (self.facts.get('base_model') or {}).get('license')
+        cfg.pop('label_names', None)
+        cfg.pop('label_descriptions', None)
+        labels = (self.facts.get('dataset') or {}).get('label_names')
+        if labels and len(labels) != self.skeleton.num_classes:
+            raise ReparamError(
+                f'facts.dataset.label_names: expected {self.skeleton.num_classes} labels, one a class of'
+                f' {self.architecture}, got {len(labels)}'
+            )
+        return labels
+
+    def add_facts(self, **facts: Any) -> None:
+        """Add to the facts what was not known when the draft was made."""
+        self.facts = check_facts({**(self.facts or {}), **facts})
+
+    def write_model(self, folder: Path) -> None:
+        """Write the configuration and the weights."""
+        config = folder / CONFIG_NAME
+        config.write_bytes(self.config)
+        safetensors.torch.save_file(self.tensors, folder / WEIGHTS_NAME, metadata={'format': 'pt'})
+        shutil.copymode(config, folder / WEIGHTS_NAME)  # safetensors makes files that only their owner may read
+
+    def write_texts(self, folder: Path) -> None:
+        """Write the facts and the card, which is rendered from what lies in the folder."""
+        if self.facts is not None:
+            _write_text(folder / FACTS_NAME, json.dumps(self.facts, indent=2) + '\n')
+        _write_text(folder / CARD_NAME, render_card(folder) if self.card is None else self.card)
+
+
+def _architecture(model: nn.Module) -> str:
+    cfg = getattr(unwrap_model(model), 'pretrained_cfg', None)
+    architecture = cfg.get('architecture') if isinstance(cfg, dict) else None
+    if not architecture:
+        raise ReparamError(
+            f'{type(model).__name__}: expected a model of timm.create_model, got one without pretrained_cfg'
+        )
+    return architecture
+
+
+def _origin(model: nn.Module) -> dict[str, str | None]:
+    return {'variant': variant_of(model), 'stock_architecture': stock_architecture(unwrap_model(model))}
+
+
+def _is_inference_form(module: nn.Module) -> bool:
+    return isinstance(module, DynamicConv2d) and module.temperature is None
+
+
+def _tensors_to_save(model: nn.Module, architecture: str) -> dict[str, torch.Tensor]:
+    """Return the state of a model as tensors on the CPU that are contiguous and share no memory."""
+    tensors, storages, damaged = {}, set(), []
+    for name, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor) or value.is_meta or value.layout != torch.strided:
+            raise ReparamError(f'{architecture}: {name}: expected a dense tensor with values, got {value!r:.80}')
+        tensor = value.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()  # a file holds each name by itself
+        storages.add(tensor.untyped_storage().data_ptr())
+        if tensor.is_floating_point() or tensor.is_complex():
+            wide = tensor.float() if tensor.element_size() == 1 else tensor
+            if not wide.isfinite().all():
+                damaged.append(name)
+        tensors[name] = tensor
+    if damaged:
+        more = f' and {len(damaged) - 5} more' if len(damaged) > 5 else ''
+        raise ReparamError(
+            f'{architecture}: NaN or infinity in {", ".join(damaged[:5])}{more}; not saved, use an earlier checkpoint'
+        )
+    return tensors
+
+
+def _rebuild(model: nn.Module, architecture: str, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """Build the model that the saved name and arguments stand for, without memory; check that the weights fit it."""
+    try:
+        args = json.loads(json.dumps(get_model_args(model)))
+    except (TypeError, ValueError) as error:
+        raise ReparamError(f'{architecture}: its model arguments cannot be saved as json ({error})') from error
+    try:
+        with torch.device('meta'), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # what there is to say about these arguments was said to their user
+            skeleton: Any = timm.create_model(architecture, **args)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ReparamError(f'{architecture}: cannot be built from its model arguments {args} ({error})') from error
+    expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if expected != found:
+        raise ReparamError(
+            f'{architecture}: its weights do not fit the model that its name and arguments stand for;'
+            f' missing: {sorted(expected.keys() - found.keys())}, unexpected: {sorted(found.keys() - expected.keys())},'
+            f' of another shape: {sorted(name for name in expected.keys() & found if expected[name] != found[name])};'
+            ' create it with timm.create_model under the name of the variant (register_variant adds names)'
+        )
+    skeleton.pretrained_cfg = copy.deepcopy({k: v for k, v in model.pretrained_cfg.items() if k != 'state_dict'})
+    return skeleton
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f'.{target.name}.partial')
+
+
+def _previous(target: Path) -> Path:
+    return target.with_name(f'.{target.name}.previous')
+
+
+def _check_target(target: Path, architectures: Collection[str]) -> None:
+    """Raise ReparamError unless the place is free or taken by a checkpoint of one of the architectures."""
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise ReparamError(f'{target}: expected a folder or a free place, got a file or a link; choose another place')
+    if not target.parent.is_dir():
+        raise ReparamError(f'{target}: its parent is not a folder; make it first, or choose another place')
+    names = sorted(entry.name for entry in target.iterdir()) if target.exists() else []
+    if not names:
+        return
+    foreign = [name for name in names if name not in _FILES]
+    if foreign:
+        raise ReparamError(f'{target}: holds what no checkpoint holds, {foreign[:5]}; choose another place')
+    found = read_config(target)['architecture']
+    if found not in architectures:
+        raise ReparamError(
+            f'{target}: expected a free place or a checkpoint of {" or ".join(sorted(architectures))}, got one of'
+            f' {found}; choose another place'
+        )
+
+
+def _write_all(drafts: Sequence[_Draft], complete: Callable[[Sequence[str]], None] | None = None) -> None:
+    """Write folders that lie beside each other: all of them under another name, then rename one after the other.
+
+    Args:
+        drafts: What to write.
+        complete: Called with the hashes of the weights once all of them are written, to complete the facts.
+    """
+    parent = drafts[0].target.parent
+    for draft in drafts:
+        _check_target(draft.target, {draft.architecture})
+    with _as_reparam_error(parent), _locked(parent):
+        for draft in drafts:
+            _recover(draft)
+        try:
+            for draft in drafts:
+                _partial(draft.target).mkdir()
+                draft.write_model(_partial(draft.target))
+            if complete is not None:
+                complete([sha256_of(_partial(draft.target) / WEIGHTS_NAME) for draft in drafts])
+            for draft in drafts:
+                draft.write_texts(_partial(draft.target))
+                _flush(*_partial(draft.target).iterdir(), _partial(draft.target))
+            _swap_in([draft.target for draft in drafts])
+        finally:
+            for draft in drafts:
+                shutil.rmtree(_partial(draft.target), ignore_errors=True)
+
+
+def _recover(draft: _Draft) -> None:
+    """Put right what a killed process left: bring back what it set aside, remove what it did not finish."""
+    target, previous = draft.target, _previous(draft.target)
+    if previous.exists() and not target.exists():
+        previous.rename(target)
+    _check_target(target, {draft.architecture})
+    for leftover in (_partial(target), previous):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+
+
+def _swap_in(targets: Sequence[Path]) -> None:
+    """Rename finished folders to their names; after an error none of them is new."""
+    renamed: list[tuple[Path, Path]] = []
+
+    def rename(source: Path, destination: Path) -> None:
+        source.rename(destination)
+        renamed.append((source, destination))
+
+    try:
+        for target in targets:
+            if target.exists():
+                rename(target, _previous(target))
+            rename(_partial(target), target)
+    except BaseException:
+        for source, destination in reversed(renamed):
+            destination.rename(source)
+        raise
+    _flush(targets[0].parent)
+    for target in targets:
+        shutil.rmtree(_previous(target), ignore_errors=True)
+
+
+def _flush(*paths: Path) -> None:
+    """Wait until files and folders are on the disk."""
+    for path in paths:
+        if path.is_dir() and os.name == 'nt':
+            continue  # folders cannot be opened there
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding='utf-8', newline='\n')
+
+
+@contextmanager
+def _zoo_folder(zoo: Path, keep: bool = True) -> Iterator[None]:
+    """Make the folder of a pair if its parent is there; it goes again after an error, or if not to be kept."""
+    made = not zoo.exists()
+    if made:
+        with _as_reparam_error(zoo):
+            zoo.mkdir()
+    try:
+        yield
+    except BaseException:
+        keep = False
+        raise
+    finally:
+        if made and not keep:
+            with suppress(OSError):
+                zoo.rmdir()
+
+
+@contextmanager
+def _as_reparam_error(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ReparamError(f'{place}: cannot be written ({error}); nothing was changed') from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep two saves into a folder apart, so that what looks left over really is; the lock dies with its process."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
