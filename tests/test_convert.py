@@ -219,18 +219,26 @@ def test_options_reach_the_layers_and_freezing_survives() -> None:
 REFUSED = [
     (lambda: (Net(), 'deconv'), {}, "unknown variant 'deconv'; the variants are: acconv, doconv, dyconv, refconv"),
     (lambda: (Net(), 'doconv'), {'init': 'zero'}, "init must be 'lift'.*'zero'"),
-    (lambda: (Net(), 'doconv'), {'depth': 3}, 'stem: DOConv2d: unknown option depth; its options are: depth_multiplier'),
+    (
+        lambda: (Net(), 'doconv'),
+        {'depth': 3},
+        'stem: DOConv2d: unknown option depth; its options are: depth_multiplier',
+    ),
     (lambda: (Net(), 'doconv'), {'depth_multiplier': 8}, 'stem: DOConv2d: depth_multiplier .* at least 9'),
     (lambda: (Net(), 'doconv'), {'skip': 'layer9'}, "skip: 'layer9' matches no module"),
     (lambda: (Net(), 'doconv'), {'skip': nn.Conv3d}, 'skip: .*Conv3d.* matches no module'),
     (lambda: (Net(), 'doconv'), {'skip': 3 * (4,)}, 'skip: expected a module name, a pattern or a type, got 4'),
-    (lambda: (nn.Sequential(nn.Conv2d(3, 3, 2)), 'acconv'), {}, r'0: ACConv2d needs odd kernel sides, got \(2, 2\); .*skip='),
+    (
+        lambda: (nn.Sequential(nn.Conv2d(3, 3, 2)), 'acconv'),
+        {},
+        r'0: ACConv2d needs odd .* sides, got \(2, 2\); .*skip=',
+    ),
     (lambda: (nn.Conv2d(3, 3, 3), 'doconv'), {}, r'itself a convolution.*DOConv2d.from_conv'),
     (lambda: (nn.Sequential(nn.Linear(3, 3)), 'refconv'), {}, 'nothing to convert to refconv: looked for Conv2d'),
     (lambda: (nn.DataParallel(Net()), 'doconv'), {}, 'got a DataParallel; pass the model inside'),
     (lambda: (ModelEmaV3(Net()), 'doconv'), {}, 'got a ModelEmaV3'),
     (lambda: (torch.compile(Net()), 'doconv'), {}, 'got a OptimizedModule'),
-    (lambda: (torch.jit.trace(nn.Conv2d(3, 3, 3), images(1, 3, 4, 4)), 'doconv'), {}, 'scripted model'),
+    (lambda: (torch.jit.script(Folding()), 'doconv'), {}, 'scripted model'),
     (lambda: (convert_model(Net(), 'doconv'), 'refconv'), {}, 'stem: already a variant .*doconv'),
     (
         lambda: (nn.Sequential(nn.Conv2d(3, 3, 3), nn.utils.weight_norm(nn.Conv2d(3, 3, 3))), 'doconv'),
@@ -241,7 +249,7 @@ REFUSED = [
 
 
 @pytest.mark.filterwarnings('ignore:.*weight_norm.*:FutureWarning')
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+@pytest.mark.filterwarnings('ignore:.*torch.jit.*:FutureWarning')
 @pytest.mark.parametrize('build, options, message', REFUSED)
 def test_what_is_refused_leaves_the_model_alone(build, options, message: str) -> None:
     model, variant = build()

@@ -15,8 +15,9 @@ from huggingface_hub import ModelCard
 
 import timm_reparam
 from timm_reparam import ReparamError
+from timm_reparam.convert import VARIANTS
 from timm_reparam.hub import check_facts, render_card, save_checkpoint, save_pair
-from timm_reparam.hub.cards import METHODS, sha256_of, template_folder
+from timm_reparam.hub.cards import sha256_of, template_folder
 
 TINY = dict(num_classes=2, channels=(8, 8, 8, 8), stem_width=4)
 REPORT = timm_reparam.FusionReport(
@@ -125,7 +126,7 @@ def test_text(pair: tuple[Path, Path]):
         ):
             assert figure in text
         assert 'torch 2.6.0' in text and '"epochs": 5' in text and 'circle, square' in text
-        assert METHODS['doconv']['title'] in text and METHODS['doconv']['arxiv'] in text
+        assert VARIANTS['doconv'][0].method.title in text and VARIANTS['doconv'][0].method.arxiv in text
     assert 'import timm_reparam' in train_time and 'fuse_model' in train_time
     assert 'timm_reparam' not in fused  # it needs timm alone
     assert '97.25' in train_time and '97.5 ' not in train_time
@@ -169,13 +170,14 @@ def test_from_scratch(copies: tuple[Path, Path]):
 
 
 @pytest.mark.filterwarnings('ignore:.*without pretrained weights')
-@pytest.mark.parametrize('variant', METHODS)
+@pytest.mark.parametrize('variant', VARIANTS)
 def test_every_method(tmp_path: Path, variant: str):
     folders = save_pair(
         timm.create_model(f'resnet10t_{variant}', **TINY), tmp_path, tag='t', report=REPORT, facts=FACTS
     )
     train_time, fused = (render_card(folder) for folder in folders)
-    assert METHODS[variant]['title'] in train_time and METHODS[variant]['title'] in fused
+    title = VARIANTS[variant][0].method.title
+    assert title in train_time and title in fused
     assert ('not a stock timm model' in fused) == (variant == 'dyconv')
     assert ('import timm_reparam' in fused) == (variant == 'dyconv')
 

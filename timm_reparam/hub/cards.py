@@ -28,60 +28,17 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from ..convert import VARIANTS
 from ..errors import ReparamError
+from ..layers.base import Method
 
-__all__ = ['METHODS', 'check_facts', 'read_config', 'read_facts', 'render_card', 'sha256_of', 'template_folder']
+__all__ = ['check_facts', 'read_config', 'read_facts', 'render_card', 'sha256_of', 'template_folder']
 
 CONFIG_NAME = 'config.json'
 FACTS_NAME = 'training.json'
 WEIGHTS_NAME = 'model.safetensors'
 CARD_NAME = 'README.md'
 FORMS = ('train_time', 'fused')
-
-# What a card says about each method, and whom it credits.
-METHODS: dict[str, dict[str, str]] = {
-    'doconv': {
-        'name': 'DO-Conv',
-        'summary': 'While it trains, every kernel larger than 1x1 is the product of a kernel and a depthwise transform '
-        'that starts as the identity; the product is again one kernel of the same size.',
-        'title': 'DO-Conv: Depthwise Over-parameterized Convolutional Layer',
-        'authors': 'Cao, Jinming and Li, Yangyan and Sun, Mingchao and Chen, Ying and Lischinski, Dani and '
-        'Cohen-Or, Daniel and Chen, Baoquan and Tu, Changhe',
-        'venue': 'IEEE Transactions on Image Processing',
-        'year': '2022',
-        'arxiv': '2006.12030',
-    },
-    'acconv': {
-        'name': 'ACNet',
-        'summary': 'While it trains, a vertical and a horizontal one-dimensional kernel run beside the square one and '
-        'strengthen its middle column and row; their sum is again one kernel.',
-        'title': 'ACNet: Strengthening the Kernel Skeletons for Powerful CNN via Asymmetric Convolution Blocks',
-        'authors': 'Ding, Xiaohan and Guo, Yuchen and Ding, Guiguang and Han, Jungong',
-        'venue': 'IEEE/CVF International Conference on Computer Vision',
-        'year': '2019',
-        'arxiv': '1908.03930',
-    },
-    'refconv': {
-        'name': 'RefConv',
-        'summary': 'The trained kernels are frozen and a small learned map over the kernels refocuses them; a frozen '
-        'kernel and its mapped change add up to one kernel.',
-        'title': 'RefConv: Re-parameterized Refocusing Convolution for Powerful ConvNets',
-        'authors': 'Cai, Zhicheng and Ding, Xiaohan and Shen, Qiu and Cao, Xun',
-        'venue': 'IEEE Transactions on Neural Networks and Learning Systems',
-        'year': '2025',
-        'arxiv': '2310.10563',
-    },
-    'dyconv': {
-        'name': 'Dynamic convolution',
-        'summary': 'Each convolution mixes several kernels by weights that an attention branch computes from its '
-        'input, so every image gets a kernel of its own.',
-        'title': 'Dynamic Convolution: Attention over Convolution Kernels',
-        'authors': 'Chen, Yinpeng and Dai, Xiyang and Liu, Mengchen and Chen, Dongdong and Yuan, Lu and Liu, Zicheng',
-        'venue': 'IEEE/CVF Conference on Computer Vision and Pattern Recognition',
-        'year': '2020',
-        'arxiv': '1912.03458',
-    },
-}
 
 _FORM_LABELS = {'train_time': 'Train-time form', 'fused': 'Fused form'}
 _METRIC_LABELS = {'top1': 'Top-1 accuracy (%)', 'top5': 'Top-5 accuracy (%)', 'loss': 'Loss'}
@@ -245,14 +202,13 @@ class _Context:
         self.config, self.facts, self.sha256 = config, facts, sha256
         architecture = config['architecture']
         stock, _, suffix = architecture.rpartition('_')
-        is_variant = bool(stock) and suffix in METHODS
+        is_variant = bool(stock) and suffix in VARIANTS
         self.variant = facts.get('variant') or (suffix if is_variant else None)
         self.stock_architecture = facts.get('stock_architecture') or (stock if is_variant else architecture)
         # a model that was never a variant is described as a fused one of which less is known
         self.form = facts.get('form') or ('train_time' if is_variant else 'fused')
         self.is_plain = self.variant is None
-        # of a fused checkpoint, only dynamic convolution keeps the variant's architecture
-        self.is_dynamic = is_variant and suffix == 'dyconv'
+        self.is_dynamic = is_variant and VARIANTS[suffix][0].input_dependent
         self.name = facts['name'] if _is_repo_name(facts.get('name')) else None
 
     def card_data(self) -> ModelCardData:
@@ -280,7 +236,7 @@ class _Context:
 
     def texts(self) -> dict[str, Any]:
         facts, config = self.facts, self.config
-        method = METHODS.get(self.variant or '')
+        method = VARIANTS[self.variant][0].method if self.variant in VARIANTS else None
         base = facts.get('base_model')
         sibling = facts.get('sibling') or {}
         input_size = config['pretrained_cfg'].get('input_size')
@@ -484,14 +440,14 @@ def _longest_backticks(text: str) -> int:
     return max((len(run) for run in re.findall('`+', text)), default=0)
 
 
-def _bibtex(key: str, method: Mapping[str, str]) -> str:
+def _bibtex(key: str, method: Method) -> str:
     fields = {
-        'title': f'{{{method["title"]}}}',
-        'author': method['authors'],
-        'journal': method['venue'],
-        'year': method['year'],
-        'eprint': method['arxiv'],
+        'title': f'{{{method.title}}}',
+        'author': method.authors,
+        'journal': method.venue,
+        'year': method.year,
+        'eprint': method.arxiv,
         'archivePrefix': 'arXiv',
     }
     lines = ',\n'.join(f'  {name} = {{{value}}}' for name, value in fields.items())
-    return f'@article{{{key}{method["year"]},\n{lines}\n}}'
+    return f'@article{{{key}{method.year},\n{lines}\n}}'

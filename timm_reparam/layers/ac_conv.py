@@ -20,9 +20,23 @@ from timm.layers import register_notrace_module, to_2tuple
 from timm.layers.padding import pad_same
 
 from ..errors import ReparamError
-from .base import ReparamConv2d, autocast_disabled, conv_arguments, exact_copy
+from .base import Method, ReparamConv2d, autocast_disabled, conv_arguments, exact_copy
 
 __all__ = ['ACConv2d', 'ACBlock2d']
+
+
+_METHOD = Method(
+    name='ACNet',
+    summary=(
+        'While it trains, a vertical and a horizontal one-dimensional kernel run beside the square one and '
+        'strengthen its middle column and row; their sum is again one kernel.'
+    ),
+    title='ACNet: Strengthening the Kernel Skeletons for Powerful CNN via Asymmetric Convolution Blocks',
+    authors='Ding, Xiaohan and Guo, Yuchen and Ding, Guiguang and Han, Jungong',
+    venue='IEEE/CVF International Conference on Computer Vision',
+    year='2019',
+    arxiv='1908.03930',
+)
 
 
 def _check_odd(owner: str, kernel_size: tuple[int, int]) -> None:
@@ -112,6 +126,8 @@ class ACConv2d(ReparamConv2d):
     Raises:
         ReparamError: an even kernel side, an unknown branch_norm, or an option that belongs to the other branch_norm.
     """
+
+    method = _METHOD
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ this one: a class that derives from :class:`ReparamLayer` and the torch layer, a
 """
 
 import copy
+import dataclasses
 import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
@@ -20,6 +21,7 @@ from timm.layers.padding import pad_same
 from ..errors import ReparamError
 
 __all__ = [
+    'Method',
     'ReparamLayer',
     'ReparamConv2d',
     'ReparamConvTranspose2d',
@@ -44,15 +46,42 @@ def check_init(owner: str, init: str) -> None:
         raise ReparamError(f"{owner}: init must be 'lift' (exactly the given convolution) or 'scratch', got {init!r}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What is said of a method, and who is credited.
+
+    Attributes:
+        name: What it is called.
+        summary: What it does, in a sentence or two.
+        title: Title of the paper.
+        authors: Its authors, as BibTeX writes them.
+        venue: Where it appeared.
+        year: When it appeared.
+        arxiv: Its number on arXiv.
+    """
+
+    name: str
+    summary: str
+    title: str
+    authors: str
+    venue: str
+    year: str
+    arxiv: str
+
+
 class ReparamLayer:
     """Mixin in front of a torch convolution: ``from_conv``, ``equivalent_kernel`` and ``fuse``.
 
     Attributes:
+        method: The method behind the layer.
         conv_types: Exact types of convolution that this layer replaces.
+        input_dependent: Whether the kernel depends on the input, so that fusing gives a form for inference only.
         needs_trained_weights: Whether the method starts from trained weights and means nothing without.
     """
 
+    method: ClassVar[Method]
     conv_types: ClassVar[tuple[type[nn.Module], ...]] = ()
+    input_dependent: ClassVar[bool] = False
     needs_trained_weights: ClassVar[bool] = False
 
     @classmethod

@@ -10,13 +10,32 @@ import torch
 import torch.nn as nn
 
 from ..errors import ReparamError
-from .base import ReparamConv2d, ReparamConvTranspose2d
+from .base import Method, ReparamConv2d, ReparamConvTranspose2d
 
 __all__ = ['DOConv2d', 'DOConvTranspose2d']
 
 
+_METHOD = Method(
+    name='DO-Conv',
+    summary=(
+        'While it trains, every kernel larger than 1x1 is the product of a kernel and a depthwise transform '
+        'that starts as the identity; the product is again one kernel of the same size.'
+    ),
+    title='DO-Conv: Depthwise Over-parameterized Convolutional Layer',
+    authors=(
+        'Cao, Jinming and Li, Yangyan and Sun, Mingchao and Chen, Ying and Lischinski, Dani and Cohen-Or, '
+        'Daniel and Chen, Baoquan and Tu, Changhe'
+    ),
+    venue='IEEE Transactions on Image Processing',
+    year='2022',
+    arxiv='2006.12030',
+)
+
+
 class _DepthwiseOverParameterised:
     """What the convolution and the transposed convolution share: the parameters, their start, the kernel."""
+
+    method = _METHOD
 
     def _add_depthwise(self, depth_multiplier: int | None, device=None, dtype=None) -> None:
         area = self.kernel_size[0] * self.kernel_size[1]

@@ -20,9 +20,22 @@ from timm.layers import register_notrace_module
 from timm.layers.padding import pad_same
 
 from ..errors import ReparamError
-from .base import ReparamConv2d, autocast_disabled, conv_arguments, exact_copy
+from .base import Method, ReparamConv2d, autocast_disabled, conv_arguments, exact_copy
 
 __all__ = ['DynamicConv2d', 'KernelAttention']
+
+_METHOD = Method(
+    name='Dynamic convolution',
+    summary=(
+        'Each convolution mixes several kernels by weights that an attention branch computes from its input, '
+        'so every image gets a kernel of its own.'
+    ),
+    title='Dynamic Convolution: Attention over Convolution Kernels',
+    authors='Chen, Yinpeng and Dai, Xiyang and Liu, Mengchen and Chen, Dongdong and Yuan, Lu and Liu, Zicheng',
+    venue='IEEE/CVF Conference on Computer Vision and Pattern Recognition',
+    year='2020',
+    arxiv='1912.03458',
+)
 
 # Narrowest hidden layer of the attention, for inputs of few channels.
 _MIN_HIDDEN = 4
@@ -121,6 +134,9 @@ class DynamicConv2d(ReparamConv2d):
     Raises:
         ReparamError: an option out of its range.
     """
+
+    method = _METHOD
+    input_dependent = True
 
     def __init__(
         self,

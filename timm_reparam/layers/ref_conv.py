@@ -12,14 +12,29 @@ import torch.nn.functional as F
 from timm.layers import to_2tuple
 
 from ..errors import ReparamError
-from .base import ReparamConv2d, ReparamConvTranspose2d
+from .base import Method, ReparamConv2d, ReparamConvTranspose2d
 
 __all__ = ['RefConv2d', 'RefConvTranspose2d']
+
+
+_METHOD = Method(
+    name='RefConv',
+    summary=(
+        'The trained kernels are frozen and a small learned map over the kernels refocuses them; a frozen '
+        'kernel and its mapped change add up to one kernel.'
+    ),
+    title='RefConv: Re-parameterized Refocusing Convolution for Powerful ConvNets',
+    authors='Cai, Zhicheng and Ding, Xiaohan and Shen, Qiu and Cao, Xun',
+    venue='IEEE Transactions on Neural Networks and Learning Systems',
+    year='2025',
+    arxiv='2310.10563',
+)
 
 
 class _Refocusing:
     """What the convolution and the transposed convolution share: the frozen base, the map, the kernel."""
 
+    method = _METHOD
     needs_trained_weights = True
 
     def _add_map(self, map_kernel_size: int | tuple[int, int], device=None, dtype=None) -> None:
