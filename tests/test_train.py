@@ -1,0 +1,935 @@
+"""train.py: flags, data, training of every variant, resuming, several processes, the saved result."""
+
+import argparse
+import csv
+import inspect
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import timm.data
+import timm.optim
+import timm.scheduler
+import torch
+import yaml
+from PIL import Image
+from stand_in import add_stock
+from timm import utils
+from timm.models import load_state_dict
+from timm.task import resume_task_checkpoint
+
+from timm_reparam import DOConv2d, DynamicConv2d, RefConv2d, ReparamError, fuse_model
+from timm_reparam.convert import VARIANTS
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402
+
+TIMM_FLAGS = json.loads((Path(__file__).parent / 'timm_flags.json').read_text())
+CLASSES, TRAIN_IMAGES, VALIDATION_IMAGES, SIDE = 3, 8, 4, 16
+
+# a net and a schedule that take a moment
+TINY = ['--model-kwargs', 'layers=(1,1,1,1)', 'channels=(8,8,8,8)']
+SHORT = ['--epochs', '2', '--warmup-epochs', '0', '--lr', '0.05', '-b', '8', '-j', '0']
+SIZE = ['--input-size', '3', str(SIDE), str(SIDE), '--num-classes', str(CLASSES)]
+
+
+@pytest.fixture(autouse=True, scope='module')
+def one_thread():
+    """One thread, as in the subprocesses: sums then have one order everywhere."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory) -> Path:
+    """A folder of small images in three classes that differ in colour."""
+    root = tmp_path_factory.mktemp('data') / 'photos'
+    random = np.random.default_rng(0)
+    for split, images in (('train', TRAIN_IMAGES), ('validation', VALIDATION_IMAGES)):
+        for label in range(CLASSES):
+            folder = root / split / f'class{label}'
+            folder.mkdir(parents=True)
+            for index in range(images):
+                pixels = random.integers(0, 128, (SIDE + 4, SIDE + 2, 3)).astype(np.uint8)
+                pixels[..., label] += 100
+                Image.fromarray(pixels).save(folder / f'{index}.png')
+    return root
+
+
+@pytest.fixture
+def flags(photos, tmp_path):
+    """Command line of a short run on the photos that writes into the test's own folder."""
+
+    def make(*extra: str, model: str = 'resnet18_doconv', experiment: str = 'run') -> list[str]:
+        places = ['--data-dir', str(photos), '--output', str(tmp_path / 'output'), '--experiment', experiment]
+        return [*places, '--zoo', str(tmp_path / 'zoo'), '--model', model, *TINY, *SHORT, *SIZE, *extra]
+
+    return make
+
+
+def parse(*argv: str) -> argparse.Namespace:
+    return train.parse_args(argv)
+
+
+def prepare(argv: list[str]) -> train.Run:
+    return train.prepare(train.parse_args(argv))
+
+
+def refusal(argv: list[str], capsys) -> str:
+    """Run the script, which has to fail, and return its error message."""
+    assert train.main(argv) == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith('train.py: error: ')
+    return message
+
+
+def read_summary(folder: Path) -> list[dict[str, str]]:
+    with open(folder / 'summary.csv', newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def same(first, second, place='') -> None:
+    """Assert that two nested values are equal, tensors bit for bit."""
+    assert type(first) is type(second), place
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), place
+        for key in first:
+            same(first[key], second[key], f'{place}/{key}')
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second), place
+        for index, pair in enumerate(zip(first, second, strict=True)):
+            same(*pair, f'{place}/{index}')
+    elif isinstance(first, torch.Tensor):
+        assert first.dtype == second.dtype and torch.equal(first, second), place
+    else:
+        assert first == second, place
+
+
+# Flags
+
+
+def dest_of(names: str) -> str:
+    return next(
+        action.dest
+        for action in train.build_parser()._actions
+        if set(names.split()) <= {*action.option_strings, action.dest}
+    )
+
+
+@pytest.mark.parametrize('names', TIMM_FLAGS)
+def test_every_flag_of_timm_is_honoured_or_refused(names):
+    dest = dest_of(names)
+    timm_readers = (
+        timm.optim.optimizer_kwargs,
+        timm.scheduler.scheduler_kwargs,
+        timm.data.resolve_data_config,
+        utils.is_primary,
+    )
+    readers = [inspect.getsource(train), *map(inspect.getsource, timm_readers)]
+    read = any(
+        re.search(rf"(args|cfg|named)\.{dest}\b|\(cfg, '{dest}'|args(\.get\(|\[)'{dest}'", text) for text in readers
+    )
+    assert read or dest in train.REFUSED, f'{names} would be ignored'
+
+
+@pytest.mark.parametrize('names', TIMM_FLAGS)
+def test_defaults_are_those_of_timm(names):
+    default = train.build_parser().get_default(dest_of(names))
+    exceptions = {'--device': None, '-c --config': None}  # the device is chosen, see test_device
+    assert default == exceptions.get(names, TIMM_FLAGS[names])
+
+
+REFUSED_EXAMPLES = {
+    'fuser': ['--fuser', 'te'],
+    'drop_connect': ['--drop-connect', '0.1'],
+    'tta': ['--tta', '2'],
+    'naflex_loader': ['--naflex-loader'],
+    'naflex_train_seq_lens': ['--naflex-train-seq-lens', '128', '256'],
+    'naflex_max_seq_len': ['--naflex-max-seq-len', '128'],
+    'naflex_patch_sizes': ['--naflex-patch-sizes', '8', '16'],
+    'naflex_patch_size_probs': ['--naflex-patch-size-probs', '0.5', '0.5'],
+    'naflex_loss_scale': ['--naflex-loss-scale', 'none'],
+    'naflex_patchify_channels_first': ['--naflex-patchify-channels-first'],
+}
+
+
+@pytest.mark.parametrize('dest', train.REFUSED)
+def test_refused_flags_say_their_name_and_the_reason(dest):
+    example = REFUSED_EXAMPLES[dest]
+    with pytest.raises(ReparamError, match=re.escape(example[0])) as caught:
+        parse('--data-dir', 'somewhere', *example)
+    assert train.REFUSED[dest] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    'argv, expected',
+    [
+        (['--no-such-flag'], 'unrecognized arguments: --no-such-flag'),
+        (['--variant', 'fastconv'], '--variant fastconv: expected one of'),
+        (['--tag', 'two words'], 'tag'),
+        (['--tag', 'über'], 'tag'),
+        (['--tag', 'a--b'], 'tag'),
+        (['--conv-options', 'depth_multiplier'], 'expected key=value'),
+        (['--epochs', 'many'], 'argument --epochs: invalid int value'),
+        (['--clip-mode', 'hard'], '--clip-mode'),
+        (['--batch-size', '0'], '--batch-size 0: expected at least 1'),
+        (['--seed', '-1'], '--seed -1: expected at least 0'),
+        (['--checkpoint-hist', '0'], '--checkpoint-hist 0: expected at least 1'),
+        (['--aug-splits', '1'], '--aug-splits 1'),
+        (['--jsd-loss'], '--jsd-loss'),
+        (['--split-bn'], '--split-bn'),
+        (['--mixup', '0.2', '--aug-splits', '3'], '--aug-splits'),
+        (['--amp', '--model-dtype', 'bfloat16'], '--amp'),
+        (['--torchscript', '--torchcompile'], '--torchscript and --torchcompile'),
+        (['--torchscript', '--sync-bn'], '--sync-bn'),
+        (['--resume', 'auto'], '--resume auto'),
+        (['--wandb-resume-id', 'x'], '--wandb-resume-id'),
+        (['--log-wandb'], '--log-wandb: the package wandb is not installed'),
+        (
+            ['--epoch-repeats', '2'],
+            '--epoch-repeats 2.0: read by datasets of kind hfids, tfds, wds only, not by folder',
+        ),
+        (['--train-num-samples', '9'], '--train-num-samples'),
+        (['--dataset-download'], '--dataset-download'),
+        (['--dataset', 'digits'], '--data-dir'),
+        (['--use-multi-epochs-loader', '--mixup-off-epoch', '3'], '--use-multi-epochs-loader'),
+    ],
+)
+def test_bad_flags(argv, expected, capsys):
+    if '--log-wandb' in argv and train.importlib.util.find_spec('wandb'):
+        pytest.skip('wandb is installed')
+    assert expected in refusal(['--data-dir', 'somewhere', *argv], capsys)
+
+
+def test_no_arguments_train_the_digits():
+    args = parse()
+    assert vars(args).items() >= train.DEFAULT_RECIPE.items()
+    assert vars(args).items() >= train.DIGITS_DATA.items()
+    assert args.hflip == 0 and args.vflip == 0
+    assert train.result_tag(args) == 'digits'
+
+
+def test_a_flag_changes_one_thing_of_the_recipe():
+    args = parse('--epochs', '1', '--variant', 'doconv')
+    assert args.epochs == 1 and args.model == 'resnet18_doconv' and args.dataset == 'digits'
+
+
+def test_a_named_dataset_has_timms_defaults():
+    for argv in (['somewhere'], ['--data-dir', 'somewhere'], ['--dataset', 'torch/cifar10']):
+        args = parse(*argv)
+        assert args.model == 'resnet50' and args.epochs == 300 and args.hflip == 0.5 and args.input_size is None
+    digits = parse('--dataset', 'digits', '--input-size', '1', '16', '16')
+    assert digits.epochs == 300 and digits.hflip == 0 and digits.input_size == [1, 16, 16]
+
+
+def test_the_tag_is_the_datasets_name_made_legal():
+    for argv, tag in (
+        (['--data-dir', '/data/my photos (2)'], 'my-photos-2'),
+        (['--data-dir', '/data/birds.tar'], 'birds'),
+        (['--dataset', 'hfds/someone/flowers..x'], 'someone-flowers.x'),
+        (['--dataset', 'torch/cifar10'], 'cifar10'),
+        (['--data-dir', '/data/x', '--tag', 'My_tag.1'], 'My_tag.1'),
+    ):
+        assert train.result_tag(parse(*argv)) == tag
+
+
+def write_yaml(path: Path, values: dict) -> str:
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def test_config_of_timm_with_every_flag_at_its_default(tmp_path):
+    values = {dest_of(names): default for names, default in TIMM_FLAGS.items() if names != '-c --config'}
+    config = write_yaml(tmp_path / 'args.yaml', {**values, 'data_dir': 'somewhere', 'lr': '2e-3', 'amp_impl': 'native'})
+    args = parse('--config', config)
+    expected = parse('--data-dir', 'somewhere', '--lr', '2e-3')
+    assert {**vars(args), 'config': None} == vars(expected)
+
+
+def test_config_round_trip_and_precedence(flags, tmp_path):
+    argv = flags(
+        '--conv-options', 'depth_multiplier=18', "skip=['conv1']", '--opt', 'adamw', '--opt-betas', '0.8', '0.9'
+    )
+    written = prepare(argv).output_dir / 'args.yaml'
+    again = vars(parse('--config', str(written)))
+    expected = vars(parse(*argv))
+    expected['model_kwargs'] = {'layers': [1, 1, 1, 1], 'channels': [8, 8, 8, 8]}  # yaml has lists only
+    assert {**again, 'config': None} == expected
+    changed = parse('--config', str(written), '--lr', '1', '--conv-options', 'depth_multiplier=9')
+    assert changed.lr == 1 and changed.conv_options == {'depth_multiplier': 9} and changed.epochs == 2
+
+
+@pytest.mark.parametrize(
+    'values, expected',
+    [
+        ({'lr': 0.1, 'learning_rate': 0.1}, 'learning_rate: no flag of that name'),
+        ({'naflex_loader': True}, '--naflex-loader'),
+        ({'native_amp': True}, 'native_amp: True: no longer a flag; use --amp'),
+        ({'amp': 'yes'}, "amp: expected bool, got 'yes'"),
+        ({'epochs': 'many'}, "epochs: expected int, got 'many'"),
+        ({'epochs': 2.5}, 'epochs: expected int, got 2.5'),
+        ({'lr': True}, 'lr: expected float, got True'),
+        ({'input_size': [3, 'x', 1]}, 'input_size: expected int'),
+        ({'clip_mode': 'hard'}, 'clip_mode: expected one of norm, value, agc'),
+        (['lr'], 'expected flags and their values'),
+    ],
+)
+def test_bad_config(values, expected, tmp_path, capsys):
+    config = write_yaml(tmp_path / 'args.yaml', values)
+    assert expected in refusal(['--config', config, '--data-dir', 'somewhere'], capsys)
+
+
+def test_missing_config(tmp_path, capsys):
+    assert 'none.yaml' in refusal(['--config', str(tmp_path / 'none.yaml')], capsys)
+
+
+def test_device(flags, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.accelerator, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    config = write_yaml(tmp_path / 'args.yaml', {'device': 'cuda'})  # timm's default, asked for by nobody
+    for argv in ([], ['--config', config]):
+        assert train.choose_device(parse('--data-dir', 'somewhere', *argv)).type == 'cpu'
+    assert '--device cuda: there is no CUDA device' in refusal(flags('--device', 'cuda'), capsys)
+
+
+# Data
+
+
+def test_digits_are_split_once_and_evenly():
+    splits = train.Digits('train'), train.Digits('validation', 'L')
+    assert [len(split) for split in splits] == [1437, 360]
+    for split in splits:
+        assert np.ptp(np.bincount(split.targets)) <= 10 * len(split) / 1437
+    image, label = splits[0][0]
+    assert image.mode == 'RGB' and image.size == (8, 8) and splits[1][0][0].mode == 'L' and label in range(10)
+    assert np.array_equal(train.Digits('train').images, splits[0].images)
+    pixels = {image.tobytes() for image in splits[0].images}
+    assert sum(image.tobytes() in pixels for image in splits[1].images) <= 3
+
+
+def test_digits_without_scikit_learn(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)
+    message = refusal(['--epochs', '1', '--output', str(tmp_path / 'o'), '--zoo', str(tmp_path / 'z')], capsys)
+    assert "pip install 'timm-reparam[demo]'" in message
+    assert not any(tmp_path.iterdir())
+
+
+def test_bad_folders(flags, photos, tmp_path, capsys):
+    def refused(root: Path, *extra: str) -> str:
+        return refusal([*flags(*extra), '--data-dir', str(root)], capsys)
+
+    assert 'no such file or folder' in refused(tmp_path / 'nowhere')
+
+    empty = tmp_path / 'empty'
+    (empty / 'train').mkdir(parents=True)
+    (empty / 'validation').mkdir()
+    assert str(empty) in refused(empty)
+
+    flat = tmp_path / 'flat'
+    for split in ('train', 'validation'):
+        (flat / split).mkdir(parents=True)
+        shutil.copy(photos / 'train/class0/0.png', flat / split)
+    assert 'no classes' in refused(flat)
+
+    half = tmp_path / 'half'
+    shutil.copytree(photos / 'train', half / 'train')
+    assert "no split 'validation'" in refused(half)
+
+    unequal = tmp_path / 'unequal'
+    shutil.copytree(photos, unequal)
+    shutil.rmtree(unequal / 'validation' / 'class1')
+    assert 'different classes (class1)' in refused(unequal)
+
+    assert 'the dataset has 3 classes' in refusal(flags('--num-classes', '2'), capsys)
+    assert 'larger than the training split' in refusal(flags('-b', '100'), capsys)
+    assert not (tmp_path / 'output').exists() and not (tmp_path / 'zoo').exists()
+
+
+def test_random_stream_is_its_own():
+    device = torch.device('cpu')
+    utils.random_seed(0)
+    expected = torch.rand(1).item(), np.random.rand()
+    utils.random_seed(0)
+    stream = train.RandomStream(device, 1, 2)
+    with stream:
+        first = torch.rand(2), np.random.rand()
+    assert (torch.rand(1).item(), np.random.rand()) == expected
+    again = train.RandomStream(device, 1, 2)
+    with again:
+        head = torch.rand(1)
+    torch.rand(5)
+    with again:
+        assert torch.equal(torch.cat((head, torch.rand(1))), first[0]) and np.random.rand() == first[1]
+    with train.RandomStream(device, 1, 3):
+        assert not torch.equal(torch.rand(2), first[0])
+
+
+# Training
+
+
+def load_folder(folder: Path) -> torch.nn.Module:
+    return timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+
+
+@pytest.mark.parametrize('variant', sorted(VARIANTS))
+def test_every_variant_trains_and_is_saved_in_both_forms(variant, flags, tmp_path, capsys, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert train.main(flags('--variant', variant, model='resnet18')) == 0
+    warned = [record for record in caplog.records if 'pretrained weights' in record.getMessage()]
+    assert len(warned) == (variant == 'refconv')
+
+    rows = read_summary(tmp_path / 'output/run')
+    assert [row['epoch'] for row in rows] == ['0', '1'] and all(float(row['eval_top1']) >= 0 for row in rows)
+    zoo = tmp_path / 'zoo'
+    names = [f'resnet18_{variant}.photos', f'resnet18_{variant}.photos_fused']
+    assert sorted(path.name for path in zoo.iterdir()) == names
+    for name in names:
+        files = {path.name for path in (zoo / name).iterdir()}
+        assert files == {'config.json', 'model.safetensors', 'README.md', 'training.json'}
+    architecture = f'resnet18_{variant}' if variant == 'dyconv' else 'resnet18'
+    assert json.loads((zoo / names[1] / 'config.json').read_text())['architecture'] == architecture
+
+    model, fused = map(load_folder, (zoo / name for name in names))
+    assert any(isinstance(module, VARIANTS[variant][0]) for module in model.modules())
+    images = torch.randn(4, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(fused(images), model(images), rtol=1e-4, atol=1e-5)
+    best = torch.load(tmp_path / 'output/run/model_best.pth.tar', weights_only=True)['state_dict']
+    same(dict(model.state_dict()), dict(best))
+
+    facts = json.loads((zoo / names[0] / 'training.json').read_text())
+    assert facts['dataset']['validation_images'] == CLASSES * VALIDATION_IMAGES
+    assert facts['fusion']['num_inputs'] == CLASSES * VALIDATION_IMAGES
+    table = capsys.readouterr().out
+    for text in ('top-1', 'largest logit difference', 'parameters', 'MACs', 'latency', str(zoo / names[1])):
+        assert text in table
+
+
+def test_any_other_architecture_becomes_a_variant(flags, tmp_path):
+    assert train.main(flags('--epochs', '1', '--variant', 'acconv', model='seresnet18')) == 0
+    load_folder(tmp_path / 'zoo/seresnet18_acconv.photos')
+    load_folder(tmp_path / 'zoo/seresnet18_acconv.photos_fused')
+    assert parse('x', '--model', 'seresnet18_acconv').model == 'seresnet18_acconv'
+
+
+def test_variant_names(capsys, flags):
+    def name(*argv: str) -> str:
+        return train.model_name(parse('somewhere', *argv))
+
+    assert name('--model', 'resnet18.a1_in1k', '--variant', 'refconv') == 'resnet18_refconv.a1_in1k'
+    assert name('--model', 'resnet18_doconv', '--variant', 'doconv') == 'resnet18_doconv'
+    assert name('--model', 'resnet18') == 'resnet18'
+    assert name('--model', 'local-dir:zoo/x') == 'local-dir:zoo/x'
+    assert timm.is_model(name('--model', 'regnetx_002_doconv'))
+    assert 'is a variant already' in refusal(flags('--variant', 'acconv'), capsys)
+    assert '--variant acconv' in refusal(flags('--variant', 'acconv', model='hf-hub:a/b'), capsys)
+    assert '--conv-options' in refusal(flags('--conv-options', 'skip=x', model='resnet18'), capsys)
+    for unknown in ('resnet18_fastconv', 'resnet_of_nobody_doconv'):
+        assert unknown.removesuffix('_doconv') in refusal(flags(model=unknown), capsys)
+    assert 'depth_multiplier' in refusal(flags('--conv-options', 'depth_multiplier=2'), capsys)
+
+
+def test_a_stock_model_gives_one_folder_that_refconv_starts_from(flags, tmp_path, capsys, caplog):
+    assert train.main(flags(model='resnet18')) == 0
+    assert [path.name for path in (tmp_path / 'zoo').iterdir()] == ['resnet18.photos']
+    assert 'nothing to fuse' in capsys.readouterr().out
+    stock = load_folder(tmp_path / 'zoo/resnet18.photos')
+
+    caplog.clear()
+    base = ['--pretrained-path', str(tmp_path / 'zoo/resnet18.photos')]
+    run = prepare(flags(*base, model='resnet18_refconv', experiment='refocused'))
+    assert not [record for record in caplog.records if 'pretrained weights' in record.getMessage()]
+    assert torch.equal(run.model.layer1[0].conv1.weight, stock.layer1[0].conv1.weight)
+    train.train(run)
+    assert torch.equal(run.model.layer1[0].conv1.weight, stock.layer1[0].conv1.weight)
+    assert run.model.layer1[0].conv1.map_weight.any()
+
+    # a stock checkpoint that is loaded without lifting
+    message = refusal(flags('--initial-checkpoint', str(tmp_path / 'output/run/last.pth.tar'), experiment='x'), capsys)
+    assert '--initial-checkpoint' in message and '--pretrained-path' in message
+
+
+def test_published_weights_are_lifted_and_named_in_the_facts(flags, hub, tmp_path, caplog):
+    stock = add_stock(hub, 'resnet18.a1_in1k')
+    argv = flags('--variant', 'refconv', '--pretrained', '--epochs', '1', model='resnet18.a1_in1k')
+    argv = [flag for flag in argv if flag not in TINY]
+    assert train.main(argv) == 0
+    assert not [record for record in caplog.records if 'pretrained weights' in record.getMessage()]
+    folder = tmp_path / 'zoo/resnet18_refconv.photos'
+    assert torch.equal(load_folder(folder).layer4[1].conv2.weight, stock.layer4[1].conv2.weight)
+    facts = json.loads((folder / 'training.json').read_text())
+    assert facts['base_model']['id'] == 'timm/resnet18.a1_in1k' and facts['recipe']['pretrained'] is True
+    assert not any(str(tmp_path) in str(value) for value in facts.values())
+
+
+def test_temperature_is_annealed_in_forward_passes(flags):
+    dynamic = flags('--epochs', '6', '-b', '4', '--grad-accum-steps', '3', model='resnet18_dyconv')
+    run = prepare(dynamic)
+    layer = next(module for module in run.model.modules() if isinstance(module, DynamicConv2d))
+    batches = CLASSES * TRAIN_IMAGES // 4
+    assert layer.temperature_steps == batches * 6 // 3
+    train.train_epoch(run)
+    assert layer.temperature_position == batches  # one a forward pass, with two updates
+
+    run = prepare([*dynamic, '--epochs', '60', '--experiment', 'long'])
+    layer = next(module for module in run.model.modules() if isinstance(module, DynamicConv2d))
+    assert layer.temperature_steps == batches * 10
+
+    run = prepare([*dynamic, '--conv-options', 'temperature_steps=7', '--experiment', 'given'])
+    layer = next(module for module in run.model.modules() if isinstance(module, DynamicConv2d))
+    assert layer.temperature_steps == 7
+
+
+def test_resuming_keeps_the_temperature(flags, tmp_path):
+    first = flags('--epochs', '3', '--val-interval', '1', model='resnet18_dyconv')
+    run = prepare(first)
+    run.num_epochs = 1
+    train.train(run)
+    resumed = prepare([*first, '--resume', 'auto', '--epochs', '30'])
+    layer = next(module for module in resumed.model.modules() if isinstance(module, DynamicConv2d))
+    batches = CLASSES * TRAIN_IMAGES // 8
+    assert resumed.epoch == 1 and layer.temperature_position == batches and layer.temperature_steps == batches
+
+
+MANY_FLAGS = {
+    'binary cross-entropy, mixed by the main process': '--bce-loss --bce-sum --mixup 0.2 --cutmix 1 --no-prefetcher '
+    '--mixup-mode elem --bce-target-thresh 0.2 --mixup-off-epoch 1',
+    'mixed by the loader': '--mixup 0.2 --cutmix 1 --mixup-off-epoch 1 --reprob 0.5 --aa rand-m5-n1 --workers 2',
+    'augmentation splits': '--aug-splits 3 --jsd-loss --split-bn --resplit --reprob 0.3 --aa augmix-m3 -b 8',
+    'scripted': '--torchscript --model-ema --model-ema-warmup',
+    'compiled': '--torchcompile eager --model-ema --clip-grad 1',
+    # 32 pixels: PyTorch's own kernels give NaN gradients for 1x1 images in bfloat16 and channels_last, on some CPUs
+    'mixed precision': '--amp --amp-dtype bfloat16 --channels-last --clip-grad 1 --clip-mode value '
+    '--input-size 3 32 32',
+    'low precision': '--model-dtype bfloat16 --grad-accum-steps 2',
+    'checkpointing': '--grad-checkpointing --grad-accum-steps 2 --drop 0.1 --drop-path 0.1 --synchronize-step',
+    'layer decay': '--opt lamb --layer-decay 0.7 --layer-decay-min-scale 0.1 --opt-eps 1e-6 '
+    '--opt-kwargs max_grad_norm=2',
+    'plateau': '--sched plateau --patience-epochs 0 --eval-metric loss --smoothing 0',
+    'schedule on updates': '--sched-on-updates --sched poly --warmup-epochs 1 --warmup-prefix --lr-noise 0.2 0.9',
+    'scheduled sizes': '--train-img-sizes 12 16 --train-batch-sizes 8 4 --variable-batch-loss-scale sqrt',
+    'no validation': '--val-split= --val-interval 2 --save-images --log-interval 1 --checkpoint-hist 1',
+    'one channel': '--input-size 1 16 16 --mean 0.5 --std 0.2 --no-aug --head-init-scale 0.1 '
+    '--head-init-bias 1 --gp max',
+    'average on the CPU': '--model-ema --model-ema-force-cpu --val-interval 2 --recovery-interval 1',
+    'lasting workers': '--use-multi-epochs-loader --workers 1 --worker-seeding part',
+}
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning')
+@pytest.mark.parametrize('extra', MANY_FLAGS.values(), ids=MANY_FLAGS.keys())
+def test_many_flags(extra, flags, tmp_path):
+    assert train.main(flags(*extra.split())) == 0
+    load_folder(tmp_path / 'zoo/resnet18_doconv.photos')
+    fused = load_folder(tmp_path / 'zoo/resnet18_doconv.photos_fused')
+    assert not any(isinstance(module, DOConv2d) for module in fused.modules())
+
+
+def test_tar(flags, photos, tmp_path):
+    archive = shutil.make_archive(str(tmp_path / 'pictures'), 'tar', photos / 'train')
+    assert train.main([*flags('--epochs', '1', '--val-split='), '--data-dir', archive]) == 0
+    assert (tmp_path / 'zoo/resnet18_doconv.pictures').is_dir()
+
+
+def test_distillation(flags, tmp_path, capsys):
+    assert train.main(flags('--epochs', '1', model='resnet18', experiment='teacher')) == 0
+    teacher = f'local-dir:{tmp_path / "zoo/resnet18.photos"}'
+    for kind in ('logit', 'feature'):
+        argv = flags(
+            '--kd-model-name', teacher, '--kd-distill-type', kind, '--epochs', '1', '--tag', kind, experiment=kind
+        )
+        assert (
+            train.main([*argv, '--task-loss-weight', '0.5', '--model-kwargs', *TINY[1:2], 'channels=(8,8,8,16)']) == 0
+        )
+        assert (tmp_path / f'zoo/resnet18_doconv.{kind}_fused').is_dir()
+    argv = flags('--kd-model-name', teacher, '--kd-distill-type', 'token', experiment='token')
+    assert '--kd-distill-type token' in refusal(argv, capsys)
+
+
+def test_adaptive_clipping_leaves_what_a_variant_adds_alone(flags):
+    run = prepare(flags('--clip-grad', '0.01', '--clip-mode', 'agc'))
+    names = {parameter.data_ptr(): name for name, parameter in run.model.named_parameters()}
+    clipped = {names[parameter.data_ptr()] for parameter in train.clipped_parameters(run)}
+    assert 'layer1.0.conv1.weight' in clipped and 'fc.weight' not in clipped
+    assert not any(name.endswith('depthwise_weight') for name in clipped)
+    train.train_epoch(run)
+    assert run.model.layer1[0].conv1.depthwise_weight.any()
+
+
+def test_the_average_is_validated_and_saved(flags, tmp_path):
+    assert train.main(flags('--model-ema', '--model-ema-decay', '0.5')) == 0
+    best = torch.load(tmp_path / 'output/run/model_best.pth.tar', weights_only=True)
+    saved = load_folder(tmp_path / 'zoo/resnet18_doconv.photos').state_dict()
+    same(dict(saved), dict(best['state_dict_ema']))
+    assert not torch.equal(saved['fc.weight'], best['state_dict']['fc.weight'])
+
+
+def test_not_a_number(flags, tmp_path, capsys):
+    assert train.main(flags('--epochs', '1')) == 0
+    before = (tmp_path / 'output/run/last.pth.tar').read_bytes()
+    message = refusal(flags('--resume', 'auto', '--lr', '1e30', '--epochs', '4', '--no-resume-opt'), capsys)
+    assert 'the loss is nan' in message or 'the loss is inf' in message or 'NaN or infinity' in message
+    assert (tmp_path / 'output/run/last.pth.tar').read_bytes() == before
+
+    run = prepare(flags(experiment='other'))
+    run.model.bn1.running_var[0] = float('nan')
+    with pytest.raises(ReparamError, match='bn1.running_var'):
+        train.check_finite(run)
+
+
+def test_a_failed_proof_stops_the_run(flags, tmp_path, capsys, monkeypatch):
+    def wrong_fusion(model):
+        fused = fuse_model(model)
+        with torch.no_grad():
+            fused.conv1.weight.mul_(1.01)
+        return fused
+
+    monkeypatch.setattr(train, 'fuse_model', wrong_fusion)
+    message = refusal(flags(), capsys)
+    assert 'epoch 0' in message and 'NOT proved' in message
+    assert not (tmp_path / 'zoo').exists() and not train.checkpoints_in(tmp_path / 'output/run')
+
+
+def test_places_that_cannot_be_written_to(flags, tmp_path, capsys):
+    (tmp_path / 'file').write_text('not a folder')
+    argv = flags()
+    place = {name: argv.index(name) + 1 for name in ('--zoo', '--output')}
+    for name in ('--zoo', '--output'):
+        wrong = list(argv)
+        wrong[place[name]] = str(tmp_path / 'file/inside')
+        assert name in refusal(wrong, capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['file']
+
+
+def test_a_zoo_that_holds_another_model(flags, tmp_path, capsys):
+    assert train.main(flags('--epochs', '1', '--tag', 'x')) == 0
+    assert train.main(flags('--epochs', '1', '--tag', 'x', experiment='again')) == 0  # the same model is replaced
+    fused = tmp_path / 'zoo/resnet18_doconv.x_fused'
+    config = json.loads((fused / 'config.json').read_text())
+    (fused / 'config.json').write_text(json.dumps({**config, 'architecture': 'resnet34'}))
+    before = {path: path.read_bytes() for path in (tmp_path / 'zoo').rglob('*') if path.is_file()}
+    assert 'got one of resnet34' in refusal(flags('--tag', 'x', experiment='third'), capsys)
+    assert {path: path.read_bytes() for path in (tmp_path / 'zoo').rglob('*') if path.is_file()} == before
+    assert not (tmp_path / 'output/third').exists()
+
+
+def test_progress_bar_on_a_terminal_and_lines_in_a_log(monkeypatch, capsys, caplog):
+    with caplog.at_level(logging.INFO):
+        progress = train.Progress('epoch 0', 20, every=10)
+        for done in range(1, 21):
+            progress.update(done, 'loss 1')
+        assert [record.getMessage().split()[2] for record in caplog.records] == ['1/20', '11/20', '20/20']
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True, raising=False)
+    progress = train.Progress('epoch 0', 2, every=10)
+    progress.update(1, 'loss 1')
+    progress.close()
+    assert 'epoch 0 [##########..........] 1/2  loss 1' in capsys.readouterr().err
+
+
+# Checkpoints and resuming
+
+
+def test_checkpoints_are_read_without_running_code_and_by_timm(flags, tmp_path):
+    assert train.main(flags('--epochs', '1', '--model-ema')) == 0
+    path = tmp_path / 'output/run/last.pth.tar'
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint['arch'] == 'resnet18_doconv' and checkpoint['epoch'] == 0 and checkpoint['args']['epochs'] == 1
+    run = prepare(flags(experiment='other'))
+    task = train.ClassificationTask(run.model, criterion=torch.nn.CrossEntropyLoss())
+    assert resume_task_checkpoint(task, str(path), optimizer=run.optimizer) == 1
+    same(dict(run.model.state_dict()), dict(checkpoint['state_dict']))
+    same(dict(load_state_dict(str(path))), dict(checkpoint['state_dict_ema']))
+
+
+def test_a_checkpoint_of_timm_can_be_resumed(flags, tmp_path):
+    run = prepare(flags(model='resnet18', experiment='first'))
+    arguments = argparse.Namespace(model='resnet18', epochs=3)
+    saver = utils.CheckpointSaver(run.model, run.optimizer, args=arguments, checkpoint_dir=str(tmp_path))
+    saver.save_checkpoint(0, metric=50.0)
+    resumed = prepare(flags('--resume', str(tmp_path / 'last.pth.tar'), model='resnet18', experiment='second'))
+    assert resumed.epoch == 1 and resumed.saver.best_metric == 50.0
+    same(dict(resumed.model.state_dict()), dict(run.model.state_dict()))
+    train.train(resumed)
+
+
+def test_bad_checkpoints(flags, tmp_path, capsys):
+    assert train.main(flags('--epochs', '1')) == 0
+    last = tmp_path / 'output/run/last.pth.tar'
+    assert 'holds resnet18_doconv' in refusal(
+        flags('--resume', str(last), model='resnet18_acconv', experiment='other'), capsys
+    )
+    wider = flags('--resume', str(last), '--model-kwargs', 'layers=(1,1,1,1)', experiment='other')
+    assert 'does not fit' in refusal(wider, capsys)
+    broken = tmp_path / 'broken.pth.tar'
+    broken.write_bytes(last.read_bytes()[:1000])
+    assert 'not a readable checkpoint' in refusal(flags('--resume', str(broken), experiment='other'), capsys)
+    assert 'no such file' in refusal(flags('--resume', str(tmp_path / 'none'), experiment='other'), capsys)
+    torch.save({'weights': 1}, broken)
+    assert 'not a training checkpoint' in refusal(flags('--resume', str(broken), experiment='other'), capsys)
+    assert not (tmp_path / 'output/other').exists()
+    before = last.read_bytes()
+    assert 'another run' in refusal(flags(), capsys)
+    assert last.read_bytes() == before
+
+
+def test_resume_auto_starts_anew_where_there_is_nothing(flags):
+    run = prepare(flags('--resume', 'auto', experiment='new'))
+    assert run.epoch == 0
+
+
+def test_scaler_state_is_resumed(flags):
+    def scaled(argv: list[str]) -> train.Run:
+        run = prepare(argv)
+        run.scaler = run.saver.amp_scaler = utils.NativeScaler(device='cpu')
+        return run
+
+    run = scaled(flags())
+    run.scaler._scaler.load_state_dict({**run.scaler.state_dict(), 'scale': 128.0})
+    train.gather_random_states(run)
+    run.epoch = 1
+    run.saver.save_checkpoint(0, metric=1.0)
+    other = scaled(flags(experiment='other'))
+    last = run.output_dir / 'last.pth.tar'
+    train.resume(other, last, train.read_checkpoint(last))
+    assert other.scaler.state_dict() == run.scaler.state_dict() and other.scaler.state_dict()['scale'] == 128.0
+
+
+# All that draws random numbers or has a state of its own.
+EVERYTHING = (
+    '--model-ema --model-ema-warmup --model-ema-decay 0.9 --opt adamw --lr 0.01 --drop 0.2 --drop-path 0.2 --mixup 0.5 '
+    '--cutmix 0.5 --reprob 0.5 --remode pixel --aa rand-m9-mstd0.5 --color-jitter 0.4 --epochs 5 -b 4 '
+    '--grad-accum-steps 2 --checkpoint-hist 2 --log-interval 1'
+).split()
+
+
+def kill_when(argv: list[str], file: Path, timeout: float = 120) -> None:
+    """Run train.py in another process and kill it as soon as the file is there."""
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    command = [sys.executable, '-W', 'ignore', str(ROOT / 'train.py'), *argv]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        end = time.monotonic() + timeout
+        while not file.exists() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        output = process.communicate()[0].decode()
+    assert process.returncode == -signal.SIGKILL and file.exists(), output
+
+
+def assert_same_run(folder: Path, whole: Path) -> None:
+    """Assert that two runs left the same weights, states, history and summary, bit for bit."""
+    for name in ('last', 'model_best'):
+        found, expected = (torch.load(path / f'{name}.pth.tar', weights_only=True) for path in (folder, whole))
+        for checkpoint in (found, expected):
+            del checkpoint['args']
+        same(found, expected)
+    assert read_summary(folder) == read_summary(whole)
+    kept = [sorted(p.name for p in train.checkpoints_in(f) if 'recovery' not in p.name) for f in (folder, whole)]
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize(
+    'model, extra, file',
+    [
+        ('resnet18_acconv', [], 'checkpoint-1'),
+        ('resnet18_doconv', ['--workers', '2', '--recovery-interval', '1'], 'recovery-2-1'),
+    ],
+    ids=['after an epoch', 'in an epoch, with loader processes'],
+)
+def test_resuming_after_a_kill_is_exact(model, extra, file, flags, tmp_path):
+    argv = flags(*EVERYTHING, *extra, model=model, experiment='killed')
+    folder = tmp_path / 'output/killed'
+    kill_when(argv, folder / f'{file}.pth.tar')
+    assert not (tmp_path / 'zoo').exists()
+    assert train.main([*argv, '--resume', 'auto']) == 0
+    weights = {path: path.read_bytes() for path in (tmp_path / 'zoo').glob('*/model.safetensors')}
+    assert len(weights) == 2
+
+    assert train.main([*argv, '--experiment', 'whole']) == 0
+    assert {path: path.read_bytes() for path in weights} == weights
+    assert_same_run(folder, folder.with_name('whole'))
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+@pytest.mark.parametrize(
+    'model, extra',
+    [
+        ('resnet18_acconv', ['--workers', '1']),
+        ('resnet18_doconv', ['--sched-on-updates', '--no-prefetcher']),
+        ('resnet18_dyconv', ['--grad-accum-steps', '1']),
+        ('resnet18_refconv', ['--sched', 'plateau', '--patience-epochs', '0', '--opt', 'lookahead_adam']),
+    ],
+)
+def test_resuming_in_the_middle_of_an_epoch_is_exact(model, extra, flags, tmp_path, monkeypatch, capsys):
+    save_recovery = train.save_recovery
+
+    def save_and_stop(run, update):
+        save_recovery(run, update)
+        if (run.epoch, update) == (2, 1):
+            raise KeyboardInterrupt
+
+    argv = flags(*EVERYTHING, *extra, '--recovery-interval', '2', model=model, experiment='stopped')
+    folder = tmp_path / 'output/stopped'
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'save_recovery', save_and_stop)
+        assert train.main(argv) == 130
+    assert f'--resume {folder}' in capsys.readouterr().err
+    found = max(train.checkpoints_in(folder), key=lambda path: train.position(train.read_checkpoint(path)))
+    assert found.name == 'recovery-2-1.pth.tar'
+    assert train.main([*argv, '--resume', 'auto']) == 0
+    assert train.main([*argv, '--experiment', 'whole']) == 0
+    assert_same_run(folder, folder.with_name('whole'))
+
+
+def test_resuming_where_the_kill_came_between_two_files(flags, tmp_path):
+    argv = flags('--epochs', '3', '--checkpoint-hist', '2')
+    assert train.main([*argv, '--experiment', 'whole']) == 0
+    whole = tmp_path / 'output/whole'
+    run = prepare([*argv, '--experiment', 'killed'])
+    run.num_epochs = 2
+    train.train(run)
+    killed = tmp_path / 'output/killed'
+    # as if the second checkpoint had just been written, and not yet been kept or compared
+    (killed / 'checkpoint-1.pth.tar').unlink()
+    (killed / 'model_best.pth.tar').unlink()
+    shutil.copy(killed / 'checkpoint-0.pth.tar', killed / 'model_best.pth.tar')
+    (killed / 'tmp.pth.tar').write_bytes(b'half')
+    assert train.main([*argv, '--experiment', 'killed', '--resume', 'auto']) == 0
+    for name in ('last', 'model_best'):
+        found, expected = (torch.load(path / f'{name}.pth.tar', weights_only=True) for path in (killed, whole))
+        same(found['state_dict'], expected['state_dict'])
+        same(found['saver'], expected['saver'])
+
+
+def test_resuming_in_another_folder_brings_the_best_along(flags, tmp_path):
+    argv = flags('--epochs', '2', '--lr', '0')  # the first epoch stays the best
+    assert train.main(argv) == 0
+    last = str(tmp_path / 'output/run/last.pth.tar')
+    assert train.main([*argv, '--experiment', 'moved', '--resume', last, '--epochs', '3']) == 0
+    best = torch.load(tmp_path / 'output/moved/model_best.pth.tar', weights_only=True)
+    assert best['epoch'] == 0
+    assert [row['epoch'] for row in read_summary(tmp_path / 'output/moved')] == ['2']
+
+
+# Several processes
+
+PROBE = """
+import sys
+
+sys.path.insert(0, {root!r})
+import torch.distributed as dist
+import train
+from timm_reparam import RefConv2d
+
+run = train.prepare(train.parse_args(sys.argv[1:]))
+
+
+def differing(tensors):
+    everywhere = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, tensors)
+    return sorted(name for name in tensors if any(not other[name].equal(tensors[name]) for other in everywhere))
+
+
+state = dict(run.model.state_dict())
+start = {{name: value.clone() for name, value in state.items()}}
+assert not differing(start), differing(start)
+module = run.task.get_trainable_module()
+ignored = module.parameters_to_ignore
+bases = {{f'{{name}}.weight' for name, layer in run.model.named_modules() if isinstance(layer, RefConv2d)}}
+assert bases and ignored == bases, (ignored, bases)
+assert not bases & {{name for name, _ in module.named_buffers() if name in module.named_module_buffers}}
+run.num_epochs = 1
+train.train(run)
+assert not differing(state), differing(state)
+assert any(not state[name].equal(start[name]) for name in state)
+index, input, target = next(train.draw(
+    run.train_loader, train.RandomStream(run.device, run.args.rank), lambda *batch: batch))
+run.task(input, target)['loss'].backward()
+gradients = {{name: parameter.grad for name, parameter in run.model.named_parameters()}}
+assert not differing(gradients), differing(gradients)
+inputs = [None] * 2
+dist.all_gather_object(inputs, input)
+assert not inputs[0].equal(inputs[1])
+assert (run.saver is None) == (run.args.rank > 0)
+with open(f'agreed-{{run.args.rank}}', 'w'):
+    dist.destroy_process_group()
+"""
+
+
+def torchrun(script: Path, argv: list[str], cwd: Path | None = None) -> str:
+    command = [
+        sys.executable,
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        '--nproc-per-node',
+        '2',
+        str(script),
+        *argv,
+    ]
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_two_processes_agree_on_weights_gradients_and_frozen_kernels(flags, tmp_path):
+    probe = tmp_path / 'probe.py'
+    probe.write_text(PROBE.format(root=str(ROOT)))
+    argv = flags('--device', 'cpu', '--model-ema', '-b', '4', model='resnet18_refconv')
+    torchrun(probe, argv, cwd=tmp_path)
+    assert sorted(path.name for path in tmp_path.glob('agreed-*')) == ['agreed-0', 'agreed-1']
+
+
+def test_two_processes_train_resume_and_save_once(flags, tmp_path):
+    argv = flags('--device', 'cpu', '-b', '4', '--drop', '0.2', '--mixup', '0.2', '--grad-accum-steps', '2')
+    run = [*argv, '--experiment', 'whole']
+    output = torchrun(ROOT / 'train.py', run)
+    assert output.count('saved, fused form') == 1
+    whole = tmp_path / 'output/whole'
+    last = torch.load(whole / 'last.pth.tar', weights_only=True)
+    first, second = last['train_state']['random_states']
+    assert not torch.equal(first['torch'], second['torch'])
+    assert [row['epoch'] for row in read_summary(whole)] == ['0', '1']
+    load_folder(tmp_path / 'zoo/resnet18_doconv.photos_fused')
+
+    half = ['--resume', str(whole / 'checkpoint-0.pth.tar'), '--experiment', 'half']
+    torchrun(ROOT / 'train.py', [*argv, *half])
+    again = torch.load(tmp_path / 'output/half/last.pth.tar', weights_only=True)
+    same(again['state_dict'], last['state_dict'])
+    same(again['optimizer'], last['optimizer'])
+    same(again['train_state'], last['train_state'])
+
+
+def test_frozen_kernels_are_those_of_refconv():
+    model = timm.create_model('resnet18_refconv', layers=(1, 1, 1, 1), channels=(8, 8, 8, 8))
+    assert all('weight' in dict(layer.named_buffers()) for layer in model.modules() if isinstance(layer, RefConv2d))
+
+
+# The embedded default
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_no_arguments_reach_97_percent_and_save_both_forms(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / 'train.py')], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    top1 = re.search(r'top-1 \(%\)\s+([\d.]+)\s+([\d.]+)', done.stdout)
+    assert top1 and min(float(top1[1]), float(top1[2])) >= 97
+    assert sorted(path.name for path in (tmp_path / 'zoo').iterdir()) == [
+        'resnet18_doconv.digits',
+        'resnet18_doconv.digits_fused',
+    ]
