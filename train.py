@@ -1153,7 +1153,9 @@ def check_zoo(args: argparse.Namespace, architecture: str) -> None:
     try:
         check_pair(architecture, args.zoo, tag=result_tag(args))
     except ReparamError as error:
-        raise ReparamError(f'--zoo {args.zoo}: {error}; see also --tag') from error
+        raise ReparamError(
+            f'--zoo {args.zoo}: {error}; the folder that holds it has to exist, see also --tag'
+        ) from error
 
 
 def set_precision(run: Run) -> None:
@@ -1336,6 +1338,9 @@ def open_output(run: Run, path: Path | None, checkpoint: dict[str, Any] | None) 
     )
     if checkpoint is not None:
         restore_history(run, path, checkpoint)
+        # the next recovery checkpoints replace those that are left
+        left = sorted(run.output_dir.glob('recovery-*.pth.tar'), key=lambda file: file.stat().st_mtime)
+        run.saver.prev_recovery_file, run.saver.curr_recovery_file = ['', '', *map(str, left)][-2:]
     utils.trim_summary(str(run.output_dir / 'summary.csv'), run.epoch)
     if args.log_wandb:
         start_wandb(run)
@@ -1466,7 +1471,8 @@ def restore_history(run: Run, path: Path, checkpoint: dict[str, Any]) -> None:
         kept = saver._checkpoint_path(epoch)
         if not os.path.exists(kept):
             saver._duplicate(str(path), kept)
-    saver.load_state_dict(saved)
+    # a recovery checkpoint has no metric, and no place in the history
+    saver.load_state_dict({**saved, 'pending': (None if metric is None else epoch, metric)})
     saver._cleanup_checkpoints()
     candidates = [path.parent / f'{name}{saver.extension}' for name in (f'checkpoint-{saver.best_epoch}', 'model_best')]
     best = next((candidate for candidate in candidates if candidate.exists()), None)
@@ -1896,14 +1902,17 @@ def compare_forms(run: Run, model: nn.Module, fused: nn.Module) -> tuple[list[di
     return [dict(evaluator.compute()) for evaluator in evaluators if measured], difference
 
 
-# Settings that tell of a machine, not of a training.
-_PLACES = ('data', 'data_dir', 'output', 'experiment', 'zoo', 'tag', 'resume', 'pretrained_path', 'initial_checkpoint')
+# Settings that tell of a machine or an account, not of a training.
+PRIVATE = (
+    *('data', 'data_dir', 'output', 'experiment', 'zoo', 'tag', 'resume', 'pretrained_path', 'initial_checkpoint'),
+    *('device', 'device_modules', 'local_rank', 'log_wandb', 'wandb_project', 'wandb_tags', 'wandb_resume_id'),
+)
 
 
 def recipe(run: Run) -> dict[str, Any]:
     """The settings that differ from the flags' defaults."""
     defaults = vars(build_parser().parse_args([]))
-    return {key: value for key, value in run.settings.items() if key not in _PLACES and value != defaults[key]}
+    return {key: value for key, value in run.settings.items() if key not in PRIVATE and value != defaults[key]}
 
 
 def training_facts(

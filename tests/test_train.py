@@ -28,7 +28,7 @@ from timm import utils
 from timm.models import load_state_dict
 from timm.task import resume_task_checkpoint
 
-from timm_reparam import DOConv2d, DynamicConv2d, RefConv2d, ReparamError, fuse_model
+from timm_reparam import DOConv2d, DynamicConv2d, ReparamError, fuse_model
 from timm_reparam.convert import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -356,6 +356,7 @@ def test_bad_folders(flags, photos, tmp_path, capsys):
 
     assert 'the dataset has 3 classes' in refusal(flags('--num-classes', '2'), capsys)
     assert 'larger than the training split' in refusal(flags('-b', '100'), capsys)
+    assert 'RepeatAugment' in refusal(flags('--aug-repeats', '3'), capsys)
     assert not (tmp_path / 'output').exists() and not (tmp_path / 'zoo').exists()
 
 
@@ -538,6 +539,21 @@ def test_many_flags(extra, flags, tmp_path):
     assert not any(isinstance(module, DOConv2d) for module in fused.modules())
 
 
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning')
+@pytest.mark.parametrize('wrapper', [['--torchscript'], ['--torchcompile', 'eager']], ids=['script', 'compile'])
+@pytest.mark.parametrize('model', ['resnet18_acconv', 'resnet18_dyconv'])
+def test_what_trains_shares_its_state_with_what_is_saved(wrapper, model, flags):
+    run = prepare(flags(*wrapper, '--weight-decay', '0.1', model=model))
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    assert run.task.get_trainable_module() is not run.model
+    train.train_epoch(run)
+    after = run.model.state_dict()
+    still = [
+        name for name in before if torch.equal(before[name], after[name]) and not name.endswith('temperature_steps')
+    ]
+    assert not still
+
+
 def test_tar(flags, photos, tmp_path):
     archive = shutil.make_archive(str(tmp_path / 'pictures'), 'tar', photos / 'train')
     assert train.main([*flags('--epochs', '1', '--val-split='), '--data-dir', archive]) == 0
@@ -711,7 +727,7 @@ def test_scaler_state_is_resumed(flags):
 # All that draws random numbers or has a state of its own.
 EVERYTHING = (
     '--model-ema --model-ema-warmup --model-ema-decay 0.9 --opt adamw --lr 0.01 --drop 0.2 --drop-path 0.2 --mixup 0.5 '
-    '--cutmix 0.5 --reprob 0.5 --remode pixel --aa rand-m9-mstd0.5 --color-jitter 0.4 --epochs 5 -b 4 '
+    '--cutmix 0.5 --reprob 0.5 --remode pixel --aa rand-m9-mstd0.5 --color-jitter 0.4 --epochs 4 -b 4 '
     '--grad-accum-steps 2 --checkpoint-hist 2 --log-interval 1'
 ).split()
 
@@ -912,11 +928,6 @@ def test_two_processes_train_resume_and_save_once(flags, tmp_path):
     same(again['state_dict'], last['state_dict'])
     same(again['optimizer'], last['optimizer'])
     same(again['train_state'], last['train_state'])
-
-
-def test_frozen_kernels_are_those_of_refconv():
-    model = timm.create_model('resnet18_refconv', layers=(1, 1, 1, 1), channels=(8, 8, 8, 8))
-    assert all('weight' in dict(layer.named_buffers()) for layer in model.modules() if isinstance(layer, RefConv2d))
 
 
 # The embedded default
