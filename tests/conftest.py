@@ -43,8 +43,8 @@ def session_hub() -> HubServer:
 
 @pytest.fixture
 def hub(session_hub: HubServer) -> HubServer:
-    """The loopback Hub with an empty log. Its repositories are those of the whole run: use names of your own."""
-    session_hub.log.clear()
+    """The loopback Hub without log, counts and faults. Its repositories are the whole run's: use names of your own."""
+    session_hub.clear()
     return session_hub
 
 

@@ -1,13 +1,20 @@
 """A small Hugging Face Hub on 127.0.0.1, so that the real client can be tested over real HTTP.
 
-It speaks the reading half of the Hub's protocol for model repositories: `resolve` (HEAD and GET, with ranges), model
-info, tree, paths-info, refs and commits, with the error codes by which the client tells a missing repository from a
-missing revision, a missing file or a gate. In a test:
+It speaks the Hub's protocol for model repositories. The reading half: `resolve` (HEAD and GET, with ranges), model
+info, the list of models, tree, paths-info, refs and commits. The writing half: repositories and their settings,
+branches and tags, cards, preupload, LFS (batch, PUT, verify) and atomic commits with compare-and-swap, also as pull
+requests; and collections. It knows who may do what, and answers with the error codes by which the client tells a
+missing repository from a missing revision, a missing file or a gate. On demand it goes wrong. In a test:
 
-    with HubServer() as hub:
+    with HubServer(tokens={'hf_me': 'me'}) as hub:
         hub.commit('someone/model', {'config.json': '{}', 'model.safetensors': Path('weights.safetensors')})
-        HfApi(endpoint=hub.endpoint).model_info('someone/model')
+        api = HfApi(endpoint=hub.endpoint, token='hf_me')
+        api.model_info('someone/model')
         assert hub.paths('HEAD') == []
+        hub.faults.add('drop_after', method='POST', path='/api/models/me/model/commit/')
+        api.create_repo('me/model')  # a user may write in the namespace of that name and in those of `orgs`
+        api.create_commit('me/model', operations, commit_message='It lands, and the client is not told')
+        assert hub.commit_counts['me/model'] == 1 and hub.weight_bytes['me/model'] == weights_size
 
 and from a shell, where every FOLDER/namespace/name is one repository:
 
@@ -16,271 +23,65 @@ and from a shell, where every FOLDER/namespace/name is one repository:
 Only the standard library is used, and nothing here imports huggingface_hub, which reads its settings when it is
 imported: `client_environment` gives those settings, to be set before that.
 
-A request passes through four parts: `_Handler` (HTTP to `Request`), `HubServer.answer` (the user, errors, the log), a
-route (a function that turns a `Request` into a `Response`), and `Hub`, the repositories, which know nothing of HTTP.
+A request passes through four parts: `_Handler` (HTTP to `Request`), `HubServer.answer` (faults, the user, errors, the
+log), a route (hub_server_routes.py and the three files of routes: a function that turns a `Request` into a
+`Response`), and `Hub` (hub_store.py), the repositories, which know nothing of HTTP. What can go wrong is in
+hub_server_faults.py.
 """
 
 import argparse
-import hashlib
-import json
 import os
-import re
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
+import traceback
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, quote, unquote, urlencode
+from urllib.parse import parse_qs, urlencode
 
-# What a file can be made of: its bytes, its text, or a file on disk that is read when it is served.
-Source = bytes | str | Path
+import hub_server_collections  # noqa: F401  (brings its routes, as the two others do)
+import hub_server_reading  # noqa: F401
+from hub_server_faults import Fault, Faults
+from hub_server_routes import ROUTES, Refusal, Request, Response, alter
+from hub_server_writing import weights_of
+from hub_store import Blob, Collection, Commit, Hub, Repo, Source
 
-_LFS_SUFFIXES = ('.safetensors', '.bin', '.pt', '.pth', '.tar', '.npz', '.onnx')
-_LFS_SIZE = 10 * 2**20  # the Hub keeps larger files in LFS whatever they are called
-_CHUNK = 2**20
-
-
-# The repositories ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Blob:
-    """The content of one file and the two names that the Hub knows it by."""
-
-    source: bytes | Path
-    size: int
-    sha256: str
-    oid: str  # git's name: of the content itself, or of the pointer that stands for it in git when it lies in LFS
-    pointer_size: int | None  # None for a file that lies in git itself
-
-    @classmethod
-    def of(cls, path: str, source: Source) -> 'Blob':
-        """The blob of a content; the file's path decides, with its size, whether it lies in LFS."""
-        if isinstance(source, str):
-            source = source.encode()
-        size = source.stat().st_size if isinstance(source, Path) else len(source)
-        sha256, sha1 = hashlib.sha256(), hashlib.sha1(b'blob %d\0' % size)
-        for chunk in _read(source, 0, size):
-            sha256.update(chunk)
-            sha1.update(chunk)
-        if size < _LFS_SIZE and not path.endswith(_LFS_SUFFIXES):
-            return cls(source, size, sha256.hexdigest(), sha1.hexdigest(), None)
-        pointer = f'version https://git-lfs.github.com/spec/v1\noid sha256:{sha256.hexdigest()}\nsize {size}\n'.encode()
-        oid = hashlib.sha1(b'blob %d\0' % len(pointer) + pointer).hexdigest()
-        return cls(source, size, sha256.hexdigest(), oid, len(pointer))
-
-    @property
-    def etag(self) -> str:
-        return self.oid if self.pointer_size is None else self.sha256
-
-    def read(self, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-        """The bytes from start to stop, in chunks."""
-        return _read(self.source, start, self.size if stop is None else stop)
-
-
-def _read(source: bytes | Path, start: int, stop: int) -> Iterator[bytes]:
-    if isinstance(source, bytes):
-        for begin in range(start, stop, _CHUNK):
-            yield source[begin : min(begin + _CHUNK, stop)]
-        return
-    with source.open('rb') as file:
-        file.seek(start)
-        while start < stop and (chunk := file.read(min(_CHUNK, stop - start))):
-            start += len(chunk)
-            yield chunk
-
-
-@dataclass(frozen=True)
-class Commit:
-    """One state of a repository."""
-
-    oid: str
-    parent: 'Commit | None'
-    files: Mapping[str, Blob]
-    title: str
-    message: str
-    author: str
-    date: str
-
-    def history(self) -> Iterator['Commit']:
-        """This commit and those before it, the newest first."""
-        commit: Commit | None = self
-        while commit is not None:
-            yield commit
-            commit = commit.parent
-
-    def last_change(self, path: str) -> 'Commit':
-        """The commit that gave the file (or the folder's content) the state it has here."""
-        last = self
-        for commit in self.history():
-            if _below(commit.files, path) != _below(self.files, path):
-                break
-            last = commit
-        return last
-
-
-def _below(files: Mapping[str, Blob], path: str) -> dict[str, str]:
-    return {name: blob.oid for name, blob in files.items() if name == path or name.startswith(f'{path}/')}
-
-
-@dataclass
-class Repo:
-    """A model repository: its commits, the names that point at them, and who may read it.
-
-    Args:
-        id: `namespace/name`.
-        private: Unknown to everybody but its readers.
-        gated: Everybody sees what it holds, only its readers get the files.
-        disabled: Nobody gets anything.
-        readers: The users (of `Hub.tokens`) who may read a private or gated repository.
-    """
-
-    id: str
-    private: bool = False
-    gated: bool = False
-    disabled: bool = False
-    readers: frozenset[str] = frozenset()
-    commits: dict[str, Commit] = field(default_factory=dict)
-    branches: dict[str, Commit] = field(default_factory=dict)
-    tags: dict[str, Commit] = field(default_factory=dict)
-
-    def find(self, revision: str) -> Commit | None:
-        """The commit that a branch, a tag, a full ref or a commit id names."""
-        for prefix, refs in (('refs/heads/', self.branches), ('refs/tags/', self.tags)):
-            if revision.startswith(prefix):
-                return refs.get(revision.removeprefix(prefix))
-        return self.branches.get(revision) or self.tags.get(revision) or self.commits.get(revision)
-
-    def commit(
-        self,
-        changes: Mapping[str, Source | None],
-        *,
-        branch: str = 'main',
-        title: str = 'Upload files',
-        message: str = '',
-        author: str = 'someone',
-    ) -> Commit:
-        """Adds one commit on top of a branch; a file given as None is taken away."""
-        parent = self.branches.get(branch)
-        files = dict(parent.files) if parent else {}
-        for path, source in changes.items():
-            if source is None:
-                files.pop(path, None)
-            else:
-                files[path] = Blob.of(path, source)
-        files = dict(sorted(files.items()))
-        # One second a commit from a fixed day on: ids and dates are the same in every run.
-        date = datetime(2024, 1, 1, tzinfo=timezone.utc) + timedelta(seconds=len(self.commits))
-        content = [self.id, parent and parent.oid, {path: blob.oid for path, blob in files.items()}, title, str(date)]
-        oid = hashlib.sha1(json.dumps(content).encode()).hexdigest()
-        commit = Commit(oid, parent, files, title, message, author, f'{date:%Y-%m-%dT%H:%M:%S}.000Z')
-        self.commits[oid] = commit
-        self.branches[branch] = commit
-        return commit
-
-
-class Hub:
-    """The repositories and the users, apart from any HTTP.
-
-    Args:
-        tokens: Access token → user name.
-    """
-
-    def __init__(self, tokens: Mapping[str, str] | None = None) -> None:
-        self.repos: dict[str, Repo] = {}
-        self.tokens = dict(tokens or {})
-        self.lock = threading.RLock()  # held for every change and every answer, not while a body is being sent
-
-    def create_repo(self, repo_id: str, **options) -> Repo:
-        """Makes a repository with one empty first commit, as the Hub does; options are those of `Repo`."""
-        with self.lock:
-            if repo_id in self.repos:
-                raise ValueError(f'{repo_id} is already there')
-            repo = self.repos[repo_id] = Repo(repo_id, **options)
-            repo.commit({}, title='initial commit', author='system')
-            return repo
-
-    def commit(self, repo_id: str, changes: Mapping[str, Source | None], **options) -> str:
-        """Commits to a repository, made if it is not there, and gives the commit's id; options as in `Repo.commit`."""
-        with self.lock:
-            repo = self.repos.get(repo_id) or self.create_repo(repo_id)
-            return repo.commit(changes, **options).oid
-
-    def commit_folder(self, repo_id: str, folder: Path | str, **options) -> str:
-        """Commits every file of a folder, which is read when it is served and so must stay as it is."""
-        folder = Path(folder)
-        paths = sorted(path for path in folder.rglob('*') if path.is_file())
-        return self.commit(repo_id, {path.relative_to(folder).as_posix(): path for path in paths}, **options)
-
-    def add_zoo(self, root: Path | str) -> list[str]:
-        """Commits every `root/namespace/name` as one repository and gives their ids."""
-        root = Path(root)
-        ids = [path.relative_to(root).as_posix() for path in sorted(root.glob('*/*')) if path.is_dir()]
-        for repo_id in ids:
-            self.commit_folder(repo_id, root / repo_id)
-        return ids
-
-
-# Requests and answers -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Request:
-    """One HTTP request. `path` is as it came, still quoted: a revision may hold a quoted slash."""
-
-    method: str
-    path: str
-    query: Mapping[str, list[str]]
-    headers: Mapping[str, str]  # names in lower case
-    body: bytes = b''
-
-    def flag(self, name: str) -> bool:
-        """A switch of the query."""
-        return _flag(self.query, name)
-
-
-def _flag(form: Mapping[str, list[str]], name: str) -> bool:
-    return form.get(name, ['0'])[0].lower() in ('1', 'true')  # however the client spells it
-
-
-@dataclass(frozen=True)
-class Response:
-    """One answer: JSON, or a part of a blob."""
-
-    status: int = 200
-    headers: Mapping[str, str] = field(default_factory=dict)
-    json: object = None
-    blob: Blob | None = None
-    part: tuple[int, int] = (0, 0)  # of the blob, from and to
-
-    def body(self) -> tuple[int, Iterable[bytes]]:
-        """Its length and its chunks."""
-        if self.blob is not None:
-            return self.part[1] - self.part[0], self.blob.read(*self.part)
-        data = json.dumps(self.json).encode()
-        return len(data), (data,)
-
-
-class Refusal(Exception):
-    """Raised by a route for an answer with an error code that the client knows.
-
-    Args:
-        status: The HTTP status.
-        code: For the header X-Error-Code, by which the client chooses its exception; empty for none.
-        message: For the user.
-        headers: Further headers.
-    """
-
-    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(message)
-        headers = {**(headers or {}), 'X-Error-Message': message, **({'X-Error-Code': code} if code else {})}
-        self.response = Response(status, headers, {'error': message})
+__all__ = [
+    'Blob',
+    'Collection',
+    'Commit',
+    'Fault',
+    'Faults',
+    'Hub',
+    'HubServer',
+    'Logged',
+    'Refusal',
+    'Repo',
+    'Request',
+    'Response',
+    'Source',
+    'client_environment',
+]
 
 
 @dataclass(frozen=True)
 class Logged:
-    """A line of the log. Of the token only its user is kept."""
+    """A line of the log. Of the token only its user is kept.
+
+    Args:
+        method: The HTTP method.
+        path: The path as it came, quoted.
+        query: What stood behind the question mark.
+        status: The HTTP status of the answer; 0 where the connection was closed instead.
+        user: Who asked, if the token is known.
+        range: The Range header.
+        user_agent: The User-Agent header.
+        received: Length of the body that came.
+        fault: The kind of the fault that struck it.
+    """
 
     method: str
     path: str
@@ -289,21 +90,8 @@ class Logged:
     user: str | None
     range: str | None
     user_agent: str | None
-
-
-Route = Callable[['HubServer', Request, str | None, re.Match], Response]
-_ROUTES: list[tuple[str, re.Pattern, Route]] = []
-_REPO = r'(?P<id>[^/]+/[^/]+)'
-
-
-def _route(method: str, pattern: str) -> Callable[[Route], Route]:
-    """Registers a function for the paths that the pattern matches in full. HEAD goes where GET goes."""
-
-    def register(function: Route) -> Route:
-        _ROUTES.append((method, re.compile(pattern), function))
-        return function
-
-    return register
+    received: int = 0
+    fault: str | None = None
 
 
 class HubServer(Hub):
@@ -311,14 +99,28 @@ class HubServer(Hub):
 
     Args:
         port: The port to listen on; 0 takes a free one.
-        tokens: Access token → user name.
+        storage: A folder for the large files that are uploaded; without one they stay in memory.
+        **users: tokens, orgs and read_only of `Hub`.
+
+    Attributes:
+        log: Every request, in the order of the answers.
+        faults: What is to go wrong; see hub_server_faults.py.
+        commit_counts: How many commits have come over HTTP, by repository.
+        weight_bytes: How many bytes of large files have come, by repository, refused ones too.
     """
 
     page_size = 1000  # items in one answer of tree and commits; the next page is linked
 
-    def __init__(self, port: int = 0, tokens: Mapping[str, str] | None = None) -> None:
-        super().__init__(tokens)
+    def __init__(
+        self, port: int = 0, tokens: Mapping[str, str] | None = None, storage: Path | None = None, **users
+    ) -> None:
+        super().__init__(tokens, **users)
         self.log: list[Logged] = []
+        self.faults = Faults()
+        self.commit_counts: Counter[str] = Counter()
+        self.weight_bytes: Counter[str] = Counter()
+        self._storage = storage
+        self._stopped = threading.Event()
         self._http = _Server(('127.0.0.1', port), _Handler, bind_and_activate=False)
         self._http.hub = self
         self._thread: threading.Thread | None = None
@@ -336,6 +138,7 @@ class HubServer(Hub):
         return self
 
     def stop(self) -> None:
+        self._stopped.set()
         if self._thread is not None:
             self._http.shutdown()
             self._thread.join()
@@ -348,233 +151,121 @@ class HubServer(Hub):
     def __exit__(self, *exception: object) -> None:
         self.stop()
 
+    def clear(self) -> None:
+        """Empties the log, the counters and the faults; the repositories stay."""
+        with self.lock:
+            self.log.clear()
+            self.commit_counts.clear()
+            self.weight_bytes.clear()
+            self.faults.clear()
+
     def paths(self, method: str) -> list[str]:
         """The paths asked for with a method, in order, as logged."""
         return [entry.path for entry in list(self.log) if entry.method == method]
 
+    def keep(self, blob: Blob) -> Blob:
+        """The blob as it is to be kept: on disk, if there is a folder for it."""
+        if self._storage is None:
+            return blob
+        path = self._storage / blob.sha256
+        part = path.with_name(f'{blob.sha256}.{threading.get_ident()}')
+        part.write_bytes(b''.join(blob.read()))
+        part.replace(path)
+        return replace(blob, source=path)
+
     def answer(self, request: Request) -> Response:
         """The answer to a request, which is logged with it."""
+        user = self.tokens.get(request.token or '')
+        if repo_id := weights_of(request):
+            with self.lock:
+                self.weight_bytes[repo_id] += len(request.body)
+        if fault := self.faults.take(request.method, request.path, user):
+            response = self._strike(fault, request)
+        else:
+            response = self._answer(request)
+        header, status = request.headers.get, 0 if response.dropped else response.status
+        query = urlencode(request.query, doseq=True)
+        entry = Logged(
+            request.method,
+            request.path,
+            query,
+            status,
+            user,
+            header('range'),
+            header('user-agent'),
+            len(request.body),
+            fault and fault.kind,
+        )
         with self.lock:
-            user = None
-            try:
-                user = self._user(request)
-                response = self._dispatch(request, user)
-            except Refusal as refusal:
-                response = refusal.response
-            query, header = urlencode(request.query, doseq=True), request.headers.get
-            entry = (request.method, request.path, query, response.status, user, header('range'), header('user-agent'))
-            self.log.append(Logged(*entry))
-            return response
+            self.log.append(entry)
+        return response
+
+    def _answer(self, request: Request) -> Response:
+        """The answer as it should be."""
+        try:
+            return self._dispatch(request, self._user(request))
+        except Refusal as refusal:
+            return refusal.response
+        except Exception as error:  # a mistake of the server's own: seen on both sides
+            traceback.print_exc()
+            return Refusal(500, '', f'The loopback Hub failed: {error!r}').response
+
+    def _strike(self, fault: Fault, request: Request) -> Response:
+        """What a fault makes of a request."""
+        if fault.status is not None:
+            if fault.landed:
+                self._answer(request)
+            headers = dict(fault.headers)
+            if fault.retry_after is not None:
+                headers['Retry-After'] = f'{fault.retry_after:g}'
+            return Refusal(fault.status, fault.code, fault.reason, headers).response
+        if fault.kind == 'drop_before':
+            return Response(dropped=True)
+        if fault.kind == 'call' and not fault.landed:
+            fault.action(request)
+        elif fault.kind == 'slow' and not fault.landed:
+            self._stopped.wait(fault.seconds)
+        elif fault.kind == 'wrong_hash' and request.method == 'PUT':
+            request = replace(request, body=alter(request.body))
+        response = self._answer(request)
+        if fault.kind == 'call' and fault.landed:
+            fault.action(request)
+        elif fault.kind == 'slow' and fault.landed:
+            self._stopped.wait(fault.seconds)
+        elif fault.kind == 'drop_after':
+            return replace(response, dropped=True)
+        elif fault.kind == 'truncate':
+            return replace(response, keep=response.body()[0] // 2 if fault.keep is None else fault.keep)
+        elif fault.kind == 'wrong_hash' and request.method != 'PUT':
+            return replace(response, altered=True)
+        return response
 
     def _user(self, request: Request) -> str | None:
-        authorization = request.headers.get('authorization')
-        if authorization is None:
+        if request.token is None:
             return None
-        user = self.tokens.get(authorization.removeprefix('Bearer ').strip())
+        user = self.tokens.get(request.token)
         if user is None:
             raise Refusal(401, '', 'Invalid credentials in Authorization header')
         return user
 
     def _dispatch(self, request: Request, user: str | None) -> Response:
         method = 'GET' if request.method == 'HEAD' else request.method
-        for route_method, pattern, function in _ROUTES:
+        for route_method, pattern, function, locked in ROUTES:
             if route_method == method and (match := pattern.fullmatch(request.path)):
-                return function(self, request, user, match)
+                with self.lock if locked else nullcontext():
+                    return function(self, request, user, match)
         raise Refusal(404, '', f'No such address: {request.method} {request.path}')
-
-    def readable(self, match: re.Match, user: str | None, *, content: bool = False) -> Repo:
-        """The repository a path names, if the user may see it (with content: get its files)."""
-        repo = self.repos.get(unquote(match['id']))
-        if repo is None or (repo.private and user not in repo.readers):
-            # Without a token: there may be something behind a login. With one: there is nothing for you.
-            raise Refusal(401 if user is None else 404, 'RepoNotFound', 'Repository not found')
-        if repo.disabled:
-            raise Refusal(403, '', 'Access to this resource is disabled.')
-        if content and repo.gated and user not in repo.readers:
-            remedy = 'Please log in.' if user is None else 'Ask its owner for access.'
-            message = f'Access to model {repo.id} is restricted. {remedy}'
-            raise Refusal(401 if user is None else 403, 'GatedRepo', message)
-        return repo
-
-    def page(self, request: Request, items: list) -> Response:
-        """One page of a list, with a link to the next."""
-        start = int(request.query.get('cursor', ['0'])[0])
-        stop = start + min(self.page_size, int(request.query.get('limit', [self.page_size])[0]))
-        headers = {}
-        if stop < len(items):
-            query = urlencode({**request.query, 'cursor': [stop]}, doseq=True)
-            headers['Link'] = f'<{self.endpoint}{request.path}?{query}>; rel="next"'
-        return Response(200, headers, items[start:stop])
-
-
-def _commit(repo: Repo, quoted_revision: str | None) -> Commit:
-    revision = unquote(quoted_revision or 'main')
-    commit = repo.find(revision)
-    if commit is None:
-        raise Refusal(404, 'RevisionNotFound', f'Invalid rev id: {revision}')
-    return commit
-
-
-# The routes -----------------------------------------------------------------------------------------------------------
-
-
-@_route('GET', rf'/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)')
-def _resolve(hub: HubServer, request: Request, user: str | None, match: re.Match) -> Response:
-    """A file, or the part of it that the Range header names; LFS files too, which the real Hub sends from elsewhere."""
-    repo = hub.readable(match, user, content=True)
-    commit = _commit(repo, match['revision'])
-    headers = {'X-Repo-Commit': commit.oid}
-    path = unquote(match['path'])
-    blob = commit.files.get(path)
-    if blob is None:
-        raise Refusal(404, 'EntryNotFound', 'Entry not found', headers)
-    headers |= {'ETag': f'"{blob.etag}"', 'Accept-Ranges': 'bytes', 'Content-Type': 'application/octet-stream'}
-    headers['Content-Disposition'] = f"inline; filename*=UTF-8''{quote(path.rsplit('/')[-1])}"
-    if blob.pointer_size is not None:
-        headers |= {'X-Linked-ETag': f'"{blob.sha256}"', 'X-Linked-Size': str(blob.size)}
-    return _part(request, blob, headers)
-
-
-def _part(request: Request, blob: Blob, headers: dict[str, str]) -> Response:
-    match = re.fullmatch(r'bytes=(\d*)-(\d*)', request.headers.get('range', ''))
-    if not match or not any(match.groups()):
-        return Response(200, headers, blob=blob, part=(0, blob.size))
-    first, last = match.groups()
-    start = int(first) if first else max(blob.size - int(last), 0)
-    stop = min(int(last) + 1, blob.size) if first and last else blob.size
-    if start >= stop:
-        raise Refusal(416, '', 'Range not satisfiable', {'Content-Range': f'bytes */{blob.size}'})
-    headers['Content-Range'] = f'bytes {start}-{stop - 1}/{blob.size}'
-    return Response(206, headers, blob=blob, part=(start, stop))
-
-
-@_route('GET', rf'/api/models/{_REPO}(?:/revision/(?P<revision>[^/]+))?')
-def _model_info(hub: HubServer, request: Request, user: str | None, match: re.Match) -> Response:
-    repo = hub.readable(match, user)
-    commit = _commit(repo, match['revision'])
-    card = _card_data(commit)
-    siblings = []
-    for path, blob in commit.files.items():
-        sibling: dict = {'rfilename': path}
-        if request.flag('blobs'):
-            sibling |= {'size': blob.size, 'blobId': blob.oid}
-            if blob.pointer_size is not None:
-                sibling['lfs'] = {'sha256': blob.sha256, 'size': blob.size, 'pointerSize': blob.pointer_size}
-        siblings.append(sibling)
-    info = {
-        'id': repo.id,
-        'modelId': repo.id,
-        'author': repo.id.split('/')[0],
-        'sha': commit.oid,
-        'createdAt': min(commit.date for commit in repo.commits.values()),
-        'lastModified': commit.date,
-        'private': repo.private,
-        'gated': 'auto' if repo.gated else False,
-        'disabled': repo.disabled,
-        'tags': list(card.get('tags') or []),
-        'siblings': siblings,
-        'cardData': card,
-    }
-    info |= {key: card[key] for key in ('library_name', 'pipeline_tag') if key in card}
-    return Response(json=info)
-
-
-def _card_data(commit: Commit) -> dict:
-    """The front matter of the repository's README.md."""
-    if 'README.md' not in commit.files:
-        return {}
-    text = b''.join(commit.files['README.md'].read()).decode()
-    match = re.match(r'---\r?\n(.*?)^---\s*$', text, re.DOTALL | re.MULTILINE)
-    if not match:
-        return {}
-    import yaml  # comes with huggingface_hub; only a repository that has a card needs it
-
-    return yaml.safe_load(match[1]) or {}
-
-
-@_route('GET', rf'/api/models/{_REPO}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?')
-def _tree(hub: HubServer, request: Request, user: str | None, match: re.Match) -> Response:
-    repo = hub.readable(match, user)
-    commit = _commit(repo, match['revision'])
-    path = unquote(match['path'] or '').strip('/')
-    if path and path not in _folders(commit.files):
-        raise Refusal(404, 'EntryNotFound', f'{path} does not exist on "{match["revision"]}"')
-    inside = [name for name in (*_folders(commit.files), *commit.files) if name.startswith(f'{path}/' if path else '')]
-    if not request.flag('recursive'):
-        depth = path.count('/') + 1 if path else 0
-        inside = [name for name in inside if name.count('/') == depth]
-    return hub.page(request, [_tree_item(commit, name, request.flag('expand')) for name in sorted(inside)])
-
-
-@_route('POST', rf'/api/models/{_REPO}/paths-info/(?P<revision>[^/]+)')
-def _paths_info(hub: HubServer, request: Request, user: str | None, match: re.Match) -> Response:
-    repo = hub.readable(match, user)
-    commit = _commit(repo, match['revision'])
-    form = parse_qs(request.body.decode())
-    known = {*commit.files, *_folders(commit.files)}
-    items = [_tree_item(commit, path, _flag(form, 'expand')) for path in form.get('paths', []) if path in known]
-    return Response(json=items)
-
-
-def _folders(files: Iterable[str]) -> list[str]:
-    return sorted({path[:at] for path in files for at in range(len(path)) if path[at] == '/'})
-
-
-def _tree_item(commit: Commit, path: str, expand: bool) -> dict:
-    blob = commit.files.get(path)
-    if blob is None:
-        oid = hashlib.sha1(json.dumps(_below(commit.files, path)).encode()).hexdigest()
-        item: dict = {'type': 'directory', 'path': path, 'oid': oid, 'size': 0}
-    else:
-        item = {'type': 'file', 'path': path, 'oid': blob.oid, 'size': blob.size}
-        if blob.pointer_size is not None:
-            item['lfs'] = {'oid': blob.sha256, 'size': blob.size, 'pointerSize': blob.pointer_size}
-    if expand:
-        last = commit.last_change(path)
-        item['lastCommit'] = {'id': last.oid, 'title': last.title, 'date': last.date}
-    return item
-
-
-@_route('GET', rf'/api/models/{_REPO}/refs')
-def _refs(hub: HubServer, request: Request, user: str | None, match: re.Match) -> Response:
-    repo = hub.readable(match, user)
-
-    def listed(refs: Mapping[str, Commit], prefix: str) -> list[dict]:
-        return [{'name': name, 'ref': prefix + name, 'targetCommit': commit.oid} for name, commit in refs.items()]
-
-    answer = {
-        'branches': listed(repo.branches, 'refs/heads/'),
-        'tags': listed(repo.tags, 'refs/tags/'),
-        'converts': [],
-    }
-    if request.flag('include_prs'):
-        answer['pullRequests'] = []
-    return Response(json=answer)
-
-
-@_route('GET', rf'/api/models/{_REPO}/commits/(?P<revision>[^/]+)')
-def _commits(hub: HubServer, request: Request, user: str | None, match: re.Match) -> Response:
-    commit = _commit(hub.readable(match, user), match['revision'])
-    items = [
-        {
-            'id': item.oid,
-            'title': item.title,
-            'message': item.message,
-            'authors': [{'user': item.author}],
-            'date': item.date,
-        }
-        for item in commit.history()
-    ]
-    return hub.page(request, items)
-
-
-# HTTP -----------------------------------------------------------------------------------------------------------------
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True  # a client that keeps its connection open does not keep the process alive
     request_queue_size = 128  # with the usual 5, the sixth client to call at once is kept waiting for a second
     hub: HubServer
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Says nothing of clients that were killed."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -583,23 +274,51 @@ class _Handler(BaseHTTPRequestHandler):
     server_version = 'loopback-hub'
 
     def _serve(self) -> None:
-        body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
         path, _, query = self.path.partition('?')
         headers = {name.lower(): value for name, value in self.headers.items()}
-        response = self.server.hub.answer(Request(self.command, path, parse_qs(query), headers, body))
+        body = self._body()
+        if body is None:  # the client went away while it was sending
+            self.close_connection = True
+            return
+        response = self.server.hub.answer(
+            Request(self.command, path, parse_qs(query, keep_blank_values=True), headers, body)
+        )
+        if response.dropped:
+            self.close_connection = True
+            return
         length, chunks = response.body()
-        self.send_response(response.status)
-        for name, value in {'Content-Type': 'application/json', **response.headers, 'Content-Length': length}.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        if self.command != 'HEAD':
-            try:
+        try:
+            self.send_response(response.status)
+            for name, value in {'Content-Type': 'application/json', **response.headers}.items():
+                self.send_header(name, value)
+            self.send_header('Content-Length', str(length))
+            self.end_headers()
+            if self.command != 'HEAD':
                 for chunk in chunks:
                     self.wfile.write(chunk)
-            except (BrokenPipeError, ConnectionResetError):  # the client went away: its right
-                self.close_connection = True
+        except (BrokenPipeError, ConnectionResetError):  # the client went away: its right
+            self.close_connection = True
+        if response.keep is not None:
+            self.close_connection = True
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve  # noqa: N815
+    def _body(self) -> bytes | None:
+        """The body, if all of it has come; also where it comes in chunks without saying how many."""
+        if self.headers.get('Transfer-Encoding', '').lower() != 'chunked':
+            length = int(self.headers.get('Content-Length') or 0)
+            body = self.rfile.read(length)
+            return body if len(body) == length else None
+        chunks = []
+        while line := self.rfile.readline():
+            size = int(line.split(b';')[0], 16)
+            chunk = self.rfile.read(size + 2)  # and the end of the line
+            if len(chunk) < size + 2:
+                break
+            if not size:
+                return b''.join(chunks)
+            chunks.append(chunk[:size])
+        return None
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = _serve  # noqa: N815
 
     def log_message(self, *args: object) -> None:
         """Says nothing: what was asked is in `HubServer.log`."""
@@ -632,10 +351,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description='Serves folders as repositories of a Hugging Face Hub on 127.0.0.1.')
     parser.add_argument('folder', type=Path, help='every FOLDER/namespace/name is one repository')
     parser.add_argument('--port', type=int, default=0, help='port to listen on (default: a free one)')
+    parser.add_argument('--token', action='append', default=[], metavar='TOKEN=USER', help='who may write as whom')
     args = parser.parse_args()
     if not args.folder.is_dir():
         parser.error(f'{args.folder} is not a folder')
-    with HubServer(args.port) as hub:
+    with HubServer(args.port, dict(token.split('=', 1) for token in args.token)) as hub:
         repos = hub.add_zoo(args.folder)
         print(f'HF_ENDPOINT={hub.endpoint} HF_HUB_DISABLE_XET=1', flush=True)
         print('\n'.join(repos), flush=True)
