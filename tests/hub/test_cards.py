@@ -12,12 +12,13 @@ import pytest
 import timm
 import yaml
 from huggingface_hub import ModelCard
+from PIL import Image
 
 import timm_reparam
 from timm_reparam import ReparamError
 from timm_reparam.convert import VARIANTS
 from timm_reparam.hub import check_facts, render_card, save_checkpoint, save_pair
-from timm_reparam.hub.cards import sha256_of, template_folder
+from timm_reparam.hub.cards import license_of, sha256_of, template_folder
 
 TINY = dict(num_classes=2, channels=(8, 8, 8, 8), stem_width=4)
 REPORT = timm_reparam.FusionReport(
@@ -66,6 +67,22 @@ HOSTILE = [
     'https://evil.example www.evil.example',
     '\\',
     '*owned* _owned_ ~~owned~~',
+    '}\n@misc{owned,}',
+    "', pretrained=False)\nimport os  # owned",
+    '"}\n```\n# owned\n```json\n{"',
+    '```',
+    '---',
+    '...\n---\n# owned',
+    '{# owned #}',
+    '<!-- owned',
+    '&lt;b&gt; &#60;b&#62;',
+    '[x]: https://evil.example "owned"',
+    '\t# owned',
+    '    owned',
+    '~~~\n# owned\n~~~',
+    '| --- |\n| owned |',
+    '@owned #1 owner/repo#1',
+    '!!python/name:os.system',
 ]
 
 
@@ -169,6 +186,224 @@ def test_from_scratch(copies: tuple[Path, Path]):
     assert ModelCard(text).data.base_model is None
 
 
+@pytest.mark.parametrize(
+    'facts, expected, front, line',
+    [
+        ({}, None, {}, 'none is stated'),
+        ({'base_model': None}, None, {}, 'none is stated'),
+        ({'base_model': {'id': None, 'license': None}}, None, {}, 'none is stated'),
+        ({'base_model': {'id': 'timm/a', 'license': None}}, None, {}, 'none is stated'),
+        ({'base_model': {'id': 'timm/a', 'license': 'unknown'}}, None, {}, 'none is stated'),
+        ({'license': 'other'}, None, {}, 'none is stated'),
+        ({'license': '***'}, None, {}, 'none is stated'),
+        (
+            {'base_model': {'id': 'timm/a', 'license': 'cc-by-nc-4.0'}},
+            'cc-by-nc-4.0',
+            {'license': 'cc-by-nc-4.0'},
+            'cc-by-nc-4.0, that of the weights it started from',
+        ),
+        (
+            {'base_model': {'id': 'timm/a', 'license': 'SEER License'}},
+            'other',
+            {'license': 'other', 'license_name': 'seer-license', 'license_link': 'https://huggingface.co/timm/a'},
+            'seer-license (`https://huggingface.co/timm/a`), that of the weights it started from',
+        ),
+        (
+            {'base_model': {'id': None, 'license': 'seer-license'}, 'license_link': 'https://example.org/seer'},
+            'other',
+            {'license': 'other', 'license_name': 'seer-license'},
+            'seer-license, that of the weights it started from',
+        ),
+        ({'base_model': None, 'license': 'MIT'}, 'mit', {'license': 'mit'}, 'mit'),
+        (
+            {'license': 'other', 'license_name': 'our own', 'license_link': 'LICENSE'},
+            'other',
+            {'license': 'other', 'license_name': 'our-own', 'license_link': 'LICENSE'},
+            'our-own (`LICENSE`)',
+        ),
+        (
+            {'license': 'our own', 'license_link': 'javascript:alert(1)'},
+            'other',
+            {'license': 'other', 'license_name': 'our-own'},
+            'our-own',
+        ),
+    ],
+)
+def test_license(copies: tuple[Path, Path], facts: dict, expected: str | None, front: dict, line: str):
+    for folder in copies:
+        # what timm says of the weights an architecture usually starts from is not said of these
+        rewrite(folder, 'config.json', lambda config: config['pretrained_cfg'].update(license='apache-2.0'))
+        (folder / 'training.json').write_text(json.dumps(facts))
+        assert license_of(folder) == expected
+        text = render_card(folder)
+        found = yaml.safe_load(text.split('---\n')[1])
+        assert {key: value for key, value in found.items() if key.startswith('license')} == front
+        assert f'- License: {line}\n' in text
+    (copies[0] / 'training.json').unlink()
+    assert license_of(copies[0]) is None
+
+
+@pytest.mark.parametrize(
+    'base_model, line',
+    [
+        (None, 'random weights'),
+        ({'id': None, 'revision': None}, 'trained weights of which nothing is recorded'),
+        ({'id': 'timm/a.b'}, '[timm/a.b](https://huggingface.co/timm/a.b)'),
+        ({'id': 'timm/a.b', 'revision': 'c0ffee'}, '[timm/a.b](https://huggingface.co/timm/a.b), revision c0ffee'),
+        ({'id': 'a[b](c)'}, r'a\[b\]\(c\)'),
+    ],
+)
+def test_start(copies: tuple[Path, Path], base_model: dict | None, line: str):
+    rewrite(copies[0], 'training.json', lambda facts: facts.update(base_model=base_model))
+    assert f'- Started from: {line}\n' in render_card(copies[0])
+    rewrite(copies[0], 'training.json', lambda facts: facts.pop('base_model'))
+    assert 'Started from' not in render_card(copies[0])
+
+
+def test_published_pair(copies: tuple[Path, Path]):
+    """A folder that knows its place on the Hub tells how to load it from there, and links the other form."""
+    for folder, sibling in zip(copies, reversed(copies)):
+        rewrite(folder, 'training.json', lambda facts, name=folder.name: facts.update(repo=f'owner/{name}'))
+        text = render_card(folder)
+        assert text.count(f"'hf-hub:owner/{folder.name}'") == 3 and 'local-dir' not in text
+        assert f'Sibling: [owner/{sibling.name}](https://huggingface.co/owner/{sibling.name}), sha256' in text
+        rewrite(folder, 'training.json', lambda facts: facts['sibling'].update(repo='other/place'))
+        assert 'Sibling: [other/place](https://huggingface.co/other/place), sha256' in render_card(folder)
+        for repo in ('no-owner', "owner/a', pretrained=False)#", '../a/b'):
+            rewrite(folder, 'training.json', lambda facts, repo=repo: facts.update(repo=repo))
+            assert 'hf-hub:' not in render_card(folder)
+
+
+def test_many_labels(copies: tuple[Path, Path]):
+    labels = [f'class_{index}' for index in range(30)]
+    rewrite(copies[0], 'training.json', lambda facts: facts['dataset'].update(label_names=labels))
+    assert 'class_18, class_19, ...\n' in render_card(copies[0])
+
+
+def numbers_in(text: str) -> list[str]:
+    return re.findall(r'(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?(?![\w])', text)
+
+
+def leaves(value: object) -> list:
+    if isinstance(value, dict):
+        return [leaf for key, item in value.items() for leaf in (key, *leaves(item))]
+    if isinstance(value, list):
+        return [leaf for item in value for leaf in leaves(item)]
+    return [value]
+
+
+def unknown_figures(folder: Path) -> list[str]:
+    """Figures in the card of a folder that are not in its files, nor in the templates and the credits of the method."""
+    known = [
+        leaf for file in ('config.json', 'training.json') for leaf in leaves(json.loads((folder / file).read_text()))
+    ]
+    figures = [leaf for leaf in known if isinstance(leaf, (int, float)) and not isinstance(leaf, bool)]
+    constants = [
+        path.read_text() for path in map(template_folder().joinpath, ('train_time.md', 'fused.md', 'details.md'))
+    ]
+    constants += [str(vars(layers[0].method)) for layers in VARIANTS.values()] + ['Top-1', 'Top-5']
+    allowed = {number for text in constants for number in numbers_in(text)}
+    card = render_card(folder).replace(sha256_of(folder / 'model.safetensors'), '')
+    for text in sorted((leaf for leaf in known if isinstance(leaf, str)), key=len, reverse=True):
+        card = card.replace(text, '') if any(character.isdigit() for character in text) else card
+
+    def is_known(number: str) -> bool:
+        plain = number.replace(',', '')
+        mantissa, _, exponent = plain.partition('e')
+        ulp = 10.0 ** (int(exponent or 0) - len(mantissa.partition('.')[2]))
+        near = [abs(float(plain) - scale * figure) <= 0.5001 * ulp for figure in figures for scale in (1, 100)]
+        return number in allowed or any(near)
+
+    return [number for number in numbers_in(card) if not is_known(number)]
+
+
+def test_every_figure_is_found_in_the_files(copies: tuple[Path, Path]):
+    """Also when any one fact is missing: what was not measured is not claimed."""
+    profile = {'input_size': [3, 96, 112], 'batch_size': 17, 'runs': 23, 'latency_spread_ms': 0.375, 'device': 'cpu'}
+    for folder, latency in zip(copies, (43.25, 32.75)):
+
+        def measure(facts: dict, latency: float = latency) -> None:
+            facts['recipe'] = {'lr': 0.0625, 'epochs': 37, 'opt': 'adamw', 'betas': [0.875, 0.96875]}
+            facts['environment'] = {'torch': '2.6.0', 'timm': '1.0.31'}
+            facts['fusion']['num_inputs'] = 641
+            for form in facts['profile'].values():
+                form.update(profile, latency_ms=latency)
+                latency += 1
+
+        rewrite(folder, 'training.json', measure)
+        text = (folder / 'training.json').read_text()
+        figures = numbers_in(render_card(folder))
+        for figure in (
+            '3',
+            '96',
+            '112',
+            '17',
+            '23',
+            '0.375',
+            f'{latency:g}',
+            f'{latency + 1:g}',
+            '0.0625',
+            '641',
+            '37',
+        ):
+            assert figure in figures
+        assert not unknown_figures(folder)
+
+        def paths(value: object, path: tuple = ()) -> list[tuple]:
+            items = value.items() if isinstance(value, dict) else ()
+            return [found for key, item in items for found in ((*path, key), *paths(item, (*path, key)))]
+
+        for *outer, key in paths(json.loads(text)):
+            facts = json.loads(text)
+            place = facts
+            for name in outer:
+                place = place[name]
+            del place[key]
+            (folder / 'training.json').write_text(json.dumps(facts))
+            assert not unknown_figures(folder), (outer, key)
+
+    rewrite(copies[1], 'config.json', lambda config: config.update(num_classes=9876))
+    assert not unknown_figures(copies[1])
+
+
+def test_the_check_of_figures_finds_a_stray_one(copies: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch):
+    text = render_card(copies[0])
+    monkeypatch.setitem(globals(), 'render_card', lambda folder: text.replace('97.25', '98.25'))
+    assert unknown_figures(copies[0]) == ['98.25', '98.25']
+
+
+def test_costs_measured_under_different_conditions(copies: tuple[Path, Path]):
+    def measure(facts: dict) -> None:
+        for device, form in zip(('cpu', 'cuda'), facts['profile'].values()):
+            form.update(device=device, batch_size=1, input_size=[3, 64, 64])
+
+    rewrite(copies[0], 'training.json', measure)
+    text = render_card(copies[0])
+    assert '| MACs per image (3 x 64 x 64) | 7,654,321 | 654,321 |' in text
+    assert '| Latency, median | 4.25 ms (batch of 1, cpu) | 2.125 ms (batch of 1, cuda) |' in text
+    rewrite(copies[0], 'training.json', lambda facts: facts['profile']['fused'].pop('latency_ms'))
+    assert '| Latency, median (batch of 1, cpu) | 4.25 ms |  |' in render_card(copies[0])
+
+
+@pytest.mark.filterwarnings('ignore:.*without pretrained weights')
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, variant: str):
+    """What a card tells to run runs, in both forms, from the place where the folders lie."""
+    (tmp_path / 'path' / 'to').mkdir(parents=True)
+    model = timm.create_model(f'resnet10t_{variant}', **TINY)
+    data_config = {'input_size': (3, 64, 64), 'crop_pct': 1.0, 'interpolation': 'bilinear'}
+    folders = save_pair(model, tmp_path / 'path' / 'to', tag='t', report=REPORT, facts=FACTS, data_config=data_config)
+    Image.new('L', (70, 80)).save(tmp_path / 'image.jpg')
+    monkeypatch.chdir(tmp_path)
+    for folder in folders:
+        blocks = re.findall(r'(?ms)^```python\n(.*?)^```', (folder / 'README.md').read_text())
+        assert len(blocks) == 2
+        for block in blocks:
+            exec(compile(block, folder.name, 'exec'), {})
+    shapes = 'torch.Size([2, 8, 16, 16])'
+    assert capsys.readouterr().out.count(shapes) == 2
+
+
 @pytest.mark.filterwarnings('ignore:.*without pretrained weights')
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_every_method(tmp_path: Path, variant: str):
@@ -188,7 +423,7 @@ def test_markdown_layout(pair: tuple[Path, Path]):
         text = (folder / 'README.md').read_text()
         assert '\n\n\n' not in text and text.endswith('\n') and not text.endswith('\n\n')
         assert not re.search(r'[ \t]\n', text)
-        assert text.count('```') == 2 * 3
+        assert text.count('```') == 2 * 4
         body = '\n' + text.split('\n---\n', 1)[1]
         for match in re.finditer(r'(?m)^#+ ', body):
             assert body[: match.start()].endswith('\n\n')
@@ -199,19 +434,20 @@ def test_markdown_layout(pair: tuple[Path, Path]):
 
 
 def outside_of_code(text: str) -> str:
-    """Body of a card without its fenced blocks."""
+    """Body of a card without its fenced blocks and code spans."""
     body = text.split('\n---\n', 1)[1]
-    return re.sub(r'(?ms)^(`{3,})\w*\n.*?^\1$', '', body)
+    body = re.sub(r'(?ms)^(`{3,})\w*\n.*?^\1$', '', body)
+    return re.sub(r'(?<![`\\])(`+)(?!`)[^\n]*?(?<!`)\1(?!`)', '', body)
 
 
 @pytest.mark.parametrize('text', HOSTILE)
 def test_hostile_text_stays_where_it_is_put(copies: tuple[Path, Path], text: str):
     def poison(facts: dict) -> None:
         facts.update(tag=text, variant=text, stock_architecture=text, name=text)
-        facts.update(license_name=text, license_link=text)
-        facts['base_model'].update(id=text, revision=text)
+        facts.update(license_name=text, license_link=text, repo=text)
+        facts['base_model'].update(id=text, revision=text, license=text)
         facts['dataset'].update(name=text, id=text, split=text, label_names=[text, text])
-        facts['sibling'].update(name=text, sha256=text)
+        facts['sibling'].update(name=text, repo=text, sha256=text)
         facts['recipe'] = {text: text}
         facts['environment'] = {text: text}
         facts['metrics'] = {form: {text: 1.0, 'top1': 2.0} for form in ('train_time', 'fused')}
@@ -222,6 +458,8 @@ def test_hostile_text_stays_where_it_is_put(copies: tuple[Path, Path], text: str
         rewrite(folder, 'training.json', lambda facts: facts.update(license='apache-2.0'))
         clean = render_card(folder)
         rewrite(folder, 'training.json', poison)
+        rewrite(folder, 'config.json', lambda config: config.update(architecture=text + config['architecture']))
+        rewrite(folder, 'config.json', lambda config: config['pretrained_cfg'].update(license=text, tag=text))
         card = render_card(folder)
         data = ModelCard(card).data
         assert data.license == 'apache-2.0'
@@ -242,6 +480,33 @@ def test_hostile_text_stays_where_it_is_put(copies: tuple[Path, Path], text: str
         assert '49' not in re.sub(r'[0-9a-f]{64}', '', body)
         assert not re.search(r'https?://(?!arxiv.org)', body) and 'www.' not in body
         assert all(character.isprintable() or character == '\n' for character in card)
+
+
+@pytest.mark.parametrize('text', HOSTILE)
+def test_hostile_text_in_code_and_licence(copies: tuple[Path, Path], text: str):
+    """Code stays the code that it was, json stays json, and the licence is a plain name or none."""
+    for folder in copies:
+        blocks = re.findall(r'(?ms)^(`{3,})(\w+)\n(.*?)^\1$', render_card(folder))
+
+        def poison(facts: dict) -> None:
+            facts.update(repo=text, license=text, license_name=text, license_link=text)
+            facts['sibling'].update(repo=text)
+            facts['recipe'] = {text: {text: [text]}}
+
+        rewrite(folder, 'training.json', poison)
+        card = render_card(folder)
+        found = re.findall(r'(?ms)^(`{3,})(\w+)\n(.*?)^\1$', card)
+        assert [language for _, language, _ in found] == ['python', 'python', 'json', 'bibtex']
+        for (_, language, before), (_, _, after) in zip(blocks, found):
+            assert json.loads(after) == {text: {text: [text]}} if language == 'json' else after == before
+        front = yaml.safe_load(card.split('\n---\n', 1)[0])
+        license_name = front.get('license_name')
+        assert license_of(folder) == front.get('license') == (license_name and 'other')
+        assert license_name is None or re.fullmatch(r'[a-z0-9][a-z0-9.-]*', license_name)
+        assert 'license_link' not in front
+        line = next(line for line in card.splitlines() if line.startswith('- License:'))
+        assert line.replace('\\', '') == f'- License: {license_name or "none is stated"}'
+        assert ModelCard(card).data.base_model == FACTS['base_model']['id']
 
 
 @pytest.mark.parametrize(

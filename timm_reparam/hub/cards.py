@@ -5,15 +5,18 @@ A card is a pure function of three files of the folder: ``config.json``, ``train
 checkpoint is checked by :func:`check_facts`; what it does not say is not in the card. Keys that cards use:
 
 - ``form``: 'train_time' or 'fused'; ``name``: name of the folder; ``tag``; ``variant``; ``stock_architecture``;
+- ``repo``: where the folder is published, 'owner/name'; without it a card tells how to load from a local folder;
 - ``base_model``: where the weights started, dict(id=Hub repo, revision=commit or None, license=...), or None when the
   training started from random weights;
-- ``license``, ``license_name``, ``license_link``: licence of the weights, if it is not that of the base model;
+- ``license``, ``license_name``, ``license_link``: licence of the weights, where it is not that of the base model
+  (see :func:`license_of`);
 - ``dataset``: dict(name=..., id=Hub dataset, split=..., train_images=..., validation_images=..., label_names=[...]);
 - ``metrics``: by form, for instance dict(train_time=dict(top1=97.5), fused=dict(top1=97.5)), accuracies in percent;
 - ``logit_difference``: largest absolute difference between the logits of the two forms;
 - ``profile``: by form, as :meth:`timm_reparam.profile.Profile.to_dict` gives it;
 - ``fusion``: the measured proof, as :meth:`timm_reparam.FusionReport.to_dict` gives it;
-- ``sibling``: the other form, dict(name=..., sha256=hash of its model.safetensors);
+- ``sibling``: the other form, dict(name=..., repo=where it is published, by default beside this one, sha256=hash of
+  its model.safetensors);
 - ``recipe``: settings of the training run; ``environment``: versions it ran with.
 """
 
@@ -21,7 +24,7 @@ import hashlib
 import importlib.resources
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,16 @@ from ..convert import VARIANTS
 from ..errors import ReparamError
 from ..layers.base import Method
 
-__all__ = ['check_facts', 'read_config', 'read_facts', 'render_card', 'sha256_of', 'template_folder']
+__all__ = [
+    'bibtex',
+    'check_facts',
+    'license_of',
+    'read_config',
+    'read_facts',
+    'render_card',
+    'sha256_of',
+    'template_folder',
+]
 
 CONFIG_NAME = 'config.json'
 FACTS_NAME = 'training.json'
@@ -41,7 +53,20 @@ CARD_NAME = 'README.md'
 FORMS = ('train_time', 'fused')
 
 _FORM_LABELS = {'train_time': 'Train-time form', 'fused': 'Fused form'}
+_IMAGE_MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}  # PIL's names, by the number of channels
 _METRIC_LABELS = {'top1': 'Top-1 accuracy (%)', 'top5': 'Top-5 accuracy (%)', 'loss': 'Loss'}
+
+# The Hub's licence identifiers (https://huggingface.co/docs/hub/repositories-licenses). One that is missing here does
+# no harm: it is then written as 'other' with its name.
+_LICENSES = frozenset(
+    'afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0'
+    ' bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5'
+    ' cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0'
+    ' cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0'
+    ' cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 gemma gfdl'
+    ' gpl gpl-2.0 gpl-3.0 isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by'
+    ' ofl-1.1 openrail openrail++ osl-3.0 other pddl postgresql unlicense wtfpl zlib'.split()
+)
 
 
 def render_card(folder: str | Path) -> str:
@@ -63,6 +88,25 @@ def render_card(folder: str | Path) -> str:
     template = ''.join((templates / name).read_text(encoding='utf-8') for name in (f'{context.form}.md', 'details.md'))
     card = ModelCard.from_template(context.card_data(), template_str=template, **context.texts())
     return str(card).rstrip() + '\n'
+
+
+def license_of(folder: str | Path) -> str | None:
+    """Return the licence under which the weights of a checkpoint folder may be passed on, as far as it is known.
+
+    That is what the facts state, or else the licence of the base weights. Without facts nothing is known, and weights
+    that were trained from scratch have no licence until somebody states one.
+
+    Args:
+        folder: Checkpoint folder.
+
+    Returns:
+        The licence as the card's front matter has it, one of the Hub's identifiers ('other' for a licence that the Hub
+        has none for), or None: a licence has to be stated before the folder is published.
+
+    Raises:
+        ReparamError: A file of the folder says something that has the wrong form.
+    """
+    return _license_data(read_facts(folder) or {}).get('license')
 
 
 def template_folder() -> Path:
@@ -141,7 +185,7 @@ def check_facts(facts: Mapping[str, Any], place: str = 'facts') -> dict[str, Any
             plain[key] = json.loads(json.dumps(value, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise ReparamError(f'{place}.{key}: expected finite json values, got {value!r} ({error})') from error
-    for key in ('name', 'tag', 'variant', 'stock_architecture', 'license', 'license_name', 'license_link'):
+    for key in ('name', 'tag', 'variant', 'stock_architecture', 'repo', 'license', 'license_name', 'license_link'):
         _expect(plain, key, str, place)
     for key in ('base_model', 'dataset', 'metrics', 'profile', 'fusion', 'sibling', 'recipe', 'environment'):
         _expect(plain, key, dict, place)
@@ -155,7 +199,7 @@ def check_facts(facts: Mapping[str, Any], place: str = 'facts') -> dict[str, Any
         ('dataset', ('label_names',), list),
         ('metrics', FORMS, dict),
         ('profile', FORMS, dict),
-        ('sibling', ('name', 'sha256'), str),
+        ('sibling', ('name', 'repo', 'sha256'), str),
         ('fusion', ('algebra', 'stored', 'own', 'bound', 'top1_agreement'), float),
         ('fusion', ('num_inputs',), int),
     ):
@@ -170,7 +214,7 @@ def check_facts(facts: Mapping[str, Any], place: str = 'facts') -> dict[str, Any
         for name, value in ((plain.get('metrics') or {}).get(form) or {}).items():
             _expect({name: value}, name, float, f'{place}.metrics.{form}')
         profile = (plain.get('profile') or {}).get(form) or {}
-        for name in ('parameters', 'trainable_parameters', 'macs', 'batch_size'):
+        for name in ('parameters', 'trainable_parameters', 'macs', 'batch_size', 'runs'):
             _expect(profile, name, int, f'{place}.profile.{form}', required=name in profile)
         for name in ('latency_ms', 'latency_spread_ms'):
             _expect(profile, name, float, f'{place}.profile.{form}')
@@ -210,21 +254,20 @@ class _Context:
         self.is_plain = self.variant is None
         self.is_dynamic = is_variant and VARIANTS[suffix][0].input_dependent
         self.name = facts['name'] if _is_repo_name(facts.get('name')) else None
+        self.repo = facts['repo'] if _is_published_id(facts.get('repo')) else None
+        self.license = _license_data(facts)
 
     def card_data(self) -> ModelCardData:
         facts = self.facts
         base = facts.get('base_model') or {}
         dataset = facts.get('dataset') or {}
-        license_ = facts.get('license') or base.get('license') or (self.config['pretrained_cfg'].get('license'))
         tags = ['image-classification', 'timm', 'timm-reparam', *([self.variant] if self.variant else [])]
         base_id = base.get('id') if _is_repo_id(base.get('id')) else None
         data: dict[str, Any] = {
             'library_name': 'timm',
             'pipeline_tag': 'image-classification',
             'tags': [_plain(tag) for tag in tags],
-            'license': _plain(license_) if isinstance(license_, str) else None,
-            'license_name': _plain(facts['license_name']) if facts.get('license_name') else None,
-            'license_link': _plain(facts['license_link']) if facts.get('license_link') else None,
+            **self.license,
             'datasets': [dataset['id']] if _is_repo_id(dataset.get('id')) else None,
             'base_model': base_id,
             'base_model_relation': 'finetune' if base_id else None,
@@ -237,27 +280,28 @@ class _Context:
     def texts(self) -> dict[str, Any]:
         facts, config = self.facts, self.config
         method = VARIANTS[self.variant][0].method if self.variant in VARIANTS else None
-        base = facts.get('base_model')
-        sibling = facts.get('sibling') or {}
         input_size = config['pretrained_cfg'].get('input_size')
+        input_size = input_size if _is_size(input_size) else None
+        sibling = facts.get('sibling') or {}
         return {
             'title': _markdown(self._title()),
-            'path': f'path/to/{self.name or "this-folder"}',
+            'source': f'hf-hub:{self.repo}' if self.repo else f'local-dir:path/to/{self.name or "this-folder"}',
+            'needs_plugin': self.form == 'train_time' or self.is_dynamic,
+            'image_mode': _IMAGE_MODES.get(input_size[0]) if input_size else None,
             'architecture': _code(config['architecture']),
             'stock_architecture': _code(self.stock_architecture),
             'method': method,
-            'citation': _bibtex(self.variant, method) if method and self.variant else None,
+            'citation': bibtex(self.variant, method) if method and self.variant else None,
             'is_dynamic': self.is_dynamic,
-            'starts_known': 'base_model' in facts,
-            'base_model': _markdown(base['id']) if base and base.get('id') else None,
-            'base_revision': _markdown(base['revision']) if base and base.get('revision') else None,
-            'input_size': ' x '.join(str(int(side)) for side in input_size) if _is_size(input_size) else None,
+            'start': self._start(),
+            'license': self._license_line(),
+            'input_size': _size(input_size) if input_size else None,
             'num_classes': config['num_classes'] if isinstance(config.get('num_classes'), int) else None,
             'dataset': self._dataset_lines(),
             'metrics': [(label, value) for label, value, _ in self._metrics()],
             'fusion': self._fusion_lines(),
             'cost': self._cost_rows(),
-            'sibling': _markdown(sibling['name']) if sibling.get('name') else None,
+            'sibling': self._sibling(sibling),
             'sibling_sha256': _markdown(sibling['sha256']) if sibling.get('sha256') else None,
             'sha256': self.sha256,
             'recipe': _fenced(json.dumps(facts['recipe'], indent=2), 'json') if facts.get('recipe') else None,
@@ -265,6 +309,35 @@ class _Context:
                 f'{_markdown(name)} {_markdown(version)}' for name, version in (facts.get('environment') or {}).items()
             ),
         }
+
+    def _start(self) -> str | None:
+        """Where the weights started, or None if the facts do not say."""
+        if 'base_model' not in self.facts:
+            return None
+        base = self.facts['base_model']
+        if base is None:
+            return 'random weights'
+        if not base.get('id'):
+            return 'trained weights of which nothing is recorded'
+        text = _hub_link(base['id'])
+        return f'{text}, revision {_markdown(base["revision"])}' if base.get('revision') else text
+
+    def _license_line(self) -> str:
+        if not self.license:
+            return 'none is stated'
+        text = _markdown(self.license.get('license_name') or self.license['license'])
+        if self.license.get('license_link'):
+            text += f' ({_code(self.license["license_link"])})'
+        return text if self.facts.get('license') else f'{text}, that of the weights it started from'
+
+    def _sibling(self, sibling: dict[str, Any]) -> str | None:
+        """The other form: a link if it is known to be published."""
+        repo, name = sibling.get('repo'), sibling.get('name')
+        if not repo and self.repo and _is_repo_name(name):
+            repo = f'{self.repo.partition("/")[0]}/{name}'  # the two forms of a pair are published side by side
+        if repo and _is_published_id(repo):
+            return _hub_link(repo)
+        return _markdown(name) if name else None
 
     def _title(self) -> str:
         return self.name or _plain(self.config['architecture'])
@@ -316,8 +389,9 @@ class _Context:
             lines.append(f'Images: {", ".join(images)}')
         labels = dataset.get('label_names') or []
         if labels:
-            shown = ', '.join(_markdown(label) for label in labels[:20])
-            lines.append(f'Labels: {shown}' + (f' and {len(labels) - 20} more' if len(labels) > 20 else ''))
+            lines.append(
+                'Labels: ' + ', '.join([_markdown(label) for label in labels[:20]] + ['...'] * (len(labels) > 20))
+            )
         return lines
 
     def _fusion_lines(self) -> list[str]:
@@ -343,26 +417,69 @@ class _Context:
     def _cost_rows(self) -> list[list[str]]:
         """Rows of the table of costs, its header first; none if nothing was measured."""
         profiles = self._measured('profile')
-        rows = [['', *profiles]] if profiles else []
-        for label, key in (
-            ('Parameters', 'parameters'),
-            ('Trainable parameters', 'trainable_parameters'),
-            ('MACs per image', 'macs'),
-        ):
-            if any(key in profile for profile in profiles.values()):
+        rows = []
+        for label, key in (('Parameters', 'parameters'), ('Trainable parameters', 'trainable_parameters')):
+            if any(profile.get(key) is not None for profile in profiles.values()):
                 rows.append([label, *(f'{profile[key]:,}' if key in profile else '' for profile in profiles.values())])
-        timed = [profile for profile in profiles.values() if profile.get('latency_ms') is not None]
-        if timed:
-            where = [f'batch of {timed[0]["batch_size"]}'] if timed[0].get('batch_size') is not None else []
-            where += [_markdown(timed[0][key]) for key in ('device', 'dtype') if isinstance(timed[0].get(key), str)]
-            latencies = (profile.get('latency_ms') for profile in profiles.values())
-            rows.append(
-                [
-                    f'Latency, median ({", ".join(where)})' if where else 'Latency, median',
-                    *('' if latency is None else f'{latency:.4g} ms' for latency in latencies),
-                ]
-            )
-        return rows
+        if any(profile.get('macs') is not None for profile in profiles.values()):
+            rows.append(self._cost_row('MACs per image', 'macs', '{:,}', profiles, _macs_conditions))
+        if any(profile.get('latency_ms') is not None for profile in profiles.values()):
+            rows.append(self._cost_row('Latency, median', 'latency_ms', '{:.4g} ms', profiles, _latency_conditions))
+        if any(profile.get('latency_spread_ms') is not None for profile in profiles.values()):
+            rows.append(self._cost_row('Interquartile range', 'latency_spread_ms', '{:.3g} ms', profiles))
+        return [['', *profiles], *rows] if rows else []
+
+    @staticmethod
+    def _cost_row(
+        label: str,
+        key: str,
+        layout: str,
+        profiles: Mapping[str, dict[str, Any]],
+        conditions: Callable[[dict[str, Any]], str] = lambda profile: '',
+    ) -> list[str]:
+        """A row, with what it was measured under beside its label, or beside each figure where that differs."""
+        cells = {
+            form: layout.format(profile[key]) for form, profile in profiles.items() if profile.get(key) is not None
+        }
+        where = {form: conditions(profiles[form]) for form in cells}
+        if len(set(where.values())) == 1:
+            shared = next(iter(where.values()))
+            label += f' ({shared})' if shared else ''
+        else:
+            cells = {form: f'{cell} ({where[form]})' if where[form] else cell for form, cell in cells.items()}
+        return [label, *(cells.get(form, '') for form in profiles)]
+
+
+def _macs_conditions(profile: dict[str, Any]) -> str:
+    return _size(profile['input_size']) if _is_size(profile.get('input_size')) else ''
+
+
+def _latency_conditions(profile: dict[str, Any]) -> str:
+    where = [f'{profile["runs"]} runs'] if profile.get('runs') is not None else []
+    where += [f'batch of {profile["batch_size"]}'] if profile.get('batch_size') is not None else []
+    where += [_markdown(profile[key]) for key in ('device', 'dtype') if isinstance(profile.get(key), str)]
+    return ', '.join(where)
+
+
+def _license_data(facts: Mapping[str, Any]) -> dict[str, str]:
+    """The licence as front matter: nothing if unknown, 'other' with its name if the Hub has no identifier for it."""
+    base = facts.get('base_model') or {}
+    name = _plain(facts.get('license') or base.get('license') or '').lower()
+    stated = bool(facts.get('license'))
+    link = _plain(facts['license_link']) if stated and facts.get('license_link') else None
+    if name in _LICENSES - {'other'}:
+        return {'license': name}
+    if name == 'other':
+        name = _plain((facts.get('license_name') if stated else None) or '').lower()
+    name = re.sub(r'[^a-z0-9.]+', '-', name).strip('-.')
+    if not name or name in ('unknown', 'none', 'other'):
+        return {}
+    data = {'license': 'other', 'license_name': name}
+    if link is None and not stated and _is_published_id(base.get('id')):
+        link = f'https://huggingface.co/{base["id"]}'
+    if link is not None and re.fullmatch(r'https://[A-Za-z0-9][A-Za-z0-9._~/?#=&%+-]*|LICEN[CS]E[A-Za-z0-9._-]*', link):
+        data['license_link'] = link
+    return data
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -401,8 +518,25 @@ def _is_repo_name(text: Any) -> bool:
     return _is_repo_id(text) and '/' not in text
 
 
+def _is_published_id(text: Any) -> bool:
+    return _is_repo_id(text) and text.count('/') == 1
+
+
 def _is_size(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(isinstance(side, int) for side in value)
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == 3
+        and all(isinstance(side, int) and not isinstance(side, bool) for side in value)
+    )
+
+
+def _size(value: Sequence[int]) -> str:
+    return ' x '.join(str(side) for side in value)
+
+
+def _hub_link(repo: str) -> str:
+    """A link to a repo on the Hub; the bare text if no repo can have this name."""
+    return f'[{_markdown(repo)}](https://huggingface.co/{repo})' if _is_published_id(repo) else _markdown(repo)
 
 
 def _plain(text: str) -> str:
@@ -440,7 +574,13 @@ def _longest_backticks(text: str) -> int:
     return max((len(run) for run in re.findall('`+', text)), default=0)
 
 
-def _bibtex(key: str, method: Method) -> str:
+def bibtex(key: str, method: Method) -> str:
+    """Return the BibTeX entry of a method's paper.
+
+    Args:
+        key: What the entry is cited by, its year aside.
+        method: The method.
+    """
     fields = {
         'title': f'{{{method.title}}}',
         'author': method.authors,

@@ -1,0 +1,235 @@
+"""Cards of the families: current, complete, and their counts are right."""
+
+import json
+import pkgutil
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from huggingface_hub import ModelCard
+
+import timm_reparam
+from timm_reparam import ReparamError
+from timm_reparam.cli import main
+from timm_reparam.convert import VARIANTS
+from timm_reparam.hub.cards import template_folder
+from timm_reparam.hub.family_cards import (
+    COSTS_NAME,
+    INPUT_SIZE,
+    check_cards,
+    families,
+    measure_costs,
+    render_family_card,
+    write_cards,
+)
+from timm_reparam.profile import profile_model
+
+COMMITTED = template_folder()
+COSTS = json.loads((COMMITTED / COSTS_NAME).read_text())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return shutil.copytree(COMMITTED, tmp_path / 'model_cards')
+
+
+def test_every_registered_family_has_a_card():
+    modules = {module.name for module in pkgutil.iter_modules(timm_reparam.models.__path__)}
+    assert families().keys() == {name for name in modules if not name.startswith('_')}
+    for family, names in families().items():
+        # other tests may have registered more in this process
+        assert set(names) <= set(timm.list_models(module=family))
+        assert (COMMITTED / f'{family}.md').is_file()
+    assert COSTS.keys() == {name for names in families().values() for name in names}
+
+
+def test_committed_cards_are_current():
+    assert check_cards() == [], 'run timm-reparam cards'
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_some_committed_costs_are_current(variant: str):
+    names = [f'resnet18_{variant}', f'mobilenetv2_035_{variant}']
+    for name, counts in measure_costs(names).items():
+        assert {form: list(count) for form, count in counts.items()} == COSTS[name]
+
+
+@pytest.mark.slow
+def test_all_committed_costs_are_current():
+    assert check_cards(recount=True) == [], 'run timm-reparam cards'
+
+
+def test_counts_are_those_of_real_models():
+    """What is counted on the meta device is what a model with weights has and does."""
+    for name in ('resnet18_doconv', 'mobilenetv2_035_dyconv'):
+        model = timm.create_model(name)
+        for form, counted in (('train_time', model), ('fused', timm_reparam.fuse_model(model))):
+            profile = profile_model(counted, input_size=INPUT_SIZE, runs=0)
+            assert [profile.parameters, profile.trainable_parameters, profile.macs] == COSTS[name][form]
+        assert profile.parameters == sum(p.numel() for p in counted.parameters())
+
+
+def convolutions(stock: str) -> list[torch.nn.Conv2d]:
+    with torch.device('meta'):
+        return [module for module in timm.create_model(stock).modules() if isinstance(module, torch.nn.Conv2d)]
+
+
+@pytest.mark.parametrize('stock', ['resnet50', 'resnext50_32x4d', 'mobilenetv2_100'])
+def test_counts_follow_from_the_methods(stock: str):
+    spatial = [conv for conv in convolutions(stock) if max(conv.kernel_size) > 1]
+    added = {
+        # a square transform of the kernel's positions for each input channel
+        'doconv': sum(conv.in_channels * conv.weight[0, 0].numel() ** 2 for conv in spatial),
+        # two thin kernels, and a scale for each output channel of both
+        'acconv': sum(
+            conv.out_channels * (2 + conv.in_channels // conv.groups * sum(conv.kernel_size))
+            for conv in spatial
+            if max(conv.kernel_size) < 7
+        ),
+        # 3 x 3 filters from `groups` kernels to each kernel
+        'refconv': sum(9 * conv.in_channels * conv.out_channels for conv in spatial),
+    }
+    for variant, more in added.items():
+        counts = COSTS[f'{stock}_{variant}']
+        assert counts['train_time'][0] - counts['stock'][0] == more
+        assert counts['fused'] == counts['stock']
+    frozen = sum(conv.weight.numel() for conv in spatial)
+    parameters, trainable, _ = COSTS[f'{stock}_refconv']['train_time']
+    assert parameters - trainable == frozen
+
+
+@pytest.mark.parametrize('family', families())
+def test_card(family: str):
+    text = (COMMITTED / f'{family}.md').read_text()
+    data = ModelCard.load(COMMITTED / f'{family}.md').data
+    backbone, variant = family.split('_')
+    assert (data.library_name, data.pipeline_tag) == ('timm', 'image-classification')
+    assert data.tags == ['image-classification', 'timm', 'timm-reparam', variant]
+    assert data.license is None and data.base_model is None  # that is for each checkpoint to say
+    assert yaml.safe_load(str(ModelCard(text)).split('---\n')[1]) == yaml.safe_load(text.split('---\n')[1])
+    method = VARIANTS[variant][0].method
+    assert method.title in text and f'https://arxiv.org/abs/{method.arxiv}' in text
+    for heading in ('Method', 'Published figures', 'Create', 'Train', 'Fuse', 'Cost', 'Citation'):
+        assert f'\n\n## {heading}\n\n' in text
+    assert 'did not measure' in text  # the authors' figures are theirs
+    for name in families()[family]:
+        row = re.search(rf'(?m)^\| `{name}` \|.*$', text)[0]
+        forms = ('train_time', 'fused') if variant != 'dyconv' else ('stock', 'train_time', 'fused')
+        counts = [COSTS[name][form][0] for form in forms]
+        counts += [COSTS[name]['train_time'][1], *(COSTS[name][form][2] for form in forms)]
+        assert [int(cell.replace(',', '')) for cell in row.split('|')[2:-1]] == counts
+    assert ('no plugin needed' in text) == (variant != 'dyconv')
+    assert ('no fused form' in text) == (variant == 'dyconv')
+
+
+@pytest.mark.parametrize('family', families())
+def test_layout(family: str):
+    text = (COMMITTED / f'{family}.md').read_text()
+    assert '\n\n\n' not in text and text.endswith('\n') and not text.endswith('\n\n')
+    assert not re.search(r'[ \t]\n', text) and '{{ ' not in text and '{%' not in text
+    assert text.count('```') == 2 * 4
+    for table in re.findall(r'(?m)(?:^\|.*\n)+', text):
+        header, rule, *rows = table.splitlines()
+        assert rows and re.fullmatch(r'[|\-: ]+', rule)
+        assert len({line.count('|') for line in (header, rule, *rows)}) == 1
+
+
+@pytest.mark.parametrize('family', families())
+def test_snippets_run(family: str, capsys: pytest.CaptureFixture):
+    blocks = re.findall(r'(?ms)^```python\n(.*?)^```', (COMMITTED / f'{family}.md').read_text())
+    code = '\n'.join(blocks)
+    assert 'pretrained=True' in code
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        # no download, and few small images
+        code = code.replace('pretrained=True', 'pretrained=False').replace(
+            '(model, fused)', '(model, fused, inputs=few)'
+        )
+        exec(compile(code, family, 'exec'), space := {'few': torch.randn(2, 3, 32, 32)})
+    stock, variant = space['model'].pretrained_cfg['architecture'].rsplit('_', 1)
+    expected = f'{stock}_{variant}' if variant == 'dyconv' else stock
+    assert space['fused'].pretrained_cfg['architecture'] == expected
+    assert 'fusion proved' in capsys.readouterr().out
+
+
+def test_published_figures_are_those_of_the_method():
+    """Both families of a method show the same text, and it comes from one file."""
+    for variant in VARIANTS:
+        text = (COMMITTED / 'methods' / f'{variant}.md').read_text().strip()
+        for family in families():
+            assert (text in (COMMITTED / f'{family}.md').read_text()) == family.endswith(f'_{variant}')
+
+
+def test_stale_cards_are_found_and_written_again(folder: Path):
+    assert check_cards(folder) == [] and write_cards(folder, recount=False) == []
+    (folder / 'resnet_doconv.md').write_text('something else')
+    (folder / 'resnet_acconv.md').unlink()
+    (folder / 'vgg_acconv.md').write_text('of no family')
+    with open(folder / 'methods' / 'refconv.md', 'a') as file:
+        file.write('\nOne more sentence.\n')
+    stale = ['mobilenetv2_refconv.md', 'resnet_acconv.md', 'resnet_doconv.md', 'resnet_refconv.md']
+    assert check_cards(folder) == [*stale, 'vgg_acconv.md']
+    assert sorted(write_cards(folder, recount=False)) == stale
+    assert check_cards(folder) == ['vgg_acconv.md']
+    assert not [path.name for path in folder.iterdir() if path.name.startswith('.')]
+    for name in ('resnet_acconv.md', 'resnet_doconv.md'):
+        assert (folder / name).read_bytes() == (COMMITTED / name).read_bytes()
+
+
+def test_costs_are_counted_again(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    few = {family: names[:1] for family, names in families().items() if family.endswith('_doconv')}
+    monkeypatch.setattr('timm_reparam.hub.family_cards.families', lambda: few)
+    for path in folder.glob('*_*conv.md'):
+        path.unlink()
+    costs = {names[0]: COSTS[names[0]] for names in few.values()}
+    costs['resnet10t_doconv'] = {**costs['resnet10t_doconv'], 'fused': [1, 2, 3]}
+    (folder / COSTS_NAME).write_text(json.dumps(costs))
+    write_cards(folder, recount=False)
+    assert check_cards(folder) == []
+    counted = []
+    assert check_cards(folder, recount=True, report=counted.append) == [COSTS_NAME, 'resnet_doconv.md']
+    assert counted == ['mobilenetv2_035_doconv', 'resnet10t_doconv']
+    assert sorted(write_cards(folder)) == [COSTS_NAME, 'resnet_doconv.md']
+    assert json.loads((folder / COSTS_NAME).read_text())['resnet10t_doconv'] == COSTS['resnet10t_doconv']
+
+
+@pytest.mark.parametrize(
+    'damage, words',
+    [
+        (lambda folder: (folder / COSTS_NAME).unlink(), COSTS_NAME),
+        (lambda folder: (folder / COSTS_NAME).write_text('{'), 'three counts'),
+        (lambda folder: (folder / COSTS_NAME).write_text('[]'), 'three counts'),
+        (lambda folder: (folder / COSTS_NAME).write_text('{"a": {"stock": [1]}}'), 'three counts'),
+        (lambda folder: (folder / COSTS_NAME).write_text('{}'), 'timm-reparam cards'),
+        (lambda folder: (folder / 'family.md').unlink(), 'family.md'),
+        (lambda folder: (folder / 'methods' / 'acconv.md').unlink(), 'acconv.md'),
+    ],
+)
+def test_folders_that_make_no_cards(folder: Path, damage, words: str):
+    damage(folder)
+    with pytest.raises(ReparamError, match=words):
+        check_cards(folder)
+
+
+def test_command(folder: Path, capsys: pytest.CaptureFixture):
+    def run(*arguments: str) -> tuple[int, str]:
+        return main(['cards', str(folder), '--stored-costs', *arguments]), capsys.readouterr().out
+
+    assert run('--check') == (0, 'all cards are current\n')
+    (folder / 'resnet_doconv.md').write_text('something else')
+    assert run('--check') == (1, 'stale: resnet_doconv.md\n')
+    assert run() == (0, 'written: resnet_doconv.md\n')
+    assert run() == run('--check') == (0, 'all cards are current\n')
+    (folder / COSTS_NAME).unlink()
+    assert main(['cards', str(folder), '--check', '--stored-costs']) == 1
+    assert COSTS_NAME in capsys.readouterr().err
+
+
+def test_unknown_family():
+    with pytest.raises(ReparamError, match='vgg_doconv.*resnet_doconv'):
+        render_family_card('vgg_doconv')
