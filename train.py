@@ -73,7 +73,8 @@ from timm_reparam import (
     register_variant,
     verify_fusion,
 )
-from timm_reparam.convert import VARIANTS
+from timm_reparam.convert import VARIANTS, variant_of
+from timm_reparam.hub import publish
 from timm_reparam.hub.checkpoint import check_pair, check_tag, folder_name, save_checkpoint, save_pair
 from timm_reparam.profile import compare_profiles, format_comparison, format_profiles
 
@@ -312,6 +313,8 @@ FLAGS: dict[str, tuple[tuple[str, Any, Any, str], ...]] = {
         ('--conv-options', dict, {}, "options of the variant's convolutions, for instance depth_multiplier=18"),
         ('--tag', str, None, "name of the result; the default is the dataset's name"),
         ('--zoo', str, 'zoo', 'folder in which both forms are saved at the end'),
+        ('--publish', str, None, 'publish both forms on the Hub at the end, under this user or organisation'),
+        ('--license', str, None, 'licence of published weights that start from none with a licence, apache-2.0 say'),
         ('-v --verbose', bool, False, 'more lines in the log, and errors with their traceback'),
     ),
 }
@@ -519,6 +522,9 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
         (args.resume == 'auto' and not args.experiment,
          '--resume auto: looks into the folder of --experiment; name one'),
         (args.wandb_resume_id and not args.resume, '--wandb-resume-id: needs --resume'),
+        (args.license and not args.publish, '--license: is for --publish; add it'),
+        (args.publish and not (args.license or args.pretrained or args.pretrained_path or ':' in args.model),
+         '--publish: weights trained from scratch have no licence yet; add --license'),
         (args.log_wandb and importlib.util.find_spec('wandb') is None,
          '--log-wandb: the package wandb is not installed; pip install wandb, or leave the flag out'),
     # fmt: on
@@ -1097,6 +1103,8 @@ def prepare(args: argparse.Namespace) -> Run:
     run.data_config = resolve_data_config(vars(args), model=run.model)
     if run.is_primary:
         check_zoo(args, architecture_of(run.model))
+        if args.publish and variant_of(run.model) is None:
+            raise ReparamError(f'--publish: publishes both forms, {args.model} has one; add --variant')
         parameters = sum(p.numel() for p in run.model.parameters())
         _logger.info('model: %s, %s parameters to train', architecture_of(run.model), f'{parameters:,}')
     set_precision(run)
@@ -1845,7 +1853,11 @@ def finish(run: Run) -> str:
     top1 = (metrics[0]['top1'], metrics[1]['top1']) if metrics else None
     table = format_comparison(*profiles, top1=top1, logit_difference=difference)
     note = ' (dynamic convolutions stay, in their form for inference)' if dynamic_layers(model) else ''
-    return f'{table}\n\nsaved, train-time form: {folders[0]}\nsaved, fused form:      {folders[1]}{note}'
+    saved = f'saved, train-time form: {folders[0]}\nsaved, fused form:      {folders[1]}{note}'
+    if args.publish:
+        _logger.info('%s', saved)
+        saved += f'\n\n{publish(folders[0], args.publish, license=args.license)}'
+    return f'{table}\n\n{saved}'
 
 
 def leave_other_processes(run: Run) -> None:
@@ -1906,6 +1918,7 @@ def compare_forms(run: Run, model: nn.Module, fused: nn.Module) -> tuple[list[di
 PRIVATE = (
     *('data', 'data_dir', 'output', 'experiment', 'zoo', 'tag', 'resume', 'pretrained_path', 'initial_checkpoint'),
     *('device', 'device_modules', 'local_rank', 'log_wandb', 'wandb_project', 'wandb_tags', 'wandb_resume_id'),
+    *('publish', 'license'),
 )
 
 

@@ -1,5 +1,6 @@
 """The command line: what it prints, its exit status, and one line for every error."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import timm
+from hub_server import HubServer
 
 import timm_reparam
 from timm_reparam.cli import main
@@ -103,6 +105,9 @@ def test_verify_fails(capsys: pytest.CaptureFixture, tmp_path: Path, pair: tuple
         (['profile', 'resnet18', '--device', 'nonsense'], 'nonsense'),
         (['fuse', 'missing', 'out'], 'config.json'),
         (['verify', 'missing'], 'config.json'),
+        (['publish', 'missing', 'owner'], 'training.json'),
+        (['sync', 'missing', 'owner'], 'missing'),
+        (['pull', 'a/b/c', 'zoo'], 'expected a repo'),
     ],
 )
 def test_errors_are_one_line(capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch, args: list[str], words: str):
@@ -126,7 +131,9 @@ def test_usage(capsys: pytest.CaptureFixture, args: list[str]):
     assert 'usage: timm-reparam' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('command', [[], ['list'], ['profile'], ['fuse'], ['verify']])
+@pytest.mark.parametrize(
+    'command', [[], *([name] for name in ('list', 'profile', 'fuse', 'verify', 'publish', 'sync', 'pull', 'run'))]
+)
 def test_help(capsys: pytest.CaptureFixture, command: list[str]):
     with pytest.raises(SystemExit) as exit_:
         main([*command, '--help'])
@@ -139,6 +146,52 @@ def test_version(capsys: pytest.CaptureFixture):
         main(['--version'])
     assert exit_.value.code == 0
     assert capsys.readouterr().out == f'timm-reparam {timm_reparam.__version__}\n'
+
+
+def test_hub_commands(capsys: pytest.CaptureFixture, hub: HubServer, tmp_path: Path, pair, monkeypatch):
+    """To the Hub and back: what is printed, and the exit status."""
+    monkeypatch.setenv('HF_TOKEN', 'hf_owner')
+    hub.orgs['cli'] = {'owner'}
+    repo_id = f'cli/{pair[0].name}'
+    zoo, other = str(pair[0].parent), str(tmp_path / 'pulled')
+    assert main(['publish', str(pair[0]), 'cli']) == 1
+    assert '--license' in capsys.readouterr().err
+    assert main(['publish', str(pair[0]), 'cli', '--license', 'mit', '--dry-run', '--json']) == 0
+    assert json.loads(capsys.readouterr().out)['counts'] == {'planned': 2} and not hub.commit_counts
+    assert main(['publish', str(pair[0]), 'cli', '--license', 'mit']) == 0
+    assert capsys.readouterr().out.count('sent') == 2
+    assert main(['sync', zoo, 'cli', '--license', 'mit', '--collection', 'Zoo', '--json']) == 0
+    assert json.loads(capsys.readouterr().out)['counts'] == {'skipped': 2, 'sent': 1}
+    assert main(['sync', zoo, 'cli', '--json']) == 1
+    assert json.loads(capsys.readouterr().out)['ok'] is False
+    assert main(['pull', repo_id, other]) == 0
+    assert main(['verify', f'{other}/{pair[0].name}']) == 0
+    capsys.readouterr()
+    assert main(['verify', repo_id, '--json']) == 0
+    assert json.loads(capsys.readouterr().out)['passed'] is True
+    hub.commit(repo_id, {'README.md': '# Mine'})
+    assert main(['verify', repo_id]) == 1
+    assert 'NOT proved' in capsys.readouterr().out
+    assert main(['verify', 'cli/nothing']) == 1
+    assert 'no such model' in capsys.readouterr().err
+
+
+def test_run(tmp_path: Path):
+    """A script sees its own arguments, its own folder and the variants; its exit status is that of the command."""
+    (tmp_path / 'beside.py').write_text('WORD = "beside"')
+    (tmp_path / 'script.py').write_text(
+        'import sys, timm, beside\n'
+        'assert __name__ == "__main__" and timm.is_model("resnet18_doconv")\n'
+        'print(beside.WORD, sys.argv)\n'
+        'if "--fail" in sys.argv: raise KeyError("own")\n'
+        'sys.exit(7)\n'
+    )
+    done = run('run', 'script.py', '-v', '--help', 'x', cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (7, "beside ['script.py', '-v', '--help', 'x']\n"), done.stderr
+    done = run('run', 'missing.py', cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith('timm-reparam: missing.py') and done.stderr.count('\n') == 1
+    done = run('run', 'script.py', '--fail', cwd=tmp_path)
+    assert done.returncode == 1 and "KeyError: 'own'" in done.stderr
 
 
 def test_as_a_module():

@@ -198,6 +198,8 @@ def test_refused_flags_say_their_name_and_the_reason(dest):
         (['--torchscript', '--sync-bn'], '--sync-bn'),
         (['--resume', 'auto'], '--resume auto'),
         (['--wandb-resume-id', 'x'], '--wandb-resume-id'),
+        (['--license', 'mit'], '--license'),
+        (['--publish', 'owner'], 'add --license'),
         (['--log-wandb'], '--log-wandb: the package wandb is not installed'),
         (
             ['--epoch-repeats', '2'],
@@ -928,6 +930,26 @@ def test_two_processes_train_resume_and_save_once(flags, tmp_path):
     same(again['state_dict'], last['state_dict'])
     same(again['optimizer'], last['optimizer'])
     same(again['train_state'], last['train_state'])
+
+
+# Publishing
+
+
+def test_both_forms_are_published_at_the_end(flags, hub, cache_dir, monkeypatch, capsys):
+    monkeypatch.setenv('HF_TOKEN', 'hf_owner')
+    assert train.main(flags('--epochs', '1', '--publish', 'owner', '--license', 'mit')) == 0
+    assert 'owner/resnet18_doconv.photos_fused' in capsys.readouterr().out
+    assert {repo for repo in hub.commit_counts if repo.startswith('owner/resnet18_doconv.photos')} == {
+        'owner/resnet18_doconv.photos',
+        'owner/resnet18_doconv.photos_fused',
+    }
+    fused = timm.create_model('hf-hub:owner/resnet18_doconv.photos_fused', pretrained=True, cache_dir=cache_dir)
+    assert fused.pretrained_cfg['architecture'] == 'resnet18'
+    assert fused.pretrained_cfg['license'] == 'mit'
+
+
+def test_a_stock_model_is_not_published(flags, capsys):
+    assert 'add --variant' in refusal(flags('--publish', 'owner', '--license', 'mit', model='resnet18'), capsys)
 
 
 # The embedded default

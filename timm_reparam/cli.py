@@ -1,7 +1,9 @@
 """``timm-reparam``: the package's functions on the command line."""
 
 import argparse
+import json
 import os
+import runpy
 import sys
 import traceback
 from collections.abc import Sequence
@@ -13,7 +15,8 @@ import timm
 
 from .convert import VARIANTS, fuse_model, variant_of
 from .errors import ReparamError
-from .hub import fuse_checkpoint, load_checkpoint, verify_checkpoint
+from .hub import fuse_checkpoint, load_checkpoint, publish, pull, sync, verify, verify_checkpoint
+from .hub.family_cards import check_cards, write_cards
 from .profile import compare_profiles, format_profiles
 from .version import __version__
 
@@ -89,15 +92,98 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument('target', metavar='OUT', help='folder of the fused checkpoint')
     command.set_defaults(command=_fuse)
 
+    network = argparse.ArgumentParser(add_help=False)
+    network.add_argument('--json', action='store_true', help='print the report as json')
+    group = network.add_argument_group('the way to the Hub')
+    group.add_argument(
+        '--timeout', type=float, default=60.0, metavar='S', help='seconds without an answer (default: 60)'
+    )
+    group.add_argument(
+        '--patience',
+        type=float,
+        default=300.0,
+        metavar='S',
+        help='seconds that rate limits and failures may be waited for, a request (default: 300)',
+    )
+    sending = argparse.ArgumentParser(add_help=False)
+    sending.add_argument('--license', metavar='ID', help='licence of weights of which none is known, mit for instance')
+    sending.add_argument('--private', action='store_true', help='make the repos private')
+    sending.add_argument('--revision', metavar='BRANCH', help='branch to commit to (default: main)')
+    sending.add_argument('--dry-run', action='store_true', help='check and compare, but send nothing')
+    sending.add_argument(
+        '--force', action='store_true', help='commit also on top of what somebody else commits at the same time'
+    )
+
     command = commands.add_parser(
         'verify',
-        parents=[common],
+        parents=[common, network],
         help='prove again that two checkpoints are the two forms of one model',
-        description='Compare a train-time checkpoint with the fused one beside it (FOLDER_fused).',
+        description='Prove a pair again: hashes, what the cards claim, and the train-time form against the fused one.',
     )
-    command.add_argument('folder', metavar='FOLDER', help='train-time checkpoint, or the fused one beside it')
+    command.add_argument(
+        'target', metavar='FOLDER|REPO', help='either form: a folder, the other one beside it, or NAMESPACE/NAME'
+    )
     command.add_argument('--fused', metavar='FOLDER', help='fused checkpoint, if it lies elsewhere')
+    command.add_argument('--revision', metavar='REVISION', help='branch, tag or commit of a repo (default: main)')
     command.set_defaults(command=_verify)
+
+    command = commands.add_parser(
+        'publish',
+        parents=[common, sending, network],
+        help='publish both forms of a model on the Hub',
+        description='Prove a pair of checkpoints, send what differs, one commit a repo, and fetch it back to compare.',
+    )
+    command.add_argument('folder', metavar='FOLDER', help='checkpoint of either form, the other one beside it')
+    command.add_argument('namespace', metavar='NAMESPACE', help='user or organisation on the Hub')
+    command.add_argument('--create-pr', action='store_true', help='propose each commit as a pull request')
+    command.set_defaults(command=_publish)
+
+    command = commands.add_parser(
+        'sync',
+        parents=[common, sending, network],
+        help='make the Hub equal to a local zoo',
+        description='Publish every pair of a zoo that differs from the Hub; what is equal is not sent again.',
+    )
+    command.add_argument('zoo', metavar='ZOO', help='folder of pairs')
+    command.add_argument('namespace', metavar='NAMESPACE', help='user or organisation on the Hub')
+    command.add_argument('--collection', metavar='TITLE', help='collection to put the models into')
+    command.add_argument('--workers', type=int, default=4, metavar='N', help='models at a time (default: 4)')
+    command.set_defaults(command=_sync)
+
+    command = commands.add_parser(
+        'pull',
+        parents=[common, network],
+        help='fetch both forms of a model, or of all models of a namespace',
+        description='Fetch pairs from the Hub into a local zoo; hashes are compared, only safetensors are read.',
+    )
+    command.add_argument('source', metavar='REPO|NAMESPACE', help='NAMESPACE/NAME of either form, or NAMESPACE')
+    command.add_argument('zoo', metavar='ZOO', help='folder of pairs')
+    command.add_argument('--revision', metavar='REVISION', help='branch, tag or commit (default: main)')
+    command.set_defaults(command=_pull)
+
+    command = commands.add_parser(
+        'cards',
+        parents=[common],
+        help='write the cards of the families again, or check that they are current',
+        description='Write the cards of the families, their costs counted again (a minute or two).',
+    )
+    command.add_argument(
+        'folder', nargs='?', metavar='FOLDER', help="templates and cards (default: the package's model_cards)"
+    )
+    command.add_argument('--check', action='store_true', help='write nothing; exit 1 and name the cards that are stale')
+    command.add_argument('--stored-costs', action='store_true', help='take the costs from costs.json')
+    command.set_defaults(command=_cards)
+
+    command = commands.add_parser(
+        'run',
+        parents=[common],
+        help='run a script, one of timm for instance, with the variants registered',
+        description='Run a Python script with the variants registered. Under torchrun: torchrun ... -m timm_reparam run'
+        ' SCRIPT ARGS',
+    )
+    command.add_argument('script', metavar='SCRIPT', help='path of the script')
+    command.add_argument('args', metavar='ARGS', nargs=argparse.REMAINDER, help='everything after it is its own')
+    command.set_defaults(command=_run)
     return parser
 
 
@@ -139,6 +225,68 @@ def _fuse(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    report = verify_checkpoint(args.folder, args.fused)
-    print(report)
+    report: Any
+    if args.fused is not None:
+        report = verify_checkpoint(args.target, args.fused)
+    elif Path(args.target).is_dir() or '/' not in args.target or Path(args.target).is_absolute():
+        if not Path(args.target).is_dir():
+            verify_checkpoint(args.target)  # says what is missing where
+        report = verify(args.target)
+    else:
+        report = verify(args.target, revision=args.revision, timeout=args.timeout, patience=args.patience)
+    _print(report, args.json)
     return 0 if report.passed else 1
+
+
+def _publish(args: argparse.Namespace) -> int:
+    report = publish(args.folder, args.namespace, create_pr=args.create_pr, **_sending(args))
+    _print(report, args.json)
+    return 0 if report.ok else 1
+
+
+def _sync(args: argparse.Namespace) -> int:
+    report = sync(args.zoo, args.namespace, collection=args.collection, workers=args.workers, **_sending(args))
+    _print(report, args.json)
+    return 0 if report.ok else 1
+
+
+def _pull(args: argparse.Namespace) -> int:
+    report = pull(args.source, args.zoo, revision=args.revision, timeout=args.timeout, patience=args.patience)
+    _print(report, args.json)
+    return 0 if report.ok else 1
+
+
+def _sending(args: argparse.Namespace) -> dict[str, Any]:
+    names = ('license', 'private', 'revision', 'dry_run', 'force', 'timeout', 'patience')
+    return {name: getattr(args, name) for name in names}
+
+
+def _print(report: Any, as_json: bool) -> None:
+    print(json.dumps(report.to_dict(), indent=2) if as_json else report)
+
+
+def _cards(args: argparse.Namespace) -> int:
+    make = check_cards if args.check else write_cards
+    names = make(args.folder, recount=not args.stored_costs)
+    for name in names:
+        print(f'{"stale" if args.check else "written"}: {name}')
+    if not names:
+        print('all cards are current')
+    return 1 if args.check and names else 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    script = Path(args.script)
+    if not script.is_file():
+        raise ReparamError(f'{args.script}: expected the path of a Python script, found no file there')
+    argv, path = sys.argv, list(sys.path)
+    sys.argv = [args.script, *args.args]
+    sys.path.insert(0, str(script.absolute().parent))
+    try:
+        runpy.run_path(args.script, run_name='__main__')
+    except Exception:  # the script's own: shown as Python shows it
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.argv, sys.path[:] = argv, path
+    return 0

@@ -1,4 +1,4 @@
-"""Checkpoints on disk and their model cards."""
+"""Checkpoints on disk, their model cards, and the way to the Hub and back."""
 
 from .cards import check_facts, render_card
 from .checkpoint import (
@@ -11,16 +11,27 @@ from .checkpoint import (
     save_pair,
     verify_checkpoint,
 )
+from .publish import RepoResult, SyncReport, publish, self_check
+from .pull import VerifyReport, pull, verify
+from .sync import sync
 
 __all__ = [
+    'RepoResult',
+    'SyncReport',
+    'VerifyReport',
     'check_facts',
     'check_pair',
     'check_tag',
     'folder_name',
     'fuse_checkpoint',
     'load_checkpoint',
+    'publish',
+    'pull',
     'render_card',
     'save_checkpoint',
     'save_pair',
+    'self_check',
+    'sync',
+    'verify',
     'verify_checkpoint',
 ]

@@ -53,6 +53,7 @@ except ImportError:  # only POSIX has it; elsewhere two saves into one folder at
 __all__ = [
     'check_pair',
     'check_tag',
+    'copy_checkpoints',
     'folder_name',
     'fuse_checkpoint',
     'load_checkpoint',
@@ -321,6 +322,28 @@ def verify_checkpoint(folder: str | Path, fused_folder: str | Path | None = None
     return verify_fusion(load_checkpoint(folder), load_checkpoint(fused_folder))
 
 
+def copy_checkpoints(folders: Sequence[str | Path], zoo: str | Path) -> list[Path]:
+    """Copy checkpoint folders into a zoo under their own names, all of them or none.
+
+    A folder of that name is replaced if it holds the same architecture.
+
+    Args:
+        folders: Checkpoint folders that load; what else lies in them stays behind.
+        zoo: Where to copy them; made if its parent is there.
+
+    Returns:
+        The copies.
+
+    Raises:
+        ReparamError: A folder is no checkpoint, or the place is not writable or taken by something else.
+    """
+    zoo = Path(zoo).absolute()
+    drafts = [_Copy(Path(folder), zoo / Path(folder).name) for folder in folders]
+    with _zoo_folder(zoo):
+        _write_all(drafts)
+    return [draft.target for draft in drafts]
+
+
 class _Draft:
     """A checkpoint that is checked and ready to be written; nothing on disk has changed yet."""
 
@@ -389,6 +412,25 @@ class _Draft:
         if self.facts is not None:
             _write_text(folder / FACTS_NAME, json.dumps(self.facts, indent=2) + '\n')
         _write_text(folder / CARD_NAME, render_card(folder) if self.card is None else self.card)
+
+
+class _Copy:
+    """A checkpoint folder that is ready to be copied."""
+
+    def __init__(self, source: Path, target: Path):
+        self.source, self.target = source, target
+        self.architecture = read_config(source)['architecture']
+
+    def write_model(self, folder: Path) -> None:
+        """Copy the configuration and the weights."""
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            shutil.copyfile(self.source / name, folder / name)
+
+    def write_texts(self, folder: Path) -> None:
+        """Copy the facts and the card, if they are there."""
+        for name in (FACTS_NAME, CARD_NAME):
+            if (self.source / name).is_file():
+                shutil.copyfile(self.source / name, folder / name)
 
 
 def _architecture(model: nn.Module) -> str:
@@ -486,7 +528,7 @@ def _check_target(target: Path, architectures: Collection[str]) -> None:
         )
 
 
-def _write_all(drafts: Sequence[_Draft], complete: Callable[[Sequence[str]], None] | None = None) -> None:
+def _write_all(drafts: Sequence[_Draft | _Copy], complete: Callable[[Sequence[str]], None] | None = None) -> None:
     """Write folders that lie beside each other: all of them under another name, then rename one after the other.
 
     Args:
@@ -514,7 +556,7 @@ def _write_all(drafts: Sequence[_Draft], complete: Callable[[Sequence[str]], Non
                 shutil.rmtree(_partial(draft.target), ignore_errors=True)
 
 
-def _recover(draft: _Draft) -> None:
+def _recover(draft: _Draft | _Copy) -> None:
     """Put right what a killed process left: bring back what it set aside, remove what it did not finish."""
     target, previous = draft.target, _previous(draft.target)
     if previous.exists() and not target.exists():

@@ -1,0 +1,426 @@
+"""Publishing a pair to the loopback Hub with the real client."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from hub_server import HubServer
+from huggingface_hub import HfApi, ModelCard
+from stand_in import randomise
+
+import timm_reparam
+from timm_reparam import ReparamError
+from timm_reparam.hub import publish, save_pair
+
+TINY = dict(num_classes=4, channels=(8, 8, 8, 8), stem_width=4)
+DATA_CONFIG = dict(input_size=(3, 32, 32), crop_pct=1.0)
+FACTS = {'base_model': {'id': 'timm/resnet10t.c3_in1k', 'license': 'apache-2.0'}}
+CHECK = 'test/rand_tensors.safetensors'
+FILES = {'README.md', 'config.json', 'model.safetensors', 'training.json', CHECK}
+NAMES = ('resnet10t_doconv.t', 'resnet10t_doconv.t_fused')
+ENVIRONMENT = {'PYTHONPATH': str(Path(timm_reparam.__file__).parents[1]), 'OMP_NUM_THREADS': '1'}
+
+
+def small_model(seed: int = 1) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return randomise(timm.create_model('resnet10t_doconv', **TINY), seed=seed).eval()
+
+
+def save(zoo: Path, seed: int = 1, tag: str = 't', facts: dict = FACTS) -> tuple[Path, Path]:
+    return save_pair(small_model(seed), zoo, tag=tag, facts=facts, data_config=DATA_CONFIG)
+
+
+@pytest.fixture(scope='module')
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A pair; tests leave it as it is."""
+    return save(tmp_path_factory.mktemp('zoo'))
+
+
+@pytest.fixture
+def copies(tmp_path: Path, pair: tuple[Path, Path]) -> tuple[Path, Path]:
+    """The pair, for tests that change it."""
+    return tuple(shutil.copytree(folder, tmp_path / 'zoo' / folder.name) for folder in pair)
+
+
+def start(code: str, *args: str, home: Path) -> subprocess.Popen:
+    env = {**os.environ, **ENVIRONMENT, 'HF_HOME': str(home)}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, '-c', code, *args], env=env, **pipes)
+
+
+def end(process: subprocess.Popen) -> str:
+    printed, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    return printed
+
+
+def content(hub: HubServer, repo_id: str, path: str, branch: str = 'main') -> bytes:
+    return b''.join(hub.repos[repo_id].branches[branch].files[path].read())
+
+
+def history(hub: HubServer, repo_id: str) -> list[str]:
+    return [commit.title for commit in hub.repos[repo_id].branches['main'].history()]
+
+
+def test_published_pair(hub: HubServer, owner: str, pair: tuple[Path, Path], tmp_path: Path):
+    report = publish(pair[0], owner)
+    repo_ids = [f'{owner}/{name}' for name in NAMES]
+    assert report.ok and [result.repo_id for result in report.sent] == repo_ids
+    assert json.loads(json.dumps(report.to_dict()))['counts'] == {'sent': 2}
+    for repo_id, folder in zip(repo_ids, pair):
+        repo = hub.repos[repo_id]
+        assert len(list(repo.branches['main'].history())) == 2  # the empty one, and all files at once
+        assert set(repo.branches['main'].files) == FILES | {'.gitattributes'}
+        for name in FILES - {CHECK}:
+            assert content(hub, repo_id, name) == (folder / name).read_bytes()
+        assert not repo.private
+        card = ModelCard(content(hub, repo_id, 'README.md').decode())
+        assert card.data.license == 'apache-2.0'
+    # the client had both cards validated (ModelCard.validate of 0.30 would ask the public Hub)
+    assert [entry.status for entry in hub.log if entry.path == '/api/validate-yaml'] == [200, 200]
+    # stock timm alone, in a process that cannot import the plugin, and timm with the plugin
+    code = """
+import sys
+if sys.argv[3] == 'stock':
+    sys.modules['timm_reparam'] = None
+else:
+    import timm_reparam
+import timm, torch
+model = timm.create_model(f'hf-hub:{sys.argv[1]}', pretrained=True).eval()
+assert sys.argv[3] != 'stock' or type(model).__module__.startswith('timm.')
+with torch.no_grad():
+    torch.save(model(torch.load('images.pt')), sys.argv[2])
+"""
+    images = torch.randn(4, 3, 32, 32)
+    torch.save(images, tmp_path / 'images.pt')
+    code = f'import os; os.chdir({str(tmp_path)!r})\n{code}'
+    kinds = zip(repo_ids, ('plugin', 'stock'))
+    for process in [start(code, repo_id, f'{kind}.pt', kind, home=tmp_path / kind) for repo_id, kind in kinds]:
+        end(process)
+    train_time, fused = torch.load(tmp_path / 'plugin.pt'), torch.load(tmp_path / 'stock.pt')
+    with torch.no_grad():
+        assert torch.equal(small_model()(images), train_time)
+    torch.testing.assert_close(fused, train_time, rtol=1e-4, atol=1e-5)
+
+
+def test_self_check(hub: HubServer, owner: str, pair: tuple[Path, Path], cache_dir: Path):
+    """The file says what the model that timm loads makes of its image, and is the same bytes on every machine."""
+    publish(pair[0], owner)
+    for name, folder in zip(NAMES, pair):
+        path = HfApi().hf_hub_download(f'{owner}/{name}', CHECK, cache_dir=cache_dir)
+        tensors = safetensors.torch.load_file(path)
+        assert set(tensors) == {'input', 'output', 'features', 'pre_logits'}
+        model = timm.create_model(f'hf-hub:{owner}/{name}', pretrained=True, cache_dir=cache_dir).eval()
+        with torch.no_grad():
+            features = model.forward_features(tensors['input'])
+            found = {'features': features, 'output': model(tensors['input'])}
+            found['pre_logits'] = model.forward_head(features, pre_logits=True)
+        for key, value in found.items():
+            torch.testing.assert_close(value, tensors[key], rtol=1e-3, atol=1e-4)
+        sha256 = hashlib.sha256((folder / 'model.safetensors').read_bytes()).hexdigest()
+        again = timm_reparam.hub.self_check(model, sha256)
+        assert again == Path(path).read_bytes()
+
+
+def test_second_time_sends_nothing(hub: HubServer, owner: str, pair: tuple[Path, Path]):
+    publish(pair[0], owner)
+    hub.clear()
+    report = publish(pair[1], owner)  # either form names the pair
+    assert [result.status for result in report.results] == ['skipped', 'skipped']
+    assert not hub.commit_counts and not hub.weight_bytes
+    assert {entry.method for entry in hub.log} == {'GET'}
+
+
+def test_only_what_changed_is_sent(hub: HubServer, owner: str, copies: tuple[Path, Path]):
+    publish(copies[0], owner)
+    facts = json.loads((copies[0] / 'training.json').read_text())
+    (copies[0] / 'training.json').write_text(json.dumps({**facts, 'recipe': {'epochs': 3}}, indent=2) + '\n')
+    (copies[0] / 'README.md').write_text(timm_reparam.hub.render_card(copies[0]))
+    hub.clear()
+    report = publish(copies[0], owner)
+    assert [result.files for result in report.results] == [['README.md', 'training.json'], []]
+    assert sum(hub.commit_counts.values()) == 1 and not hub.weight_bytes
+    assert content(hub, f'{owner}/{NAMES[0]}', 'training.json') == (copies[0] / 'training.json').read_bytes()
+
+
+def test_missing_self_check_is_added(hub: HubServer, owner: str, pair: tuple[Path, Path]):
+    publish(pair[0], owner)
+    before = content(hub, f'{owner}/{NAMES[0]}', CHECK)
+    hub.commit(f'{owner}/{NAMES[0]}', {CHECK: None})
+    report = publish(pair[0], owner)
+    assert [result.files for result in report.results] == [[CHECK], []]
+    assert content(hub, f'{owner}/{NAMES[0]}', CHECK) == before
+
+
+def test_model(hub: HubServer, owner: str):
+    report = publish(small_model(), owner, tag='t', facts=FACTS, data_config=DATA_CONFIG)
+    assert len(report.sent) == 2
+    assert publish(small_model(), owner, tag='t', facts=FACTS, data_config=DATA_CONFIG).sent == []
+    with pytest.raises(ReparamError, match='tag'):
+        publish(small_model(), owner)
+    with pytest.raises(ReparamError, match='for a model'):
+        publish('folder', owner, tag='t')
+
+
+def test_dry_run(hub: HubServer, owner: str, pair: tuple[Path, Path]):
+    report = publish(pair[0], owner, dry_run=True)
+    assert [result.status for result in report.results] == ['planned', 'planned'] and report.ok
+    assert set(report.results[0].files) == FILES and report.results[0].num_bytes > 10_000
+    assert {entry.method for entry in hub.log} == {'GET'}
+    assert not any(repo_id.startswith(f'{owner}/') for repo_id in hub.repos)
+
+
+def test_private(hub: HubServer, owner: str, pair: tuple[Path, Path]):
+    publish(pair[0], owner, private=True)
+    assert all(hub.repos[f'{owner}/{name}'].private for name in NAMES)
+    assert publish(pair[0], owner).ok  # stays private
+
+
+def test_private_over_public_is_refused(hub: HubServer, owner: str, copies: tuple[Path, Path]):
+    HfApi().create_repo(f'{owner}/{NAMES[0]}')
+    with pytest.raises(ReparamError, match='is public, expected a private repo'):
+        publish(copies[0], owner, private=True)
+    assert not hub.commit_counts
+
+
+def test_revision(hub: HubServer, owner: str, pair: tuple[Path, Path]):
+    publish(pair[0], owner, revision='next')
+    for name in NAMES:
+        repo = hub.repos[f'{owner}/{name}']
+        assert set(repo.branches['main'].files) == {'.gitattributes'}
+        assert FILES < set(repo.branches['next'].files)
+    assert publish(pair[0], owner, revision='next').sent == []
+
+
+def test_pull_request(hub: HubServer, owner: str, pair: tuple[Path, Path]):
+    report = publish(pair[0], owner, create_pr=True)
+    for result in report.sent:
+        repo = hub.repos[result.repo_id]
+        assert set(repo.branches['main'].files) == {'.gitattributes'}
+        assert result.pull_request.startswith(hub.endpoint) and len(repo.pulls) == 1
+        assert all(pull.oid == result.commit for pull in repo.pulls.values())
+
+
+def test_explicit_token(hub: HubServer, owner: str, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv('HF_TOKEN')
+    assert publish(pair[0], owner, private=True, token='hf_owner', endpoint=hub.endpoint).ok
+    with pytest.raises(ReparamError, match='log in') as raised:
+        publish(pair[0], f'{owner}-other', token='hf_nobody')
+    assert 'hf_nobody' not in str(raised.value)
+
+
+@pytest.mark.filterwarnings('ignore:.*without pretrained weights')  # a RefConv from random weights
+@pytest.mark.parametrize('variant', ['acconv', 'dyconv', 'refconv'])
+def test_every_method(hub: HubServer, owner: str, variant: str):
+    model = randomise(timm.create_model(f'resnet10t_{variant}', **TINY), seed=3).eval()
+    assert len(publish(model, owner, tag='t', facts=FACTS, data_config=DATA_CONFIG).sent) == 2
+    assert timm_reparam.hub.verify(f'{owner}/resnet10t_{variant}.t').passed
+
+
+# Licences
+
+
+@pytest.mark.parametrize('facts', [{}, {'base_model': None}, {'base_model': {'id': 'someone/model'}}])
+def test_unknown_licence(hub: HubServer, owner: str, tmp_path: Path, facts: dict):
+    folder, _ = save(tmp_path, facts=facts)
+    before = (folder / 'training.json').read_bytes()
+    with pytest.raises(ReparamError, match='licence of the weights is unknown.*--license'):
+        publish(folder, owner)
+    assert not hub.log
+    if facts:
+        return
+    publish(folder, owner, license='mit')
+    for name in NAMES:
+        repo_id = f'{owner}/{name}'
+        assert json.loads(content(hub, repo_id, 'training.json'))['license'] == 'mit'
+        assert json.loads(content(hub, repo_id, 'config.json'))['pretrained_cfg']['license'] == 'mit'
+        assert ModelCard(content(hub, repo_id, 'README.md').decode()).data.license == 'mit'
+    assert (folder / 'training.json').read_bytes() == before
+    assert publish(folder, owner, license='mit').sent == []
+
+
+def test_known_licence_stays(hub: HubServer, owner: str, pair: tuple[Path, Path]):
+    with pytest.raises(ReparamError, match='the weights are under apache-2.0'):
+        publish(pair[0], owner, license='mit')
+    assert publish(pair[0], owner, license='apache-2.0', dry_run=True).ok
+
+
+@pytest.mark.parametrize('license', ['MIT', 'mit\ntags: x', '', '-'])
+def test_licence_is_an_identifier(owner: str, tmp_path: Path, license: str):
+    folder, _ = save(tmp_path, facts={})
+    with pytest.raises(ReparamError, match='licence|identifier'):
+        publish(folder, owner, license=license)
+
+
+# Pairs that are not fit to be published
+
+
+def other_weights(folders: tuple[Path, Path]) -> None:
+    tensors = safetensors.torch.load_file(folders[1] / 'model.safetensors')
+    tensors['fc.bias'] = tensors['fc.bias'] + 1
+    safetensors.torch.save_file(tensors, folders[1] / 'model.safetensors', metadata={'format': 'pt'})
+
+
+def wrong_fusion(folders: tuple[Path, Path]) -> None:
+    """Everything agrees but the weights."""
+    other_weights(folders)
+    facts = json.loads((folders[0] / 'training.json').read_text())
+    facts['sibling']['sha256'] = hashlib.sha256((folders[1] / 'model.safetensors').read_bytes()).hexdigest()
+    (folders[0] / 'training.json').write_text(json.dumps(facts))
+    for folder in folders:
+        (folder / 'README.md').write_text(timm_reparam.hub.render_card(folder))
+
+
+def edited_card(folders: tuple[Path, Path]) -> None:
+    card = folders[1] / 'README.md'
+    card.write_text(card.read_text().replace('license: apache-2.0', 'license: mit'))
+
+
+def renamed(folders: tuple[Path, Path]) -> None:
+    facts = json.loads((folders[0] / 'training.json').read_text())
+    (folders[0] / 'training.json').write_text(json.dumps({**facts, 'name': 'another'}))
+
+
+@pytest.mark.parametrize(
+    'spoil, words',
+    [
+        (other_weights, 'sha256'),
+        (wrong_fusion, 'differs'),
+        (edited_card, 'license'),
+        (renamed, 'name'),
+        (lambda folders: shutil.rmtree(folders[1]), 'not found'),
+        (lambda folders: (folders[0] / 'README.md').unlink(), 'README.md'),
+        (lambda folders: (folders[0] / 'training.json').write_text('{'), 'json'),
+    ],
+)
+def test_unfit_pairs(hub: HubServer, owner: str, copies: tuple[Path, Path], spoil, words: str):
+    spoil(copies)
+    with pytest.raises(ReparamError, match=words):
+        publish(copies[0], owner)
+    assert {entry.method for entry in hub.log} <= {'GET'}
+    assert not any(repo_id.startswith(f'{owner}/') for repo_id in hub.repos)
+
+
+@pytest.mark.parametrize('namespace', ['', 'a/b', '..', 'a b', '-x', 'é', 'x' * 100])
+def test_illegal_namespaces(hub: HubServer, pair: tuple[Path, Path], namespace: str):
+    with pytest.raises(ReparamError, match='expected a repo'):
+        publish(pair[0], namespace)
+    assert not hub.log
+
+
+# Faults
+
+
+@pytest.mark.parametrize(
+    'status, path',
+    [
+        *(
+            ('429', path)
+            for path in ('repos/create', '/api/models/', '/preupload/', '/commit/', 'lfs/objects', 'resolve')
+        ),
+        ('503', '/api/models/'),
+        ('500', '/commit/'),
+    ],
+)
+def test_what_passes_is_waited_out(hub: HubServer, owner: str, pair: tuple[Path, Path], status: str, path: str):
+    fault = hub.faults.add(status, path=path, retry_after=0.01 if status == '429' else None)
+    assert len(publish(pair[0], owner).sent) == 2
+    assert fault.hits == 1
+    assert [len(history(hub, f'{owner}/{name}')) for name in NAMES] == [2, 2]
+
+
+@pytest.mark.parametrize('kind', ['drop_before', 'drop_after', 'truncate', '503'])
+@pytest.mark.parametrize('create_pr', [False, True])
+def test_commit_without_an_answer_lands_once(
+    hub: HubServer, owner: str, pair: tuple[Path, Path], kind: str, create_pr: bool
+):
+    options = {'landed': True} if kind == '503' else {}
+    fault = hub.faults.add(kind, method='POST', path='/commit/', **options)
+    report = publish(pair[0], owner, create_pr=create_pr)
+    assert fault.hits == 1 and len(report.sent) == 2
+    assert hub.commit_counts == {f'{owner}/{name}': 1 for name in NAMES}
+    if create_pr:
+        assert all(result.pull_request.endswith('/discussions/1') for result in report.sent)
+
+
+def test_rate_limit_beyond_patience(hub: HubServer, owner: str, pair: tuple[Path, Path]):
+    hub.faults.add('429', path='/commit/', times=None, retry_after=1000)
+    with pytest.raises(ReparamError, match='limits the rate'):
+        publish(pair[0], owner, patience=2)
+    assert not hub.commit_counts
+
+
+def test_stalled_server(hub: HubServer, owner: str, pair: tuple[Path, Path]):
+    """A server that says nothing is given up after the time that was set."""
+    fault = hub.faults.add('slow', path=f'/api/models/{owner}', seconds=5, times=None)
+    began = time.monotonic()
+    with pytest.raises(ReparamError, match='no answer from .* local folder'):
+        publish(pair[0], owner, timeout=0.2, patience=1)
+    assert fault.hits == 2 and time.monotonic() - began < 4
+
+
+@pytest.mark.slow
+def test_stalled_commit(hub: HubServer, owner: str, pair: tuple[Path, Path], tmp_path: Path):
+    """So it is where the client has no limit of its own; in a process whose session has none yet."""
+    code = f"""
+import timm_reparam
+from timm_reparam.hub import publish
+try:
+    publish({str(pair[0])!r}, {owner!r}, timeout=0.5, patience=1)
+except timm_reparam.ReparamError as error:
+    print(error)
+"""
+    hub.faults.add('slow', method='POST', path='/commit/', seconds=20, times=None)
+    printed = end(start(code, home=tmp_path))
+    assert 'no answer from' in printed and printed.count('\n') == 1
+
+
+def test_no_network(pair: tuple[Path, Path], owner: str):
+    with pytest.raises(ReparamError, match='no answer from http://127.0.0.1:9 .*local folder'):
+        publish(pair[0], owner, endpoint='http://127.0.0.1:9', patience=1)
+
+
+def test_concurrent_commit_is_a_conflict(hub: HubServer, owner: str, pair: tuple[Path, Path]):
+    repo_id = f'{owner}/{NAMES[0]}'
+
+    def somebody_else(request: object) -> None:
+        hub.commit(repo_id, {'notes.txt': 'mine'}, title='Theirs')
+
+    hub.faults.add('call', path=f'{repo_id}/commit/', action=somebody_else)
+    with pytest.raises(ReparamError, match='somebody else'):
+        publish(pair[0], owner)
+    assert history(hub, repo_id)[0] == 'Theirs' and len(history(hub, repo_id)) == 2
+    hub.faults.add('call', path=f'{repo_id}/commit/', action=somebody_else)
+    assert len(publish(pair[0], owner, force=True).sent) == 2
+    assert set(hub.repos[repo_id].branches['main'].files) == FILES | {'.gitattributes', 'notes.txt'}
+
+
+def test_damaged_upload_and_download(hub: HubServer, owner: str, pair: tuple[Path, Path]):
+    hub.faults.add('wrong_hash', method='PUT', path='lfs', times=None)
+    with pytest.raises(ReparamError):
+        publish(pair[0], owner, patience=3)
+    assert not hub.commit_counts
+    hub.faults.clear()
+    hub.faults.add('wrong_hash', method='GET', path='resolve/.*/model.safetensors', times=None)
+    with pytest.raises(ReparamError, match='expected the hash'):
+        publish(pair[0], owner)
+
+
+def test_token_is_nowhere(hub: HubServer, owner: str, pair: tuple[Path, Path], capsys: pytest.CaptureFixture, caplog):
+    hub.faults.add('403', path='/commit/', message='hf_owner may not do this')
+    caplog.set_level('INFO')
+    with pytest.raises(ReparamError) as raised:
+        publish(pair[0], owner)
+    report = publish(pair[0], owner)
+    printed = capsys.readouterr()
+    for text in (str(raised.value), str(report), json.dumps(report.to_dict()), printed.out, printed.err, caplog.text):
+        assert 'hf_owner' not in text

@@ -1,0 +1,557 @@
+"""Both forms of a model to the Hub: proved from the files before they are sent, fetched back and compared after."""
+
+import copy
+import json
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+import yaml  # type: ignore[import-untyped]  # comes with huggingface_hub, which lets its errors through
+from huggingface_hub import ModelCard
+from torch import nn
+
+from ..errors import ReparamError
+from .cards import (
+    CARD_NAME,
+    CONFIG_NAME,
+    FACTS_NAME,
+    WEIGHTS_NAME,
+    license_of,
+    read_config,
+    read_facts,
+    render_card,
+    sha256_of,
+)
+from .checkpoint import load_checkpoint, save_pair, verify_checkpoint
+from .transport import Conflict, HubClient, Landed, LocalFile, RemoteState, check_repo_id, one_line
+
+__all__ = [
+    'CHECK_NAME',
+    'RepoResult',
+    'SyncReport',
+    'check_claims',
+    'check_self_check',
+    'publish',
+    'self_check',
+]
+
+CHECK_NAME = 'test/rand_tensors.safetensors'
+FILES = (CARD_NAME, CONFIG_NAME, FACTS_NAME, WEIGHTS_NAME)
+_FUSED_SUFFIX = '_fused'
+# as timm's own tests compare such tensors
+_TOLERANCE: dict[str, Any] = dict(rtol=1e-3, atol=1e-4)
+# Models are run one at a time: proofs switch settings of the whole process.
+one_at_a_time = threading.RLock()
+_FORCED_TRIES = 5
+
+
+@dataclass
+class RepoResult:
+    """What became of one repo.
+
+    Attributes:
+        repo_id: The repo.
+        status: 'sent', 'planned' (it would be sent), 'skipped' (it is equal already), 'refused' (the local pair is not
+            fit to be published), 'conflict' (somebody else changed the repo meanwhile) or 'failed'.
+        why: Why, in one line.
+        commit: Id of the commit that is there now, if known.
+        pull_request: Address of the pull request, if the commit is proposed as one.
+        files: The files that were sent, or would be.
+        num_bytes: Their size; of files that the Hub has already, the weights too, only the name travels.
+    """
+
+    repo_id: str
+    status: str
+    why: str = ''
+    commit: str | None = None
+    pull_request: str | None = None
+    files: list[str] = field(default_factory=list)
+    num_bytes: int = 0
+
+
+@dataclass
+class SyncReport:
+    """What became of every repo, in the order of their names."""
+
+    results: list[RepoResult] = field(default_factory=list)
+
+    def of(self, *statuses: str) -> list[RepoResult]:
+        """The results with one of the statuses."""
+        return [result for result in self.results if result.status in statuses]
+
+    @property
+    def sent(self) -> list[RepoResult]:
+        """Repos that have a new commit."""
+        return self.of('sent')
+
+    @property
+    def skipped(self) -> list[RepoResult]:
+        """Repos that were equal to the local folder."""
+        return self.of('skipped')
+
+    @property
+    def refused(self) -> list[RepoResult]:
+        """Repos whose local pair is not fit to be published."""
+        return self.of('refused')
+
+    @property
+    def conflicts(self) -> list[RepoResult]:
+        """Repos that somebody else changed meanwhile."""
+        return self.of('conflict')
+
+    @property
+    def failed(self) -> list[RepoResult]:
+        """Repos that could not be brought up to date."""
+        return self.of('failed')
+
+    @property
+    def ok(self) -> bool:
+        """Whether all went well."""
+        return not self.of('refused', 'conflict', 'failed')
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values, for json."""
+        counts = {status: len(self.of(status)) for status in dict.fromkeys(r.status for r in self.results)}
+        return {'ok': self.ok, 'counts': counts, 'results': [vars(result) for result in self.results]}
+
+    def __str__(self) -> str:
+        lines = []
+        for result in self.results:
+            what = f'{len(result.files)} files, {result.num_bytes:,} bytes' if result.files else ''
+            where = result.pull_request or (f'commit {result.commit[:12]}' if result.commit else '')
+            about = '; '.join(part for part in (what, where, result.why) if part)
+            lines.append(f'{result.status:>8}  {result.repo_id}' + (f': {about}' if about else ''))
+        return '\n'.join(lines)
+
+
+def publish(
+    folder_or_model: str | Path | nn.Module,
+    namespace: str,
+    *,
+    tag: str | None = None,
+    facts: Mapping[str, Any] | None = None,
+    data_config: Mapping[str, Any] | None = None,
+    license: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    dry_run: bool = False,
+    force: bool = False,
+    token: str | None = None,
+    endpoint: str | None = None,
+    timeout: float = 60.0,
+    patience: float = 300.0,
+) -> SyncReport:
+    """Publish both forms of a model, each as one commit: ``NAMESPACE/<model>.<tag>`` and ``…_fused``.
+
+    Before anything is sent the pair is proved again from its files. What was sent is fetched back by the id of its
+    commit: hashes are compared, and the model that timm makes of it is run beside the local one. Only files that
+    differ are sent; a pair that is there already makes no commit.
+
+    Args:
+        folder_or_model: Folder of either form, the other one beside it, as :func:`save_pair` writes them; or a
+            train-time model, which is saved to a temporary place first.
+        namespace: User or organisation on the Hub.
+        tag: Name of the training result, for a model.
+        facts: What is known of the training of a model.
+        data_config: Preprocessing of the inputs of a model.
+        license: Licence of the weights; required when they were trained from scratch or their origin's is unknown, and
+            only then: otherwise it is taken over from the base model.
+        private: Make the repos private; one that is public already is refused.
+        revision: Branch to commit to; main by default.
+        create_pr: Propose each commit as a pull request.
+        dry_run: Check and compare, but send nothing.
+        force: On top of what somebody else commits at the same time, commit all the same.
+        token: Access token; the stored one or HF_TOKEN by default.
+        endpoint: Address of the Hub.
+        timeout: Seconds without an answer after which a request has failed.
+        patience: Seconds that a rate limit, server errors and dropped connections may be waited for, a request.
+
+    Returns:
+        What became of both repos.
+
+    Raises:
+        ReparamError: The pair is not fit to be published, or the Hub did not take it; the message says what of it is
+            on the Hub.
+    """
+    client = HubClient(token=token, endpoint=endpoint, timeout=timeout, patience=patience)
+    options: dict[str, Any] = dict(
+        private=private, revision=revision, create_pr=create_pr, dry_run=dry_run, force=force
+    )
+    report = SyncReport()
+    with tempfile.TemporaryDirectory(prefix='publish-') as scratch:
+        if isinstance(folder_or_model, nn.Module):
+            if tag is None:
+                raise ReparamError('publish: expected a tag, the name of the training result, with a model; give tag=')
+            zoo = Path(scratch) / 'zoo'
+            folder, _ = save_pair(folder_or_model, zoo, tag=tag, facts=facts, data_config=data_config)
+        elif tag is not None or facts is not None or data_config is not None:
+            raise ReparamError('publish: tag, facts and data_config are for a model; a folder says them itself')
+        else:
+            folder = train_time_folder(folder_or_model)
+        try:
+            publish_pair(client, folder, namespace, report.results.append, license=license, **options)
+        except ReparamError as error:
+            done = [result.repo_id for result in report.sent]
+            if not done:
+                raise
+            raise ReparamError(f'{error} (already there: {", ".join(done)}; publish again to complete it)') from error
+    return report
+
+
+def train_time_folder(folder: str | Path) -> Path:
+    """The folder of the train-time form of a pair, given either."""
+    folder = Path(folder).absolute()
+    return folder.with_name(folder.name.removesuffix(_FUSED_SUFFIX))
+
+
+def fused_folder(folder: Path) -> Path:
+    """The folder of the fused form beside that of the train-time form."""
+    return folder.with_name(folder.name + _FUSED_SUFFIX)
+
+
+def publish_pair(
+    client: HubClient,
+    folder: Path,
+    namespace: str,
+    add_result: Callable[[RepoResult], object],
+    *,
+    license: str | None,
+    private: bool,
+    revision: str | None,
+    create_pr: bool,
+    dry_run: bool,
+    force: bool,
+) -> None:
+    """Bring both repos of a pair up to date; see :func:`publish`.
+
+    Args:
+        client: The Hub.
+        folder: Folder of the train-time form.
+        namespace: Where to.
+        add_result: Called with the result of each repo as soon as it is known.
+        license: Licence of the weights, if unknown.
+        private: Make the repos private.
+        revision: Branch.
+        create_pr: Propose a pull request.
+        dry_run: Send nothing.
+        force: Commit on top of a concurrent change.
+
+    Raises:
+        ReparamError: The pair is not fit to be published (`Refused`), somebody else changed a repo (`Conflict`), or the
+            Hub did not take it.
+    """
+    with ExitStack() as stack:
+        with _refusing(folder.name):
+            folders = stack.enter_context(_with_license(folder, license))
+            forms = [_Form(check_repo_id(f'{namespace}/{one.name}'), one) for one in folders]
+        for form in forms:
+            form.compare(client.state(form.repo_id, revision))
+        if any(form.is_due for form in forms):
+            with _refusing(folder.name), one_at_a_time:
+                _prove(*folders)
+        for form in forms:
+            result = RepoResult(form.repo_id, 'skipped', commit=form.state.head)
+            if not form.is_due:
+                add_result(result)
+                continue
+            with _refusing(folder.name), one_at_a_time:
+                form.complete()
+            if not dry_run:
+                landed = _send(client, form, private=private, revision=revision, create_pr=create_pr, force=force)
+                result.commit, result.pull_request = landed.commit, landed.pull_request
+            result.status = 'planned' if dry_run else 'sent'
+            result.files = sorted(form.changes)
+            result.num_bytes = sum(file.size for file in form.changes.values())
+            add_result(result)
+            if not dry_run:
+                try:
+                    _fetch_back(client, form, landed.commit)
+                except ReparamError as error:
+                    result.status, result.why = 'failed', one_line(error)
+                    raise
+
+
+class Refused(ReparamError):
+    """A local pair is not fit to be published."""
+
+
+@contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ReparamError as error:
+        raise Refused(f'{name}: not published: {error}') from error.__cause__
+
+
+def _read(folder: Path) -> dict[str, LocalFile]:
+    """The files of a checkpoint folder; the small ones in memory, so that they stay as they are."""
+    files = {}
+    for name in FILES:
+        path = folder / name
+        if not path.is_file():
+            raise ReparamError(f'{path}: not found; expected a pair of folders as save_pair writes them')
+        files[name] = LocalFile(path if name == WEIGHTS_NAME else path.read_bytes())
+    return files
+
+
+class _Form:
+    """One form of a pair on its way to its repo."""
+
+    def __init__(self, repo_id: str, folder: Path):
+        self.repo_id, self.folder = repo_id, folder
+        self.files = _read(folder)
+        self.state = RemoteState(False)
+        self.changes: dict[str, LocalFile] = {}
+        self._checks = self.is_due = False
+
+    def compare(self, state: RemoteState) -> None:
+        """Find what has to be sent to a repo in a state."""
+        self.state = state
+        self.changes = {
+            path: file
+            for path, file in self.files.items()
+            if path not in state.files or not state.files[path].is_same(file)
+        }
+        # its tensors follow from weights and configuration: it is made only when these change or it is not there
+        self._checks = CHECK_NAME not in state.files or bool(self.changes.keys() & {CONFIG_NAME, WEIGHTS_NAME})
+        self.is_due = bool(self.changes) or self._checks
+
+    def complete(self) -> None:
+        """Add the self-check file to what has to be sent."""
+        if self._checks:
+            content = self_check(load_checkpoint(self.folder), self.files[WEIGHTS_NAME].sha256)
+            self.changes[CHECK_NAME] = LocalFile(content)
+
+
+@contextmanager
+def _with_license(folder: Path, license: str | None) -> Iterator[tuple[Path, Path]]:
+    """Both folders of a pair, with a licence; where it is given here, copies that name it."""
+    folders = (folder, fused_folder(folder))
+    found = [_known_license(one) for one in folders]
+    known = {one for one in found if one is not None}
+    if license is not None and not known <= {license}:
+        raise ReparamError(f'license: the weights are under {", ".join(sorted(known))}, got {license!r}; leave it out')
+    if None not in found:
+        yield folders
+        return
+    if license is None:
+        raise ReparamError(
+            'the licence of the weights is unknown (trained from scratch, or from weights without one); give it with'
+            ' license= (--license on the command line)'
+        )
+    if not re.fullmatch(r'[a-z0-9][a-z0-9.-]{0,63}', license):
+        raise ReparamError(f"license: expected an identifier as the Hub lists them, 'apache-2.0', got {license!r}")
+    with tempfile.TemporaryDirectory(prefix='licensed-') as scratch:
+        yield (
+            _licensed_copy(folders[0], Path(scratch) / folders[0].name, license),
+            _licensed_copy(folders[1], Path(scratch) / folders[1].name, license),
+        )
+
+
+def _known_license(folder: Path) -> str | None:
+    if read_facts(folder) is None:
+        raise ReparamError(f'{folder / FACTS_NAME}: not found; expected a pair of folders as save_pair writes them')
+    return license_of(folder)
+
+
+def _licensed_copy(folder: Path, target: Path, license: str) -> Path:
+    config, facts = read_config(folder), read_facts(folder) or {}
+    target.mkdir()
+    try:
+        (target / WEIGHTS_NAME).symlink_to(folder / WEIGHTS_NAME)
+    except OSError:  # a file system without links
+        shutil.copyfile(folder / WEIGHTS_NAME, target / WEIGHTS_NAME)
+    config['pretrained_cfg']['license'] = license
+    (target / CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding='utf-8')
+    (target / FACTS_NAME).write_text(json.dumps({**facts, 'license': license}, indent=2) + '\n', encoding='utf-8')
+    (target / CARD_NAME).write_text(render_card(target), encoding='utf-8', newline='\n')
+    return target
+
+
+def _prove(folder: Path, fused: Path) -> None:
+    """Raise ReparamError unless two folders are the two forms of one model and say nothing else."""
+    for one in (folder, fused):
+        facts = read_facts(one) or {}
+        if facts.get('name') != one.name:
+            raise ReparamError(
+                f'{one / FACTS_NAME}: name: expected that of the folder, {one.name!r}, got {facts.get("name")!r}; save'
+                ' the pair under the new name with save_pair'
+            )
+        problems = check_claims(one)
+        if problems:
+            raise ReparamError(f'{one}: {problems[0]}')
+    report = verify_checkpoint(folder, fused)
+    if not report.passed:
+        raise ReparamError(f'the fused model differs from the train-time model: {report}')
+
+
+def check_claims(folder: Path) -> list[str]:
+    """Compare what a card claims with the other files of its folder.
+
+    Args:
+        folder: Checkpoint folder.
+
+    Returns:
+        What is wrong, a line each; empty if nothing is.
+
+    Raises:
+        ReparamError: A file is missing or cannot be read.
+    """
+    path = folder / CARD_NAME
+    try:
+        text = path.read_text(encoding='utf-8')
+        card = ModelCard(text)
+        claimed = card.data.to_dict()
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        return [f'{CARD_NAME}: cannot be read ({one_line(error)[:200]})']
+    problems = []
+    sha256 = sha256_of(folder / WEIGHTS_NAME)
+    if sha256 not in text:
+        problems.append(f'{CARD_NAME}: does not name the sha256 of {WEIGHTS_NAME}, {sha256}; render it again')
+    expected = ModelCard(render_card(folder)).data.to_dict()
+    for key in ('base_model', 'base_model_relation', 'license', 'datasets', 'model-index'):
+        if claimed.get(key) != expected.get(key):
+            problems.append(f'{CARD_NAME}: {key}: expected {expected.get(key)!r}, got {claimed.get(key)!r}')
+    return problems
+
+
+def self_check(model: nn.Module, sha256: str) -> bytes:
+    """The self-check file of a checkpoint, as timm's own repos carry it: an image and what the model makes of it.
+
+    Computed in float64 and rounded, so that it is the same bytes however a machine orders its sums.
+
+    Args:
+        model: The model.
+        sha256: Hash of its weights, which the image is drawn from.
+
+    Returns:
+        A safetensors file of `input`, `features`, `pre_logits` and `output`.
+
+    Raises:
+        ReparamError: The model does not run on its own input size.
+    """
+    generator = torch.Generator().manual_seed(int(sha256[:12], 16))
+    size = timm.data.resolve_data_config(model=model)['input_size']
+    image = torch.randn(1, *size, generator=generator)
+    tensors = {'input': image, **_outputs(copy.deepcopy(model).double(), image.double())}
+    contiguous = {name: tensor.float().contiguous().clone() for name, tensor in tensors.items()}
+    return safetensors.torch.save(contiguous, metadata={'weights_sha256': sha256})
+
+
+def check_self_check(model: nn.Module, content: bytes) -> list[str]:
+    """Run a model on the image of a self-check file.
+
+    Args:
+        model: The model.
+        content: The file.
+
+    Returns:
+        What is wrong, a line each; empty if nothing is.
+    """
+    try:
+        tensors = safetensors.torch.load(content)
+    except safetensors.SafetensorError as error:
+        return [f'{CHECK_NAME}: cannot be read ({one_line(error)})']
+    lacking = sorted({'input', 'output', 'features', 'pre_logits'} - tensors.keys())
+    size = tuple(timm.data.resolve_data_config(model=model)['input_size'])
+    image = tensors.get('input')
+    if lacking or image is None or tuple(image.shape[1:]) != size or len(image) > 64:
+        return [f'{CHECK_NAME}: expected an input of {size} with its outputs; missing: {lacking}']
+    problems = []
+    dtype = next(model.parameters()).dtype
+    for name, found in _outputs(model, image.to(dtype)).items():
+        expected = tensors[name]
+        if found.shape != expected.shape:
+            problems.append(f'{CHECK_NAME}: {name}: expected shape {list(found.shape)}, got {list(expected.shape)}')
+        elif not torch.allclose(found.float(), expected.float(), **_TOLERANCE):
+            difference = float((found.float() - expected.float()).abs().max())
+            problems.append(f'{CHECK_NAME}: {name}: differs from what the weights give by {difference:.3g}')
+    return problems
+
+
+@torch.no_grad()
+def _outputs(model: Any, image: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.eval()
+    try:
+        with torch.autocast('cpu', enabled=False):
+            features = model.forward_features(image)
+            return {
+                'features': features,
+                'pre_logits': model.forward_head(features, pre_logits=True),
+                'output': model(image),
+            }
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise ReparamError(f'self-check: the model does not run on {list(image.shape)} ({one_line(error)})') from error
+
+
+def _send(
+    client: HubClient, form: _Form, *, private: bool, revision: str | None, create_pr: bool, force: bool
+) -> Landed:
+    """Make the repo ready and commit what has to be sent."""
+    name = form.repo_id.partition('/')[2]
+    tries = 0
+    while True:
+        tries += 1
+        base = client.make_ready(form.repo_id, form.state, private=private, revision=revision)
+        message = f'{"Update" if WEIGHTS_NAME in base.files else "Add"} {name}'
+        try:
+            return client.commit(
+                form.repo_id, form.changes, base=base, message=message, revision=revision, create_pr=create_pr
+            )
+        except Conflict:
+            if not force or tries >= _FORCED_TRIES:
+                raise
+        form.compare(client.state(form.repo_id, revision))
+        if not form.is_due:
+            return Landed(form.state.head or '')
+        with one_at_a_time:
+            form.complete()
+
+
+def _fetch_back(client: HubClient, form: _Form, commit: str) -> None:
+    """Fetch what was sent by the id of its commit, compare hashes, and run it beside the local model."""
+    repo_id = form.repo_id
+    state = client.existing_state(repo_id, commit)
+    expected = {**form.files, **{path: file for path, file in form.changes.items() if path == CHECK_NAME}}
+    for path, file in expected.items():
+        if path not in state.files or not state.files[path].is_same(file):
+            raise ReparamError(f'{repo_id}: {path} at commit {commit} is not what was sent; sync again, verify it')
+    with tempfile.TemporaryDirectory(prefix='fetched-') as scratch:
+        cache, folder = Path(scratch) / 'cache', Path(scratch) / 'folder'
+        client.download(repo_id, [*FILES, CHECK_NAME], state, cache, folder)
+        with one_at_a_time:
+            if client.is_ambient:
+                name = f'hf-hub:{repo_id}@{commit}'
+                published = _load(name, Path(scratch) / 'timm', client)
+            else:
+                published = load_checkpoint(folder)
+            image = safetensors.torch.load_file(folder / CHECK_NAME)['input']
+            logits, own = (_logits(model, image) for model in (published, load_checkpoint(form.folder)))
+    difference = float((logits - own).abs().max())
+    if not difference <= 1e-5 * float(own.abs().max()):
+        raise ReparamError(f'{repo_id}: commit {commit} gives other logits than {form.folder}, by {difference:.3g}')
+
+
+def _load(name: str, cache: Path, client: HubClient) -> nn.Module:
+    try:
+        return client.call(name, timm.create_model, name, pretrained=True, cache_dir=cache).eval()
+    except ReparamError:
+        raise
+    except Exception as error:  # whatever a damaged file makes of it
+        raise ReparamError(f'{name}: cannot be loaded ({one_line(error)})') from error
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
+    with torch.autocast('cpu', enabled=False):
+        return model.eval()(image.to(next(model.parameters()).dtype)).double()
