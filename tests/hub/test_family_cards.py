@@ -146,11 +146,12 @@ def test_snippets_run(family: str, capsys: pytest.CaptureFixture):
     assert 'pretrained=True' in code
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        # no download, and few small images
+        # no download, and few small images (of two, the largest rounding error is too much a matter of chance)
         code = code.replace('pretrained=True', 'pretrained=False').replace(
             '(model, fused)', '(model, fused, inputs=few)'
         )
-        exec(compile(code, family, 'exec'), space := {'few': torch.randn(2, 3, 32, 32)})
+        torch.manual_seed(0)
+        exec(compile(code, family, 'exec'), space := {'few': torch.randn(16, 3, 32, 32)})
     stock, variant = space['model'].pretrained_cfg['architecture'].rsplit('_', 1)
     expected = f'{stock}_{variant}' if variant == 'dyconv' else stock
     assert space['fused'].pretrained_cfg['architecture'] == expected
