@@ -65,8 +65,6 @@ import timm_reparam
 from timm_reparam import (
     DynamicConv2d,
     FusionReport,
-    RefConv2d,
-    RefConvTranspose2d,
     ReparamError,
     fuse_model,
     is_variant,
@@ -1267,7 +1265,7 @@ def share_frozen_kernels(run: Run) -> None:
 
     They are buffers, which DistributedDataParallel would send at every step.
     """
-    frozen = [m.weight for m in run.model.modules() if isinstance(m, (RefConv2d, RefConvTranspose2d))]
+    frozen = [m.weight for m in run.model.modules() if is_variant(m) and not isinstance(m.weight, nn.Parameter)]
     for kernel in frozen:
         dense = kernel.contiguous()
         dist.broadcast(dense, 0)

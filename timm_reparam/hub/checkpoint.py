@@ -62,8 +62,8 @@ __all__ = [
     'verify_checkpoint',
 ]
 
-_FILES = (CARD_NAME, CONFIG_NAME, FACTS_NAME, WEIGHTS_NAME)
-_FUSED_SUFFIX = '_fused'
+FILES = (CARD_NAME, CONFIG_NAME, FACTS_NAME, WEIGHTS_NAME)
+FUSED_SUFFIX = '_fused'
 # Parts of a pretrained_cfg that tell of the weights a training started from, not of those it made.
 _STALE_KEYS = ('origin_url', 'paper_ids', 'paper_name', 'description', 'notes')
 
@@ -76,7 +76,18 @@ def folder_name(model_name: str, tag: str, fused: bool) -> str:
         tag: Name of the training result.
         fused: Whether it is the fused form.
     """
-    return f'{model_name}.{tag}' + (_FUSED_SUFFIX if fused else '')
+    return f'{model_name}.{tag}' + (FUSED_SUFFIX if fused else '')
+
+
+def train_time_path(folder: str | Path) -> Path:
+    """Return the folder of the train-time form of a pair, given that of either form."""
+    folder = Path(folder).absolute()
+    return folder.with_name(folder.name.removesuffix(FUSED_SUFFIX))
+
+
+def fused_path(folder: Path) -> Path:
+    """Return the folder of the fused form, beside that of the train-time form."""
+    return folder.with_name(folder.name + FUSED_SUFFIX)
 
 
 def check_tag(tag: str, model_name: str = 'model') -> str:
@@ -94,8 +105,8 @@ def check_tag(tag: str, model_name: str = 'model') -> str:
     """
     if not isinstance(tag, str) or not re.fullmatch(r'[A-Za-z0-9._-]+', tag):
         raise ReparamError(f'tag: expected letters, digits, ".", "_" and "-", got {tag!r}; give another --tag')
-    if tag.endswith(_FUSED_SUFFIX):
-        raise ReparamError(f'tag: {tag!r} ends with {_FUSED_SUFFIX!r}, which marks the fused form; give another --tag')
+    if tag.endswith(FUSED_SUFFIX):
+        raise ReparamError(f'tag: {tag!r} ends with {FUSED_SUFFIX!r}, which marks the fused form; give another --tag')
     for fused in (False, True):
         try:
             validate_repo_id(folder_name(model_name, tag, fused))
@@ -278,7 +289,7 @@ def fuse_checkpoint(folder: str | Path, target: str | Path) -> tuple[Path, Fusio
         sibling = {'sha256': sha256_of(folder / WEIGHTS_NAME)}
         if facts.get('name'):
             sibling['name'] = facts['name']
-            facts['name'] += _FUSED_SUFFIX
+            facts['name'] += FUSED_SUFFIX
         facts |= {**_origin(model), 'form': 'fused', 'fusion': report.to_dict(), 'sibling': sibling}
     draft = _Draft(target, fused, None, facts)
 
@@ -306,12 +317,10 @@ def verify_checkpoint(folder: str | Path, fused_folder: str | Path | None = None
         ReparamError: A folder cannot be loaded, the two do not belong together, or weights do not have the hash that
             the other folder recorded.
     """
-    folder = Path(folder).absolute()
     if fused_folder is None:
-        if folder.name.endswith(_FUSED_SUFFIX):
-            folder = folder.with_name(folder.name.removesuffix(_FUSED_SUFFIX))
-        fused_folder = folder.with_name(folder.name + _FUSED_SUFFIX)
-    fused_folder = Path(fused_folder).absolute()
+        folder = train_time_path(folder)
+        fused_folder = fused_path(folder)
+    folder, fused_folder = Path(folder).absolute(), Path(fused_folder).absolute()
     for one, other in ((folder, fused_folder), (fused_folder, folder)):
         recorded = ((read_facts(one) or {}).get('sibling') or {}).get('sha256')
         if recorded is not None and recorded != (found := sha256_of(other / WEIGHTS_NAME)):
@@ -517,7 +526,7 @@ def _check_target(target: Path, architectures: Collection[str]) -> None:
     names = sorted(entry.name for entry in target.iterdir()) if target.exists() else []
     if not names:
         return
-    foreign = [name for name in names if name not in _FILES]
+    foreign = [name for name in names if name not in FILES]
     if foreign:
         raise ReparamError(f'{target}: holds what no checkpoint holds, {foreign[:5]}; choose another place')
     found = read_config(target)['architecture']

@@ -31,7 +31,7 @@ from .cards import (
     render_card,
     sha256_of,
 )
-from .checkpoint import load_checkpoint, save_pair, verify_checkpoint
+from .checkpoint import FILES, fused_path, load_checkpoint, save_pair, train_time_path, verify_checkpoint
 from .transport import Conflict, HubClient, Landed, LocalFile, RemoteState, check_repo_id, one_line
 
 __all__ = [
@@ -45,8 +45,6 @@ __all__ = [
 ]
 
 CHECK_NAME = 'test/rand_tensors.safetensors'
-FILES = (CARD_NAME, CONFIG_NAME, FACTS_NAME, WEIGHTS_NAME)
-_FUSED_SUFFIX = '_fused'
 # as timm's own tests compare such tensors
 _TOLERANCE: dict[str, Any] = dict(rtol=1e-3, atol=1e-4)
 # Models are run one at a time: proofs switch settings of the whole process.
@@ -197,7 +195,7 @@ def publish(
         elif tag is not None or facts is not None or data_config is not None:
             raise ReparamError('publish: tag, facts and data_config are for a model; a folder says them itself')
         else:
-            folder = train_time_folder(folder_or_model)
+            folder = train_time_path(folder_or_model)
         try:
             publish_pair(client, folder, namespace, report.results.append, license=license, **options)
         except ReparamError as error:
@@ -206,17 +204,6 @@ def publish(
                 raise
             raise ReparamError(f'{error} (already there: {", ".join(done)}; publish again to complete it)') from error
     return report
-
-
-def train_time_folder(folder: str | Path) -> Path:
-    """The folder of the train-time form of a pair, given either."""
-    folder = Path(folder).absolute()
-    return folder.with_name(folder.name.removesuffix(_FUSED_SUFFIX))
-
-
-def fused_folder(folder: Path) -> Path:
-    """The folder of the fused form beside that of the train-time form."""
-    return folder.with_name(folder.name + _FUSED_SUFFIX)
 
 
 def publish_pair(
@@ -336,7 +323,7 @@ class _Form:
 @contextmanager
 def _with_license(folder: Path, license: str | None) -> Iterator[tuple[Path, Path]]:
     """Both folders of a pair, with a licence; where it is given here, copies that name it."""
-    folders = (folder, fused_folder(folder))
+    folders = (folder, fused_path(folder))
     found = [_known_license(one) for one in folders]
     known = {one for one in found if one is not None}
     if license is not None and not known <= {license}:

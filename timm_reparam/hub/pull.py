@@ -15,23 +15,27 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from ..convert import FusionReport
 from ..errors import ReparamError
 from .cards import CONFIG_NAME, FACTS_NAME, WEIGHTS_NAME, read_config, read_facts, sha256_of
-from .checkpoint import copy_checkpoints, load_checkpoint, verify_checkpoint
+from .checkpoint import (
+    FILES,
+    FUSED_SUFFIX,
+    copy_checkpoints,
+    fused_path,
+    load_checkpoint,
+    train_time_path,
+    verify_checkpoint,
+)
 from .publish import (
     CHECK_NAME,
-    FILES,
     RepoResult,
     SyncReport,
     check_claims,
     check_self_check,
-    fused_folder,
     one_at_a_time,
-    train_time_folder,
 )
 from .transport import HubClient, LocalFile, RemoteState, check_repo_id, one_line
 
 __all__ = ['VerifyReport', 'pull', 'verify']
 
-_FUSED_SUFFIX = '_fused'
 _TAG = 'timm-reparam'
 _PICKLES = ('.bin', '.pt', '.pth', '.tar', '.ckpt', '.pkl', '.pickle')
 _LARGEST_TEXT = 16 * 2**20
@@ -109,14 +113,14 @@ def pull(
     client = HubClient(token=token, endpoint=endpoint, timeout=timeout, patience=patience)
     zoo = Path(zoo).absolute()
     if '/' in source:
-        return SyncReport(_pull_pair(client, check_repo_id(source).removesuffix(_FUSED_SUFFIX), zoo, revision))
+        return SyncReport(_pull_pair(client, check_repo_id(source).removesuffix(FUSED_SUFFIX), zoo, revision))
     check_repo_id(f'{source}/model')
     report = SyncReport()
     for repo_id in _published(client, source):
         try:
             report.results += _pull_pair(client, repo_id, zoo, revision)
         except ReparamError as error:
-            for one in (repo_id, repo_id + _FUSED_SUFFIX):
+            for one in (repo_id, repo_id + FUSED_SUFFIX):
                 report.results.append(RepoResult(one, 'refused', one_line(error)))
     if not report.results:
         raise ReparamError(f'{source}: {client.api.endpoint} shows no models there that are tagged {_TAG}')
@@ -153,17 +157,17 @@ def verify(
         ReparamError: There is no such pair, or it cannot be read at all.
     """
     if Path(repo_or_folder).is_dir():
-        folder = train_time_folder(repo_or_folder)
+        folder = train_time_path(repo_or_folder)
         report = VerifyReport(str(repo_or_folder))
         _verify_pair(report, folder, {})
         return report
     client = HubClient(token=token, endpoint=endpoint, timeout=timeout, patience=patience)
-    repo_id = check_repo_id(str(repo_or_folder)).removesuffix(_FUSED_SUFFIX)
+    repo_id = check_repo_id(str(repo_or_folder)).removesuffix(FUSED_SUFFIX)
     report = VerifyReport(str(repo_or_folder))
     with tempfile.TemporaryDirectory(prefix='verify-') as scratch:
-        states = [client.existing_state(one, revision) for one in (repo_id, repo_id + _FUSED_SUFFIX)]
+        states = [client.existing_state(one, revision) for one in (repo_id, repo_id + FUSED_SUFFIX)]
         checks = {}
-        for one, state in zip((repo_id, repo_id + _FUSED_SUFFIX), states):
+        for one, state in zip((repo_id, repo_id + FUSED_SUFFIX), states):
             folder = Path(scratch) / one.partition('/')[2]
             _fetch(client, one, state, folder)
             report.checks[f'{one}: hashes'] = True  # otherwise fetching has raised
@@ -177,7 +181,7 @@ def verify(
 
 
 def _verify_pair(report: VerifyReport, folder: Path, checks: Mapping[Path, LocalFile]) -> None:
-    for one in (folder, fused_folder(folder)):
+    for one in (folder, fused_path(folder)):
         _check_config(one)
         with _problem(report, f'{one.name}: card'):
             for problem in check_claims(one):
@@ -218,12 +222,12 @@ def _published(client: HubClient, namespace: str) -> list[str]:
         found = client.call(wanted, listed)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise client.failure(wanted, error) from None
-    ids = {check_repo_id(repo_id).removesuffix(_FUSED_SUFFIX) for repo_id in found}
+    ids = {check_repo_id(repo_id).removesuffix(FUSED_SUFFIX) for repo_id in found}
     return sorted(repo_id for repo_id in ids if repo_id.partition('/')[0] == namespace)
 
 
 def _pull_pair(client: HubClient, repo_id: str, zoo: Path, revision: str | None) -> list[RepoResult]:
-    repo_ids = (repo_id, repo_id + _FUSED_SUFFIX)
+    repo_ids = (repo_id, repo_id + FUSED_SUFFIX)
     states = [client.existing_state(check_repo_id(one), revision) for one in repo_ids]
     folders = [zoo / one.partition('/')[2] for one in repo_ids]
     if all(_is_equal(folder, state) for folder, state in zip(folders, states)):

@@ -8,8 +8,9 @@ from typing import Any
 from huggingface_hub.utils import tqdm
 
 from ..errors import ReparamError
+from .checkpoint import fused_path, train_time_path
 from .collection import add_to_collection
-from .publish import Refused, RepoResult, SyncReport, fused_folder, publish_pair, train_time_folder
+from .publish import Refused, RepoResult, SyncReport, publish_pair
 from .transport import Conflict, HubClient, check_repo_id, one_line
 
 __all__ = ['sync', 'zoo_pairs']
@@ -85,7 +86,7 @@ def sync(
             return results
         # a pair is refused as a whole; elsewhere the first of its repos without a result is the one that went wrong
         wrong = status != 'refused' and any(result.status == 'failed' for result in results)
-        for repo_id in (f'{namespace}/{one.name}' for one in (folder, fused_folder(folder))):
+        for repo_id in (f'{namespace}/{one.name}' for one in (folder, fused_path(folder))):
             if all(result.repo_id != repo_id for result in results):
                 results.append(RepoResult(repo_id, status, f'not tried: {why}' if wrong else why))
                 wrong = status != 'refused'
@@ -131,7 +132,7 @@ def zoo_pairs(zoo: str | Path) -> Iterator[Path]:
         raise ReparamError(f'{zoo}: expected a folder of checkpoints, found none')
     # a name that starts with a dot is what a save has not finished yet
     folders = sorted(entry for entry in zoo.iterdir() if entry.is_dir() and not entry.name.startswith('.'))
-    names = dict.fromkeys(train_time_folder(folder) for folder in folders)
+    names = dict.fromkeys(train_time_path(folder) for folder in folders)
     if not names:
         raise ReparamError(f'{zoo}: expected checkpoint folders, found none; save_pair and train.py make them')
     yield from names
