@@ -17,6 +17,7 @@ it would have done without the interruption, bit for bit.
 
 import argparse
 import copy
+import gc
 import importlib
 import importlib.util
 import logging
@@ -42,6 +43,7 @@ import numpy as np
 import timm
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a process group, which it would keep alive in its functions' defaults
 import torchvision
 import yaml
 from timm import utils
@@ -1863,10 +1865,18 @@ def leave_other_processes(run: Run) -> None:
     if not run.args.distributed:
         return
     dist.barrier()
-    dist.destroy_process_group()
+    end_process_group(run)
     run.args.distributed = False
     if run.is_primary and run.datasets[1] is not None:
         run.validation_loader = create_validation_loader(run, run.datasets[1])
+
+
+def end_process_group(run: Run | None) -> None:
+    """End the process group and its threads: one that lets go of a tensor while Python shuts down is an abort."""
+    if run is not None and isinstance(run.task.trainable_module, nn.parallel.DistributedDataParallel):
+        run.task.trainable_module = run.task.trainable_module.module
+        gc.collect()  # the wrapper holds the group, and is part of reference cycles
+    dist.destroy_process_group()
 
 
 def best_weights(run: Run) -> dict[str, torch.Tensor]:
@@ -2008,7 +2018,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     finally:
         if dist.is_initialized():
-            dist.destroy_process_group()
+            end_process_group(run)
 
 
 if __name__ == '__main__':
