@@ -3,6 +3,7 @@
 from . import models  # registers the models with timm
 from .convert import FusionReport, convert_model, fuse_model, is_variant, verify_fusion
 from .errors import ReparamError
+from .importers import export_state_dict, import_state_dict
 from .layers import (
     ACBlock2d,
     ACConv2d,
@@ -27,7 +28,9 @@ __all__ = [
     'ReparamError',
     '__version__',
     'convert_model',
+    'export_state_dict',
     'fuse_model',
+    'import_state_dict',
     'is_variant',
     'models',
     'register_variant',

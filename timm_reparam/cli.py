@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from timm.utils import ParseKwargs
 
 from .convert import VARIANTS, fuse_model, variant_of
 from .errors import ReparamError
-from .hub import fuse_checkpoint, load_checkpoint, publish, pull, sync, verify, verify_checkpoint
+from .hub import convert_checkpoint, fuse_checkpoint, load_checkpoint, publish, pull, sync, verify, verify_checkpoint
 from .hub.family_cards import check_cards, write_cards
 from .profile import compare_profiles, format_profiles
 from .version import __version__
@@ -91,6 +92,21 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument('folder', metavar='CHECKPOINT_FOLDER', help='train-time checkpoint')
     command.add_argument('target', metavar='OUT', help='folder of the fused checkpoint')
     command.set_defaults(command=_fuse)
+
+    command = commands.add_parser(
+        'convert',
+        parents=[common],
+        help='make a train-time checkpoint of a fused or stock one, or of one trained with official code',
+        description="Lift a stock checkpoint into a variant, or read one that a method's official code or timm's train "
+        'script has made; prove it on real forward passes, and save it.',
+    )
+    command.add_argument('source', metavar='CHECKPOINT', help='folder, or file of weights')
+    command.add_argument('--model', required=True, metavar='NAME', help='the variant, resnet18_doconv for instance')
+    command.add_argument('-o', '--output', required=True, metavar='FOLDER', help='folder of the new checkpoint')
+    key_values: dict[str, Any] = dict(nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
+    command.add_argument('--conv-options', **key_values, help="options of the layers (default: the folder's)")
+    command.add_argument('--model-kwargs', **key_values, help="arguments of the model (default: the folder's)")
+    command.set_defaults(command=_convert)
 
     network = argparse.ArgumentParser(add_help=False)
     network.add_argument('--json', action='store_true', help='print the report as json')
@@ -219,6 +235,14 @@ def _profile(args: argparse.Namespace) -> int:
 
 def _fuse(args: argparse.Namespace) -> int:
     folder, report = fuse_checkpoint(args.folder, args.target)
+    print(report)
+    print(f'saved {folder}')
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    options = {'conv_options': args.conv_options} if args.conv_options else {}
+    folder, report = convert_checkpoint(args.source, args.output, args.model, **args.model_kwargs, **options)
     print(report)
     print(f'saved {folder}')
     return 0

@@ -25,7 +25,7 @@ from .layers import (
     RefConvTranspose2d,
     ReparamLayer,
 )
-from .layers.base import autocast_disabled, check_init
+from .layers.base import autocast_disabled, check_init, conv_arguments
 
 __all__ = [
     'VARIANTS',
@@ -350,21 +350,37 @@ def lift_state_dict(
         ),
     }
     if any(problems.values()):
-        listed = '\n'.join(f'  {kind}: {", ".join(keys)}' for kind, keys in problems.items() if keys)
         architecture = cfg.get('architecture') or type(model).__name__
         raise ReparamError(
-            f'the checkpoint is not one of {architecture}, nor of the stock architecture:\n{listed}\n'
+            f'the checkpoint is not one of {architecture}, nor of the stock architecture:\n'
+            f'{listed_problems(problems)}\n'
             'load it into the architecture and with the conv_options that it was made with'
         )
     return state_dict
 
 
+def listed_problems(problems: dict[str, list[str]]) -> str:
+    """Lines of an error: each kind of problem that there is, with its keys."""
+    return '\n'.join(f'  {kind}: {", ".join(keys)}' for kind, keys in problems.items() if keys)
+
+
+def fresh_layer(
+    layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None = None, init: str = 'lift'
+) -> nn.Module:
+    """A new layer with the options of `layer`, for a stock kernel whose number of input channels may be another one."""
+    arguments = dict(conv_arguments(layer), bias=bias is not None)
+    transposed = isinstance(layer, nn.ConvTranspose2d)
+    arguments['in_channels'] = weight.shape[0] if transposed else weight.shape[1] * layer.groups
+    conv = layer.conv_types[0](**arguments, device='meta', dtype=weight.dtype)
+    conv.weight = nn.Parameter(weight.detach())
+    if bias is not None:
+        conv.bias = nn.Parameter(bias.detach())
+    return type(layer).from_conv(conv, init=init, **layer.options())
+
+
 def _fold_entries(name: str, layer: nn.Module, entries: dict[str, torch.Tensor]) -> torch.Tensor:
     """The stock kernel that a layer's entries of a checkpoint stand for, whatever its number of input channels."""
-    weight = entries['weight']
-    conv = nn.Conv2d(weight.shape[1], weight.shape[0], layer.kernel_size, bias='bias' in entries, dtype=weight.dtype)
-    options = {option: getattr(layer, option) for option in layer.option_names()}
-    source = type(layer).from_conv(conv, init='scratch', **options)
+    source = fresh_layer(layer, entries['weight'].clone(), entries.get('bias'), init='scratch')
     try:
         source.load_state_dict(entries)
     except RuntimeError as e:

@@ -4,6 +4,7 @@ from .cards import check_facts, render_card
 from .checkpoint import (
     check_pair,
     check_tag,
+    convert_checkpoint,
     folder_name,
     fuse_checkpoint,
     load_checkpoint,
@@ -22,6 +23,7 @@ __all__ = [
     'check_facts',
     'check_pair',
     'check_tag',
+    'convert_checkpoint',
     'folder_name',
     'fuse_checkpoint',
     'load_checkpoint',

@@ -25,14 +25,15 @@ import safetensors.torch
 import timm
 import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from timm.models import get_model_args
-from timm.models._hub import save_config_for_hf
+from timm.models import get_model_args, load_state_dict
+from timm.models._hub import load_model_config_from_path, save_config_for_hf
 from timm.utils import unwrap_model
 from torch import nn
 
 from ..convert import FusionReport, fuse_model, is_variant, stock_architecture, variant_of, verify_fusion
 from ..errors import ReparamError
 from ..layers import DynamicConv2d
+from ..models._registry import is_variant_name
 from .cards import (
     CARD_NAME,
     CONFIG_NAME,
@@ -53,6 +54,7 @@ except ImportError:  # only POSIX has it; elsewhere two saves into one folder at
 __all__ = [
     'check_pair',
     'check_tag',
+    'convert_checkpoint',
     'copy_checkpoints',
     'folder_name',
     'fuse_checkpoint',
@@ -303,6 +305,105 @@ def fuse_checkpoint(folder: str | Path, target: str | Path) -> tuple[Path, Fusio
     return target, report
 
 
+def convert_checkpoint(
+    source: str | Path, target: str | Path, model_name: str, **model_args: Any
+) -> tuple[Path, FusionReport]:
+    """Turn a checkpoint into a train-time folder: the way back from :func:`fuse_checkpoint`, and the way in.
+
+    A checkpoint of the stock architecture (a fused one, or any other) is lifted, one in the layout of the method's
+    official code is translated (see :func:`timm_reparam.import_state_dict`), and one of the variant itself, a file of
+    timm's train script for instance, is taken as it is.
+
+    Args:
+        source: Checkpoint folder, or file (safetensors, or a pickle of tensors only).
+        target: Folder of the train-time checkpoint; its parent has to be there.
+        model_name: Name of the variant, such as 'resnet18_doconv'.
+        **model_args: Further arguments for ``timm.create_model``, such as ``conv_options``; by default those of the
+            folder. The number of classes is that of the checkpoint.
+
+    Returns:
+        The new folder, and the proof: of the new model against the stock model where the checkpoint is one of those, of
+        its own fusion otherwise.
+
+    Raises:
+        ReparamError: The checkpoint cannot be read or is not one for this model, the proof failed, or what
+            :func:`save_checkpoint` refuses.
+    """
+    source, target = Path(source), Path(target).absolute()
+    if not is_variant_name(model_name):
+        raise ReparamError(
+            f'{model_name!r}: expected the name of a variant; see timm-reparam list, or register_variant'
+        )
+    facts: dict[str, Any] = {}
+    cfg = None
+    if source.is_dir():
+        architecture = read_config(source)['architecture']
+        cfg, _, own_args = load_model_config_from_path(source)
+        own_options = own_args.pop('conv_options', {}) if architecture == model_name else {}
+        own_options.pop('temperature', None)  # the form for inference has none
+        own_args.pop('conv_options', None)
+        options = {**own_options, **model_args.pop('conv_options', {})}
+        model_args = {**own_args, **model_args, **({'conv_options': options} if options else {})}
+        known = read_facts(source) or {'license': cfg.get('license')}
+        kept = ('tag', 'base_model', 'dataset', 'license', 'license_name', 'license_link', 'recipe', 'environment')
+        facts = {key: known[key] for key in kept if key in known}
+    state = _read_weights(source / WEIGHTS_NAME if source.is_dir() else source)
+    skeleton = _on_meta(model_name, model_args)
+    cfg = {**(skeleton.pretrained_cfg if cfg is None else cfg), 'architecture': model_name, 'state_dict': state}
+    for key in ('source', 'url', 'file', 'hf_hub_id', 'hf_hub_filename', 'label_offset'):
+        cfg.pop(key, None)
+    classifiers = cfg.get('classifier') or skeleton.pretrained_cfg.get('classifier') or ()
+    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
+    heads = [state[f'{name}.weight'] for name in classifiers if f'{name}.weight' in state]
+    model_args['num_classes'] = cfg['num_classes'] = len(heads[0]) if heads else 0
+    if 'in_chans' in model_args:
+        cfg['input_size'] = (model_args['in_chans'], *cfg['input_size'][1:])
+    model = _load(source, model_name, cfg, model_args)
+    stock_name = stock_architecture(model)
+    stock_args = {name: value for name, value in model_args.items() if name != 'conv_options'}
+    stock = None
+    if _on_meta(stock_name, stock_args).state_dict().keys() == state.keys():
+        stock = _load(source, stock_name, {**cfg, 'architecture': stock_name}, stock_args)
+    report = verify_fusion(model, stock)
+    if not report.passed:
+        raise ReparamError(f'{source}: differs from the model that was made of it, not saved: {report}')
+    facts |= {**_origin(model), 'form': 'train_time', 'name': target.name}
+    _write_all([_Draft(target, model, None, facts)])
+    return target, report
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise ReparamError(f'{path}: not found; expected a checkpoint folder with {WEIGHTS_NAME}, or a file')
+    try:
+        state = load_state_dict(str(path))
+    except Exception as error:  # whatever a damaged or an unsafe file makes of it
+        raise ReparamError(f'{path}: cannot be read ({error})') from error
+    strays = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    if strays or not state:
+        raise ReparamError(f'{path}: expected a state dict of tensors, got other values under {strays[:5]}')
+    return state
+
+
+def _on_meta(name: str, model_args: Mapping[str, Any]) -> Any:
+    """Build a model without memory."""
+    try:
+        with torch.device('meta'), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # what there is to say about these arguments is said when it is built
+            return timm.create_model(name, **model_args)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ReparamError(f'{name}: cannot be built with {dict(model_args)} ({error})') from error
+
+
+def _load(source: Path, name: str, cfg: Mapping[str, Any], model_args: Mapping[str, Any]) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=True, pretrained_cfg=dict(cfg), **model_args).eval()
+    except ReparamError as error:
+        raise ReparamError(f'{source}: {error}') from error
+    except Exception as error:  # whatever a wrong argument or shape makes of it
+        raise ReparamError(f'{source}: cannot be loaded into {name} ({error})') from error
+
+
 def verify_checkpoint(folder: str | Path, fused_folder: str | Path | None = None) -> FusionReport:
     """Prove again that two folders are the two forms of one model.
 
@@ -490,12 +591,7 @@ def _rebuild(model: nn.Module, architecture: str, tensors: Mapping[str, torch.Te
         args = json.loads(json.dumps(get_model_args(model)))
     except (TypeError, ValueError) as error:
         raise ReparamError(f'{architecture}: its model arguments cannot be saved as json ({error})') from error
-    try:
-        with torch.device('meta'), warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # what there is to say about these arguments was said to their user
-            skeleton: Any = timm.create_model(architecture, **args)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ReparamError(f'{architecture}: cannot be built from its model arguments {args} ({error})') from error
+    skeleton = _on_meta(architecture, args)
     expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if expected != found:

@@ -20,7 +20,7 @@ from timm.layers import register_notrace_module, to_2tuple
 from timm.layers.padding import pad_same
 
 from ..errors import ReparamError
-from .base import Method, ReparamConv2d, autocast_disabled, conv_arguments, exact_copy
+from .base import Imported, Method, ReparamConv2d, autocast_disabled, conv_arguments, exact_copy
 
 __all__ = ['ACConv2d', 'ACBlock2d']
 
@@ -75,6 +75,23 @@ def _norm_scale_shift(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]
     if norm.bias is not None:
         shift = shift + norm.bias
     return scale, shift
+
+
+class _Norm:
+    """A BatchNorm's entries of a checkpoint, taken out of them, in float64.
+
+    Attributes:
+        gamma: Learned scale (1 if there is none); mean, variance: running statistics.
+        scale: Factor in evaluation; shift: constant in evaluation.
+    """
+
+    def __init__(self, entries: dict[str, torch.Tensor], prefix: str, eps: float) -> None:
+        entries.pop(f'{prefix}num_batches_tracked', None)
+        self.mean = entries.pop(f'{prefix}running_mean').double()
+        self.variance = entries.pop(f'{prefix}running_var').double()
+        self.gamma = entries.pop(f'{prefix}weight', torch.ones_like(self.mean)).double()
+        self.scale = self.gamma * torch.rsqrt(self.variance + eps)
+        self.shift = entries.pop(f'{prefix}bias', torch.zeros_like(self.mean)).double() - self.mean * self.scale
 
 
 def _add_skeleton(square: torch.Tensor, vertical: torch.Tensor, horizontal: torch.Tensor) -> torch.Tensor:
@@ -208,6 +225,45 @@ class ACConv2d(ReparamConv2d):
             self.horizontal_gamma.fill_(gamma)
             self.vertical_running_var.fill_(1.0)
             self.horizontal_running_var.fill_(1.0)
+
+    @classmethod
+    def is_foreign(cls, entries: dict[str, torch.Tensor]) -> bool:
+        return 'square_conv.weight' in entries or 'fused_conv.weight' in entries
+
+    def from_foreign(self, entries: dict[str, torch.Tensor]) -> Imported:
+        # Official code: the block (the keys of ACBlock2d), or its fusion. This layer's eps is taken for that of the
+        # block's norms, which a checkpoint does not hold.
+        if 'fused_conv.weight' in entries:
+            return Imported({'weight': entries.pop('fused_conv.weight')}, entries.pop('fused_conv.bias'))
+        dtype = entries['square_conv.weight'].dtype
+        kernels, norms = {}, {}
+        for branch in ('square', 'ver', 'hor'):
+            kernels[branch] = entries.pop(f'{branch}_conv.weight').double()
+            norms[branch] = _Norm(entries, f'{branch}_bn.', self.eps)
+        mean = sum(norm.scale * norm.mean for norm in norms.values())
+        # An estimate, since covariances of branches are in no checkpoint: those of an input without structure.
+        deviations = []
+        for branch, kernel in kernels.items():
+            deviation = norms[branch].scale * norms[branch].variance.sqrt()
+            deviations.append(kernel * (deviation / kernel.flatten(1).norm(dim=1).clamp_min(1e-30)).view(-1, 1, 1, 1))
+        variance = _add_skeleton(*deviations).flatten(1).square().sum(1)
+        constant = sum(norm.shift for norm in norms.values())
+        gain = torch.ones_like(mean)
+        if 'last_bn.running_var' in entries:
+            last = _Norm(entries, 'last_bn.', self.eps)
+            gain, variance = last.scale, last.scale**2 * last.variance
+            mean, constant = gain * mean, gain * constant + last.shift
+        new = {}
+        for branch, name in (('square', ''), ('ver', 'vertical_'), ('hor', 'horizontal_')):
+            norm = norms[branch]
+            if branch != 'square' and self.branch_norm == 'batch':
+                new[f'{name}gamma'] = gain * norm.gamma
+                new[f'{name}running_var'] = norm.variance
+                new[f'{name}weight'] = kernels[branch]
+            else:
+                new[f'{name}weight'] = (gain * norm.scale / self.scale).view(-1, 1, 1, 1) * kernels[branch]
+        new = {name: value.to(dtype) for name, value in new.items()}
+        return Imported(new, constant.to(dtype), mean.to(dtype), variance.to(dtype))
 
     def _compose(self) -> torch.Tensor:
         vertical, horizontal = self.vertical_weight, self.horizontal_weight

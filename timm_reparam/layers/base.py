@@ -21,6 +21,7 @@ from timm.layers.padding import pad_same
 from ..errors import ReparamError
 
 __all__ = [
+    'Imported',
     'Method',
     'ReparamLayer',
     'ReparamConv2d',
@@ -69,6 +70,24 @@ class Method:
     arxiv: str
 
 
+@dataclasses.dataclass
+class Imported:
+    """A convolution of a foreign checkpoint, as a layer of this package holds it.
+
+    Attributes:
+        entries: Entries of the layer. Either all of them, or only `weight` (and `bias`) where a kernel is all that can
+            be taken over; the rest then starts as in a lift.
+        constant: What the foreign layer adds to each output channel, if that is not a bias among the entries.
+        mean: Mean of each output channel in training, without the constant, if the checkpoint knows it.
+        variance: Its variance, which may be an estimate.
+    """
+
+    entries: dict[str, torch.Tensor]
+    constant: torch.Tensor | None = None
+    mean: torch.Tensor | None = None
+    variance: torch.Tensor | None = None
+
+
 class ReparamLayer:
     """Mixin in front of a torch convolution: ``from_conv``, ``equivalent_kernel`` and ``fuse``.
 
@@ -89,6 +108,45 @@ class ReparamLayer:
         """Names of the method's own options: the keyword-only arguments of the constructor."""
         parameters = inspect.signature(cls.__init__).parameters.values()
         return tuple(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
+
+    def options(self) -> dict[str, Any]:
+        """The method's own options that this layer was built with."""
+        return {name: getattr(self, name) for name in self.option_names()}
+
+    @classmethod
+    def is_foreign(cls, entries: dict[str, torch.Tensor]) -> bool:
+        """Whether a convolution's entries of a checkpoint are in a layout that :meth:`from_foreign` reads.
+
+        Args:
+            entries: The checkpoint's entries of one convolution, without the convolution's name.
+        """
+        return False
+
+    def from_foreign(self, entries: dict[str, torch.Tensor]) -> Imported:
+        """Translate a convolution's entries from another layout of the method, such as that of its official code.
+
+        Args:
+            entries: As in :meth:`is_foreign`, which said yes; what is read is taken out, so that what is left is known
+                to be unexpected. A bias that means what this layer's means may stay.
+
+        Returns:
+            The same function as this layer's entries.
+
+        Raises:
+            KeyError: an entry is missing.
+            ReparamError: the layer's options cannot hold it.
+        """
+        raise NotImplementedError
+
+    def to_foreign(self) -> dict[str, torch.Tensor]:
+        """The layer's entries in the layout of the method's official (or most common) code.
+
+        Raises:
+            ReparamError: the method has no such way.
+        """
+        raise ReparamError(
+            f'{type(self).__name__}: only dynamic convolution is exported; fuse_model() gives stock keys'
+        )
 
     @classmethod
     def selects(cls, conv: nn.Module, is_stem: bool) -> bool:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.layers import to_2tuple
 
 from ..errors import ReparamError
-from .base import Method, ReparamConv2d, ReparamConvTranspose2d
+from .base import Imported, Method, ReparamConv2d, ReparamConvTranspose2d
 
 __all__ = ['RefConv2d', 'RefConvTranspose2d']
 
@@ -150,6 +150,14 @@ class RefConv2d(_Refocusing, ReparamConv2d):
         )
         self._add_map(map_kernel_size, device, dtype)
         self._init_variant('scratch')
+
+    @classmethod
+    def is_foreign(cls, entries: dict[str, torch.Tensor]) -> bool:
+        return 'convmap.weight' in entries
+
+    def from_foreign(self, entries: dict[str, torch.Tensor]) -> Imported:
+        # Official code: the base is a buffer `weight`, the map a convolution module; shapes are the same.
+        return Imported({'weight': entries.pop('weight'), 'map_weight': entries.pop('convmap.weight')})
 
 
 class RefConvTranspose2d(_Refocusing, ReparamConvTranspose2d):

@@ -25,6 +25,7 @@ from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureHookN
 
 from ..convert import VARIANTS, convert_model, lift_state_dict
 from ..errors import ReparamError
+from ..importers import import_state_dict
 
 __all__ = ['register_family', 'register_variant']
 
@@ -140,7 +141,7 @@ def _create(
 
 
 class _Loader:
-    """The checkpoint filter of a variant: takes stock and train-time checkpoints.
+    """The checkpoint filter of a variant: takes stock and train-time checkpoints, and those of the official code.
 
     Attributes:
         model_kwargs: Arguments the stock model was built with.
@@ -154,6 +155,7 @@ class _Loader:
         self.not_lifted: ReparamError | None = None
 
     def __call__(self, state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+        state_dict = import_state_dict(state_dict, model)
         try:
             return lift_state_dict(state_dict, model, self.not_lifted)
         except ReparamError:

@@ -1,0 +1,236 @@
+"""Checkpoints in foreign layouts, such as those of the methods' official code, for models of this package.
+
+What a method's foreign keys are is written in its layer's file (``is_foreign``, ``from_foreign``, ``to_foreign``); the
+keys of the rest of the model are timm's.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn as nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .convert import VARIANTS, fresh_layer, is_variant, listed_problems
+from .errors import ReparamError
+from .layers import ReparamLayer
+from .layers.base import Imported, conv_arguments
+
+__all__ = ['export_state_dict', 'import_state_dict']
+
+_logger = logging.getLogger(__name__)
+
+
+def import_state_dict(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Translate a checkpoint that was trained with a method's official code.
+
+    DO-Conv's ``W``, ``D`` and ``d_diag``, ACNet's blocks (train-time or fused), RefConv's ``convmap.weight``, and K
+    stacked kernels with their attention become entries of this package's layers. Where the model has no layer of that
+    method in that place, or one that cannot hold the parameters, it gets the kernel that they stand for.
+
+    ACNet's blocks replace a convolution *and* its BatchNorm. Where the checkpoint has no entries of the BatchNorm that
+    follows in the model, they are made: in evaluation they are exact; in training they normalise as the block did as
+    far as the checkpoint knows (exact means; variances as if the branches' inputs had no structure). Where it has
+    them, the block's constant, which that norm removes, is taken from its mean.
+
+    Args:
+        state_dict: Any checkpoint with timm's names around the convolutions. Left as it was.
+        model: The model it is for: a variant, a stock model or one with ACBlock2d.
+
+    Returns:
+        A new state dict in the model's layout; the same entries if no convolution is in a foreign layout.
+
+    Raises:
+        ReparamError: entries of a foreign convolution are missing, or the model cannot hold what it computes.
+    """
+    translated = dict(state_dict)
+    imported: dict[str, Imported] = {}
+    missing = []
+    for name, conv in _convolutions(model):
+        entries = _entries(state_dict, name)
+        method = _method_of(conv, entries)
+        if method is None:
+            continue
+        try:
+            imported[name] = _translate(conv, method, entries)
+        except KeyError as error:
+            missing.append(f'{name}.{error.args[0]}')
+            continue
+        except ReparamError as error:
+            raise ReparamError(f'{name}: {error}') from None
+        for key in _entries(state_dict, name).keys() - entries.keys():
+            del translated[f'{name}.{key}']
+        translated.update(_prefixed(name, imported[name].entries))
+    if missing:
+        raise ReparamError(
+            f'the checkpoint lacks entries of the official layers:\n{listed_problems(dict(missing=sorted(missing)))}'
+        )
+    if not imported:
+        return translated
+    _place_constants(translated, imported, model)
+    # What the checkpoint has plain, or as a kernel only, starts as in a lift.
+    composed = []
+    for name, layer in _convolutions(model):
+        entries = _entries(translated, name)
+        if is_variant(layer) and 'weight' in entries and entries.keys() <= {'weight', 'bias'}:
+            composed += [name] if name in imported else []
+            translated.update(_prefixed(name, {**fresh_layer(layer, entries['weight']).state_dict(), **entries}))
+    if composed:
+        _logger.info(
+            'only the kernels of %d of %d official layers are taken over: %s',
+            len(composed),
+            len(imported),
+            ', '.join(composed),
+        )
+    return translated
+
+
+def export_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A model's state dict with its variants in the layout of the method's official (or most common) code.
+
+    Args:
+        model: A model with dynamic convolutions; each becomes K stacked kernels, ``attention.fc1`` and
+            ``attention.fc2``, see :meth:`timm_reparam.DynamicConv2d.to_foreign`.
+
+    Returns:
+        A new state dict; keys other than the convolutions' are unchanged.
+
+    Raises:
+        ReparamError: the model holds no variant, or one whose method has no such way.
+    """
+    layers = [(name, layer) for name, layer in _convolutions(model) if is_variant(layer)]
+    if not layers:
+        raise ReparamError(
+            f'{type(model).__name__} holds no over-parameterised convolution: there is nothing to export'
+        )
+    state = dict(model.state_dict())
+    for name, layer in layers:
+        for key in layer.state_dict():
+            del state[f'{name}.{key}']
+        state.update(_prefixed(name, layer.to_foreign()))
+    return state
+
+
+def _convolutions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            yield name, module
+
+
+def _entries(state_dict: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    prefix = f'{name}.' if name else ''
+    return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+
+
+def _prefixed(name: str, entries: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f'{name}.{key}' if name else key: value for key, value in entries.items()}
+
+
+def _method_of(conv: nn.Module, entries: dict[str, torch.Tensor]) -> type[ReparamLayer] | None:
+    """The layer in whose foreign layout a convolution's entries are, or None."""
+    for layers in VARIANTS.values():
+        for layer in layers:
+            if isinstance(conv, layer.conv_types) and layer.is_foreign(entries):
+                return layer
+    return None
+
+
+def _translate(conv: nn.Module, method: type[ReparamLayer], entries: dict[str, torch.Tensor]) -> Imported:
+    if isinstance(conv, method):
+        return conv.from_foreign(entries)
+    if method.input_dependent:
+        raise ReparamError(
+            'the checkpoint has a dynamic convolution here, which is no single kernel, and the model has none; '
+            'choose the model and its skip= as the checkpoint was made'
+        )
+    # a stand-in of that method, of which the kernel is taken
+    layer = method.from_conv(nn.Conv2d(**conv_arguments(conv)))
+    found = layer.from_foreign(entries)
+    layer = fresh_layer(layer, found.entries['weight'])
+    try:
+        layer.load_state_dict({**layer.state_dict(), **found.entries})
+    except RuntimeError as error:
+        raise ReparamError(
+            f'the checkpoint does not hold a {method.__name__} with its default options: {error}'
+        ) from None
+    return dataclasses.replace(found, entries={'weight': layer.fuse().weight.detach()})
+
+
+def _place_constants(state: dict[str, torch.Tensor], imported: dict[str, Imported], model: nn.Module) -> None:
+    """Put what foreign layers add to each channel into the bias, or into the norm that follows, in place."""
+    modules = dict(model.named_modules())
+    constants = {name: found for name, found in imported.items() if found.constant is not None}
+    without_bias = {name for name in constants if modules[name].bias is None}
+    norms = _norms_after(model, without_bias) if without_bias else {}
+    unknown = []
+    for name, found in constants.items():
+        constant = found.constant
+        if name not in without_bias:
+            state[f'{name}.bias'] = constant
+            continue
+        if name not in norms:
+            raise ReparamError(
+                f'{name}: the official block adds a constant to each channel, but the convolution here has no bias, '
+                'and no BatchNorm follows it; build the model with biases'
+            )
+        norm_name, norm = norms[name]
+        if f'{norm_name}.running_mean' in state:
+            # The norm takes the constant away again.
+            state[f'{norm_name}.running_mean'] = state[f'{norm_name}.running_mean'] - constant
+            continue
+        if norm.weight is None or norm.running_mean is None:
+            raise ReparamError(
+                f'{norm_name}: the official block adds a constant to each channel, but this norm has no bias'
+            )
+        if found.mean is None:
+            unknown.append(name)
+        mean = torch.zeros_like(constant) if found.mean is None else found.mean
+        variance = torch.ones_like(constant) if found.variance is None else found.variance
+        made = dict(running_mean=mean, running_var=variance, bias=constant + mean)
+        # this scale undoes the division in evaluation, whatever the variance
+        made['weight'] = (variance.double() + norm.eps).sqrt().to(variance.dtype)
+        made['num_batches_tracked'] = norm.num_batches_tracked.detach().clone()
+        state.update(_prefixed(norm_name, made))
+    if unknown:
+        _logger.warning(
+            'fused blocks do not tell the statistics of their outputs, so the norms behind them are right in '
+            'evaluation only: %s',
+            ', '.join(unknown),
+        )
+
+
+def _norms_after(model: nn.Module, names: set[str]) -> dict[str, tuple[str, nn.Module]]:
+    """The BatchNorm that takes a convolution's output itself, by the convolution's name, from a pass without values."""
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    modules = dict(model.named_modules())
+    first = next(conv for _, conv in _convolutions(model))
+    image = torch.empty(1, first.in_channels, *(cfg.get('input_size') or (3, 224, 224))[1:], device='meta')
+    made: dict[int, tuple[str, torch.Tensor]] = {}  # the outputs are kept, so that no id comes twice
+    found: dict[str, tuple[str, nn.Module]] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+        def forward_hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            if name in names:
+                made[id(output)] = name, output
+            elif id(inputs[0]) in made:
+                found[made[id(inputs[0])][0]] = name, module
+
+        return forward_hook
+
+    watched = [(n, m) for n, m in modules.items() if n in names or isinstance(m, _BatchNorm)]
+    handles = [module.register_forward_hook(hook(name)) for name, module in watched]
+    modes = [(module, module.training) for module in modules.values()]
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    dtype = first.weight.dtype
+    try:
+        model.eval()
+        with torch.no_grad():
+            meta = {name: tensor.to('meta') for name, tensor in tensors.items()}
+            torch.func.functional_call(model, meta, (image.to(dtype),))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+    return found
