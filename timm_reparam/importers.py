@@ -55,12 +55,12 @@ def import_state_dict(state_dict: dict[str, torch.Tensor], model: nn.Module) -> 
         try:
             imported[name] = _translate(conv, method, entries)
         except KeyError as error:
-            missing.append(f'{name}.{error.args[0]}')
+            missing.append(_key(name, error.args[0]))
             continue
         except ReparamError as error:
-            raise ReparamError(f'{name}: {error}') from None
+            raise ReparamError(f'{name or "the model"}: {error}') from None
         for key in _entries(state_dict, name).keys() - entries.keys():
-            del translated[f'{name}.{key}']
+            del translated[_key(name, key)]
         translated.update(_prefixed(name, imported[name].entries))
     if missing:
         raise ReparamError(
@@ -107,7 +107,7 @@ def export_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     state = dict(model.state_dict())
     for name, layer in layers:
         for key in layer.state_dict():
-            del state[f'{name}.{key}']
+            del state[_key(name, key)]
         state.update(_prefixed(name, layer.to_foreign()))
     return state
 
@@ -123,8 +123,12 @@ def _entries(state_dict: dict[str, torch.Tensor], name: str) -> dict[str, torch.
     return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
 
 
+def _key(name: str, key: str) -> str:
+    return f'{name}.{key}' if name else key
+
+
 def _prefixed(name: str, entries: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {f'{name}.{key}' if name else key: value for key, value in entries.items()}
+    return {_key(name, key): value for key, value in entries.items()}
 
 
 def _method_of(conv: nn.Module, entries: dict[str, torch.Tensor]) -> type[ReparamLayer] | None:
@@ -167,7 +171,7 @@ def _place_constants(state: dict[str, torch.Tensor], imported: dict[str, Importe
     for name, found in constants.items():
         constant = found.constant
         if name not in without_bias:
-            state[f'{name}.bias'] = constant
+            state[_key(name, 'bias')] = constant
             continue
         if name not in norms:
             raise ReparamError(

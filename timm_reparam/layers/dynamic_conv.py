@@ -236,12 +236,16 @@ class DynamicConv2d(ReparamConv2d):
                 f'{self.attention.fc1.out_features}, from reduction={self.reduction}; use a smaller reduction '
                 '(conv_options=dict(reduction=3) is wide enough for a ratio of 1/4)'
             )
-        # hidden features that the checkpoint has not: nothing reads them yet, but they can learn
-        fresh = nn.Linear(first.shape[1], spare, device=first.device, dtype=first.dtype)
+        if spare:
+            # hidden features that the checkpoint has not: nothing reads them yet, but they can learn
+            fresh = nn.Linear(first.shape[1], spare, device=first.device, dtype=first.dtype)
+            first = torch.cat([first, fresh.weight.detach()])
+            biases[0] = torch.cat([biases[0], fresh.bias.detach()])
+            second = F.pad(second, (0, spare))
         return {
-            'attention.fc1.weight': torch.cat([first, fresh.weight.detach()]),
-            'attention.fc1.bias': torch.cat([biases[0], fresh.bias.detach()]),
-            'attention.fc2.weight': F.pad(second, (0, spare)),
+            'attention.fc1.weight': first,
+            'attention.fc1.bias': biases[0],
+            'attention.fc2.weight': second,
             'attention.fc2.bias': biases[1],
         }
 
