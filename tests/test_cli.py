@@ -87,6 +87,30 @@ def test_fuse_and_verify(capsys: pytest.CaptureFixture, tmp_path: Path, pair: tu
         assert 'algebra' in printed and 'stored' in printed
 
 
+def test_convert(capsys: pytest.CaptureFixture, tmp_path: Path, pair: tuple[Path, Path]):
+    """A fused folder becomes one to train on, with options of the layers, and fuses to the same weights again."""
+    out, fused = tmp_path / 'again', tmp_path / 'again_fused'
+    options = ['--conv-options', 'branch_norm=none', 'skip=layer1*']
+    assert main(['convert', str(pair[1]), '--model', 'resnet10t_acconv', '-o', str(out), *options]) == 0
+    printed = capsys.readouterr().out
+    assert 'proved' in printed and 'NOT' not in printed and str(out) in printed
+    config = json.loads((out / 'config.json').read_text())
+    assert config['architecture'] == 'resnet10t_acconv'
+    assert config['model_args']['conv_options'] == {'branch_norm': 'none', 'skip': 'layer1*'}
+    assert main(['fuse', str(out), str(fused)]) == 0
+    assert (fused / 'model.safetensors').read_bytes() == (pair[1] / 'model.safetensors').read_bytes()
+
+
+def test_convert_of_a_file(capsys: pytest.CaptureFixture, tmp_path: Path, pair: tuple[Path, Path]):
+    out = tmp_path / 'out'
+    sizes = ['--model-kwargs', 'channels=(8,8,8,8)', 'stem_width=4']
+    weights = str(pair[1] / 'model.safetensors')
+    assert main(['convert', weights, '--model', 'resnet10t_doconv', '-o', str(out), *sizes]) == 0
+    assert json.loads((out / 'config.json').read_text())['num_classes'] == 2
+    assert main(['convert', weights, '--model', 'resnet18_doconv', '-o', str(tmp_path / 'no')]) == 1
+    assert 'missing' in capsys.readouterr().err and not (tmp_path / 'no').exists()
+
+
 def test_verify_fails(capsys: pytest.CaptureFixture, tmp_path: Path, pair: tuple[Path, Path]):
     """Another model's fused form: an exit status, with both figures, not a traceback."""
     other = timm.create_model('resnet10t_doconv', **TINY).eval()
@@ -104,6 +128,7 @@ def test_verify_fails(capsys: pytest.CaptureFixture, tmp_path: Path, pair: tuple
         (['profile', 'resnet18', '--runs', '-1'], 'runs'),
         (['profile', 'resnet18', '--device', 'nonsense'], 'nonsense'),
         (['fuse', 'missing', 'out'], 'config.json'),
+        (['convert', 'missing', '--model', 'resnet18_doconv', '-o', 'out'], 'not found'),
         (['verify', 'missing'], 'config.json'),
         (['publish', 'missing', 'owner'], 'training.json'),
         (['sync', 'missing', 'owner'], 'missing'),

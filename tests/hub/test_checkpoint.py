@@ -20,6 +20,7 @@ from timm_reparam import FusionReport, ReparamError
 from timm_reparam.hub import (
     check_pair,
     check_tag,
+    convert_checkpoint,
     folder_name,
     fuse_checkpoint,
     load_checkpoint,
@@ -27,6 +28,7 @@ from timm_reparam.hub import (
     save_pair,
     verify_checkpoint,
 )
+from timm_reparam.hub.cards import license_of
 
 # for processes that a test starts; one thread, for they are small and the machine is shared
 ENVIRONMENT = {**os.environ, 'PYTHONPATH': str(Path(timm_reparam.__file__).parents[1]), 'OMP_NUM_THREADS': '1'}
@@ -621,3 +623,106 @@ def test_folders_that_do_not_load(tmp_path: Path, model: nn.Module):
     (folder / 'config.json').write_text(json.dumps({**config, 'architecture': 'resnet_of_nobody'}))
     with pytest.raises(ReparamError, match='resnet_of_nobody'):
         load_checkpoint(folder)
+
+
+# The way back in
+
+
+def stock_folder(tmp_path: Path, **options) -> tuple[nn.Module, Path]:
+    model = small_model(STOCK, **options)
+    return model, save_checkpoint(model, tmp_path / 'stock')
+
+
+@pytest.mark.parametrize('variant', ['acconv', 'doconv', 'refconv'])
+def test_fused_folder_becomes_trainable_again(tmp_path: Path, images: torch.Tensor, variant: str):
+    facts = {
+        'license': 'mit',
+        'dataset': {'name': 'd', 'label_names': list('abcd')},
+        'metrics': {'fused': {'top1': 9.0}},
+    }
+    _, fused = save_pair(small_model(f'{STOCK}_{variant}'), tmp_path, tag='t', facts=facts, data_config=DATA_CONFIG)
+    folder, report = convert_checkpoint(fused, tmp_path / 'again', f'{STOCK}_{variant}')
+    assert report.passed and folder == tmp_path / 'again' and sorted(os.listdir(folder)) == FILES
+    model, expected = load_checkpoint(folder), load_checkpoint(fused)
+    for mode in (False, True):
+        with torch.no_grad():
+            assert torch.equal(model.train(mode)(images), expected.train(mode)(images))
+    assert not getattr(model.layer1[0].conv1, 'depthwise_weight', torch.zeros(1)).any()  # lifted, not trained
+    again = json.loads((folder / 'training.json').read_text())
+    assert (again['form'], again['variant'], again['name']) == ('train_time', variant, 'again')
+    assert again['license'] == 'mit' and again['dataset'] == facts['dataset'] and again['tag'] == 't'
+    assert not again.keys() & {'metrics', 'sibling', 'fusion'}  # these were another folder's
+    config = config_of(folder)
+    assert config['label_names'] == list('abcd') and config['num_classes'] == 4
+    for key, value in DATA_CONFIG.items():
+        assert config['pretrained_cfg'][key] == (list(value) if isinstance(value, tuple) else value)
+    save_pair(model.eval(), tmp_path, tag='second', data_config=DATA_CONFIG)
+
+
+@pytest.mark.parametrize('conv_options', [{}, {'depth_multiplier': 12, 'skip': ['layer1*']}], ids=str)
+def test_stock_folder_is_lifted(tmp_path: Path, images: torch.Tensor, conv_options: dict):
+    """Of one input channel; the folder says what the model's arguments are."""
+    stock, source = stock_folder(tmp_path, in_chans=1)
+    options = {'conv_options': conv_options} if conv_options else {}
+    folder, report = convert_checkpoint(source, tmp_path / 'out', SMALL, **options)
+    model = load_checkpoint(folder)
+    with torch.no_grad():
+        assert torch.equal(model(images[:, :1]), stock(images[:, :1]))
+    assert config_of(folder)['model_args'].get('conv_options', {}) == conv_options
+    assert report.passed and timm_reparam.verify_fusion(model, stock).passed
+
+
+def test_form_for_inference_becomes_trainable_again(tmp_path: Path, images: torch.Tensor):
+    model = small_model('resnet10t_dyconv', conv_options=dict(num_kernels=3))
+    _, fused = save_pair(model, tmp_path, tag='t', data_config=DATA_CONFIG)
+    folder, _ = convert_checkpoint(fused, tmp_path / 'again', 'resnet10t_dyconv')
+    again = load_checkpoint(folder)
+    layer = again.layer1[0].conv1
+    assert layer.num_kernels == 3 and layer.temperature == 30 and layer.current_temperature() == 1
+    with torch.no_grad():
+        assert torch.equal(again(images), load_checkpoint(fused)(images))
+
+
+@pytest.mark.parametrize('kind', ['a training script', 'official code'])
+def test_file_becomes_a_folder(tmp_path: Path, images: torch.Tensor, kind: str):
+    """Its number of classes is found; nothing is known of its licence, whatever timm's own weights have."""
+    model = small_model()
+    state = dict(model.state_dict())
+    if kind == 'official code':
+        for name, layer in model.named_modules():
+            if isinstance(layer, nn.Conv2d):
+                weight = state.pop(f'{name}.weight').flatten(2)
+                state[f'{name}.W'] = weight
+                if f'{name}.depthwise_weight' in state:
+                    state[f'{name}.D'] = state.pop(f'{name}.depthwise_weight')
+                    state[f'{name}.d_diag'] = torch.eye(9).expand(state[f'{name}.D'].shape)
+    checkpoint = {'arch': SMALL, 'epoch': 3, 'state_dict': {f'module.{key}': value for key, value in state.items()}}
+    torch.save(checkpoint, tmp_path / 'last.pth.tar')
+    tiny = {name: value for name, value in TINY.items() if name != 'num_classes'}
+    folder, report = convert_checkpoint(tmp_path / 'last.pth.tar', tmp_path / 'out', SMALL, **tiny)
+    loaded = load_checkpoint(folder)
+    assert report.passed and loaded.num_classes == 4
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[key]), key
+    assert 'license' not in config_of(folder)['pretrained_cfg'] and license_of(folder) is None
+
+
+def test_what_cannot_be_converted_leaves_nothing(tmp_path: Path):
+    _, source = stock_folder(tmp_path)
+    (tmp_path / 'no.pth').write_bytes(b'no weights')
+    torch.save({'epoch': 3}, tmp_path / 'none.pth')
+    torch.save({'stray': torch.zeros(1)}, tmp_path / 'stray.pth')
+    before = snapshot(tmp_path)
+    for checkpoint, name, options, words in (
+        (source, STOCK, {}, 'expected the name of a variant'),
+        (source, 'resnet18_doconv', {}, r'(?s)missing.*conv1\.weight'),
+        (source, SMALL, dict(conv_options=dict(depth_multiplier=2)), 'depth_multiplier'),
+        (source, 'resnet10t_acconv', dict(conv_options=dict(gamma_init=0.5)), 'scratch'),
+        (tmp_path / 'missing.pth', SMALL, {}, 'not found'),
+        (tmp_path / 'no.pth', SMALL, {}, 'cannot be read'),
+        (tmp_path / 'none.pth', SMALL, {}, 'state dict of tensors'),
+        (tmp_path / 'stray.pth', SMALL, {}, r'(?s)missing.*unexpected: stray'),
+    ):
+        with pytest.raises(ReparamError, match=words):
+            convert_checkpoint(checkpoint, tmp_path / 'out', name, **options)
+        assert snapshot(tmp_path) == before, words
