@@ -428,8 +428,10 @@ def foreign_checkpoint(variant: str) -> tuple[State, nn.Module]:
     return state, stock.eval()
 
 
-@pytest.mark.parametrize('target', ['acconv', 'doconv', 'refconv'])
-@pytest.mark.parametrize('source', ['acconv', 'doconv', 'refconv'])
+@pytest.mark.parametrize(
+    'source, target',
+    [('acconv', 'acconv'), ('doconv', 'doconv'), ('refconv', 'refconv'), ('acconv', 'doconv'), ('doconv', 'acconv')],
+)
 def test_create_model_takes_official_checkpoints(source, target):
     """A variant takes those of its method with everything trained, and of the other methods the kernels."""
     state, stock = foreign_checkpoint(source)

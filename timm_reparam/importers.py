@@ -164,12 +164,11 @@ def _translate(conv: nn.Module, method: type[ReparamLayer], entries: dict[str, t
 def _place_constants(state: dict[str, torch.Tensor], imported: dict[str, Imported], model: nn.Module) -> None:
     """Put what foreign layers add to each channel into the bias, or into the norm that follows, in place."""
     modules = dict(model.named_modules())
-    constants = {name: found for name, found in imported.items() if found.constant is not None}
+    constants = {name: found.constant for name, found in imported.items() if found.constant is not None}
     without_bias = {name for name in constants if modules[name].bias is None}
     norms = _norms_after(model, without_bias) if without_bias else {}
     unknown = []
-    for name, found in constants.items():
-        constant = found.constant
+    for name, constant in constants.items():
         if name not in without_bias:
             state[_key(name, 'bias')] = constant
             continue
@@ -187,10 +186,10 @@ def _place_constants(state: dict[str, torch.Tensor], imported: dict[str, Importe
             raise ReparamError(
                 f'{norm_name}: the official block adds a constant to each channel, but this norm has no bias'
             )
-        if found.mean is None:
+        mean, variance = imported[name].mean, imported[name].variance
+        if mean is None or variance is None:
             unknown.append(name)
-        mean = torch.zeros_like(constant) if found.mean is None else found.mean
-        variance = torch.ones_like(constant) if found.variance is None else found.variance
+            mean, variance = torch.zeros_like(constant), torch.ones_like(constant)
         made = dict(running_mean=mean, running_var=variance, bias=constant + mean)
         # this scale undoes the division in evaluation, whatever the variance
         made['weight'] = (variance.double() + norm.eps).sqrt().to(variance.dtype)
@@ -217,7 +216,7 @@ def _norms_after(model: nn.Module, names: set[str]) -> dict[str, tuple[str, nn.M
         def forward_hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             if name in names:
                 made[id(output)] = name, output
-            elif id(inputs[0]) in made:
+            elif inputs and id(inputs[0]) in made:
                 found[made[id(inputs[0])][0]] = name, module
 
         return forward_hook

@@ -683,6 +683,19 @@ def test_form_for_inference_becomes_trainable_again(tmp_path: Path, images: torc
         assert torch.equal(again(images), load_checkpoint(fused)(images))
 
 
+def test_train_time_folder_stays_what_it_is(tmp_path: Path, images: torch.Tensor):
+    """In mid-schedule, with a temperature of its own."""
+    options = dict(num_kernels=3, temperature=10.0, temperature_steps=8)
+    model = small_model('resnet10t_dyconv', conv_options=options).train()
+    with torch.no_grad():
+        model(images)
+    source = save_checkpoint(model.eval(), tmp_path / 'source', data_config=DATA_CONFIG)
+    again = load_checkpoint(convert_checkpoint(source, tmp_path / 'again', 'resnet10t_dyconv')[0])
+    assert 1 < again.layer1[0].conv1.current_temperature() < 10
+    with torch.no_grad():
+        assert torch.equal(again(images), model(images))
+
+
 @pytest.mark.parametrize('kind', ['a training script', 'official code'])
 def test_file_becomes_a_folder(tmp_path: Path, images: torch.Tensor, kind: str):
     """Its number of classes is found; nothing is known of its licence, whatever timm's own weights have."""

@@ -334,19 +334,9 @@ def convert_checkpoint(
         raise ReparamError(
             f'{model_name!r}: expected the name of a variant; see timm-reparam list, or register_variant'
         )
-    facts: dict[str, Any] = {}
-    cfg = None
+    cfg, facts = None, {}
     if source.is_dir():
-        architecture = read_config(source)['architecture']
-        cfg, _, own_args = load_model_config_from_path(source)
-        own_options = own_args.pop('conv_options', {}) if architecture == model_name else {}
-        own_options.pop('temperature', None)  # the form for inference has none
-        own_args.pop('conv_options', None)
-        options = {**own_options, **model_args.pop('conv_options', {})}
-        model_args = {**own_args, **model_args, **({'conv_options': options} if options else {})}
-        known = read_facts(source) or {'license': cfg.get('license')}
-        kept = ('tag', 'base_model', 'dataset', 'license', 'license_name', 'license_link', 'recipe', 'environment')
-        facts = {key: known[key] for key in kept if key in known}
+        cfg, model_args, facts = _described_by(source, model_name, model_args)
     state = _read_weights(source / WEIGHTS_NAME if source.is_dir() else source)
     skeleton = _on_meta(model_name, model_args)
     cfg = {**(skeleton.pretrained_cfg if cfg is None else cfg), 'architecture': model_name, 'state_dict': state}
@@ -370,6 +360,24 @@ def convert_checkpoint(
     facts |= {**_origin(model), 'form': 'train_time', 'name': target.name}
     _write_all([_Draft(target, model, None, facts)])
     return target, report
+
+
+def _described_by(
+    source: Path, model_name: str, model_args: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """What a folder says of a model to be made of it: pretrained_cfg, model arguments, and the facts that stay true."""
+    same = read_config(source)['architecture'] == model_name
+    cfg, _, own_args = load_model_config_from_path(source)
+    options = own_args.pop('conv_options', {})
+    if options.get('temperature', 0) is None:
+        del options['temperature']  # of the form for inference: training starts again with a schedule
+    options = {**(options if same else {}), **model_args.get('conv_options', {})}
+    model_args = {**own_args, **model_args, 'conv_options': options}
+    if not options:
+        del model_args['conv_options']
+    known = read_facts(source) or {'license': cfg.get('license')}
+    kept = ('tag', 'base_model', 'dataset', 'license', 'license_name', 'license_link', 'recipe', 'environment')
+    return cfg, model_args, {key: known[key] for key in kept if key in known}
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:

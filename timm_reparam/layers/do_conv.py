@@ -164,26 +164,23 @@ class DOConv2d(_DepthwiseOverParameterised, ReparamConv2d):
     def from_foreign(self, entries: dict[str, torch.Tensor]) -> Imported:
         # Official code: W (O, I/g, s), D (I, m, s) and d_diag, its identity E, of D's shape; no D for 1x1 kernels.
         columns = entries.pop('W')
-        area = self._area
+        out_channels, group_channels, num_columns = columns.shape
+        shape, area = (out_channels, group_channels, *self.kernel_size), self._area
         if area == 1:
-            return Imported({'weight': columns.view(*columns.shape[:2], *self.kernel_size)})
+            return Imported({'weight': columns.reshape(shape)})
         depthwise, identity = entries.pop('D'), entries.pop('d_diag')
-        # its reshape to (O/g, I, s) pairs the kernels in the order of storage with the input channels
-        pairs = torch.arange(columns.shape[0] * columns.shape[1], device=columns.device) % depthwise.shape[0]
-        if (self.groups == 1 or self.groups == columns.shape[0]) and columns.shape[2] == self.depth_multiplier:
-            # there each kernel meets the D of its own input channel
+        if self.groups in (1, out_channels) and num_columns == self.depth_multiplier:
             eye = torch.eye(area, dtype=identity.dtype, device=identity.device)
-            blocks = self.depth_multiplier // area
-            depthwise = depthwise + (identity - nn.functional.pad(eye.repeat(1, blocks), (0, columns.shape[2] % area)))
-            new = {'weight': columns[..., :area], 'depthwise_weight': depthwise}
-            new['weight'] = new['weight'].reshape(*columns.shape[:2], *self.kernel_size)
+            eye = nn.functional.pad(eye.repeat(1, num_columns // area), (0, num_columns % area))
+            new = {'weight': columns[..., :area].reshape(shape), 'depthwise_weight': depthwise + (identity - eye)}
             if self.surplus_weight is not None:
                 new['surplus_weight'] = columns[..., area:].contiguous()
             return Imported(new)
-        # elsewhere the kernels of a group do not share their D, or this layer has another number of columns
-        transform = depthwise.double() + identity
-        kernels = torch.einsum('nms,ns->nm', transform[pairs], columns.double().flatten(0, 1))
-        return Imported({'weight': kernels.to(columns.dtype).view(*columns.shape[:2], *self.kernel_size)})
+        # A layer of another number of columns; or a group of several outputs, which do not share their D there: its
+        # reshape to (O/g, I, s) gives the n-th kernel in storage the D of input channel n mod I.
+        transform = (depthwise.double() + identity).repeat(out_channels * group_channels // len(depthwise), 1, 1)
+        kernels = torch.einsum('nms,ns->nm', transform, columns.double().flatten(0, 1))
+        return Imported({'weight': kernels.to(columns.dtype).reshape(shape)})
 
     def _apply_depthwise(self, depthwise: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         # g groups, o output channels and i input channels of a group, m kernel elements, s columns
