@@ -228,6 +228,7 @@ REFUSED = [
     (lambda: (Net(), 'doconv'), {'skip': 'layer9'}, "skip: 'layer9' matches no module"),
     (lambda: (Net(), 'doconv'), {'skip': nn.Conv3d}, 'skip: .*Conv3d.* matches no module'),
     (lambda: (Net(), 'doconv'), {'skip': 3 * (4,)}, 'skip: expected a module name, a pattern or a type, got 4'),
+    (lambda: (Net(), 'doconv'), {'skip': None}, 'skip: expected a module name, a pattern or a type, got None'),
     (
         lambda: (nn.Sequential(nn.Conv2d(3, 3, 2)), 'acconv'),
         {},
@@ -329,6 +330,48 @@ def test_verify_fusion_takes_any_outputs() -> None:
     model = timm.create_model('resnet10t_doconv', features_only=True)
     report = verify_fusion(disturbed(model), inputs=images(2, 3, 48, 48))
     assert report.passed and report.top1_agreement is None
+
+
+class Returns(nn.Module):
+    """A convolution whose output goes through a function."""
+
+    def __init__(self, output) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 3)
+        self.output = output
+
+    def forward(self, x: torch.Tensor):
+        return self.output(self.conv(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize('output', [lambda y: y.argmax(1), lambda y: None, lambda y: iter([y])])
+def test_verify_fusion_proves_nothing_without_outputs_to_compare(output) -> None:
+    model = convert_model(Returns(output), 'doconv')
+    with pytest.raises(ReparamError, match='Returns returns no floating-point tensor'):
+        verify_fusion(model, inputs=images(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize('output', [lambda y: y[:, :1], lambda y: ()])
+def test_verify_fusion_refuses_a_model_of_other_outputs(output) -> None:
+    model = convert_model(Returns(lambda y: y), 'doconv')
+    fused = fuse_model(model)
+    fused.output = output
+    with pytest.raises(ReparamError, match=r'expected the outputs of the model, \[\(2, 5\)\], got .*fuse_model'):
+        verify_fusion(model, fused, inputs=images(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize('inputs', [[(images(2, 3, 8, 8), torch.zeros(2))], images(2, 3, 8, 8).numpy()])
+def test_verify_fusion_refuses_batches_that_are_no_tensors(inputs) -> None:
+    model = convert_model(Returns(lambda y: y), 'doconv')
+    with pytest.raises(ReparamError, match='expected tensors as inputs=, got a batch of type (tuple|ndarray)'):
+        verify_fusion(model, inputs=inputs)
+
+
+@pytest.mark.parametrize('function', [lambda m: convert_model(m, 'doconv'), fuse_model, verify_fusion])
+@pytest.mark.parametrize('model', ['resnet18', None])
+def test_what_is_no_module_is_refused(function, model) -> None:
+    with pytest.raises(ReparamError, match='expected a torch.nn.Module, got a (str|NoneType)'):
+        function(model)
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])

@@ -247,7 +247,8 @@ def verify_fusion(
         The figures; whether they are good enough is the report's `passed`.
 
     Raises:
-        ReparamError: the model holds no variant layer, no input size is known, or there are no inputs.
+        ReparamError: the model holds no variant layer, no input size is known, there are no inputs or they are no
+            tensors, or there are no outputs to compare, or others than the model's.
     """
     model = _unwrap(model)
     fused = fuse_model(model) if fused is None else _unwrap(fused)
@@ -266,12 +267,28 @@ def verify_fusion(
     fused_dtype = next(fused.parameters()).dtype
     with _evaluation(model, fused, device=device):
         for batch in batches:
+            if not isinstance(batch, torch.Tensor):
+                raise ReparamError(
+                    f'verify_fusion: expected tensors as inputs=, got a batch of type {type(batch).__name__}; leave '
+                    'labels and the like out'
+                )
             reference = _flat_outputs(exact, batch, exact_device, torch.float64)
             outputs = {
                 'algebra': _flat_outputs(exact_fused, batch, exact_device, torch.float64),
                 'own': _flat_outputs(model, batch, device, parameter.dtype),
                 'stored': _flat_outputs(fused, batch, next(fused.parameters()).device, fused_dtype),
             }
+            if not reference:
+                raise ReparamError(
+                    f'verify_fusion: {type(model).__name__} returns no floating-point tensor (in tuples, lists and '
+                    'dicts, at most) that could be compared; verify a module that does'
+                )
+            shapes, found = ([tuple(value.shape) for value in values] for values in (reference, outputs['stored']))
+            if found != shapes:
+                raise ReparamError(
+                    f'verify_fusion: expected the outputs of the model, {shapes}, got {found} from the fused one; pass '
+                    'what fuse_model() made of the model'
+                )
             largest['logit'] = _maximum(largest['logit'], reference)
             for name, values in outputs.items():
                 difference = [a.to(exact_device, torch.float64) - b for a, b in zip(values, reference)]
@@ -391,7 +408,7 @@ def _fold_entries(name: str, layer: nn.Module, entries: dict[str, torch.Tensor])
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
-    return (value,) if isinstance(value, (str, type)) else tuple(value)
+    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, (str, type)) else (value,)
 
 
 def _architecture(model: nn.Module) -> str | None:
@@ -413,6 +430,8 @@ def _rename(model: nn.Module, architecture: str | None, conv_options: dict[str, 
 
 
 def _refuse_wrapped(model: nn.Module, caller: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise ReparamError(f'{caller}: expected a torch.nn.Module, got a {type(model).__name__}; pass the model itself')
     if isinstance(model, torch.jit.ScriptModule):
         raise ReparamError(f'{caller}: got a scripted model, whose code is fixed; pass the model it was made from')
     if _inner(model) is not None:
