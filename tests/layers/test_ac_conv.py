@@ -399,6 +399,8 @@ BAD_OPTIONS = [
     ({'branch_norm': None}, ['branch_norm', 'None', 'batch']),
     ({'branch_norm': 'none', 'gamma_init': 1.0}, ['gamma_init', 'branch_norm']),
     ({'branch_norm': 'batch', 'scale': 0.5}, ['scale', 'branch_norm']),
+    ({'branch_norm': 'none', 'eps': 1e-3}, ['eps', '0.001', 'branch_norm']),
+    ({'branch_norm': 'none', 'momentum': 0.5}, ['momentum', '0.5', 'branch_norm']),
 ]
 
 

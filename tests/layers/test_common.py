@@ -605,6 +605,12 @@ def with_a_hook() -> nn.Module:
     return conv
 
 
+def with_a_forward_of_its_own() -> nn.Module:
+    conv = nn.Conv2d(4, 6, 3)
+    conv.forward = lambda x: 2 * nn.Conv2d.forward(conv, x)
+    return conv
+
+
 class Subclass(nn.Conv2d):
     """A convolution that may do anything in its forward."""
 
@@ -617,6 +623,8 @@ NOT_CONVOLUTIONS = [
     (lambda: ACConv2d(4, 6, 3), ['Conv2d', 'ACConv2d']),
     (with_a_norm_of_its_weight, ['hook']),
     (with_a_hook, ['hook']),
+    (with_a_forward_of_its_own, ['forward']),
+    (lambda: nn.Conv2d(4, 6, 3, dtype=torch.complex64), ['complex64']),
 ]
 
 

@@ -1,5 +1,6 @@
 """DOConv2d beyond what all layers share: the composition, the surplus columns, the random start."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -95,6 +96,13 @@ def test_1x1_has_nothing_to_over_parameterise() -> None:
         assert layer.depthwise_weight is None
         assert layer.surplus_weight is None
         assert torch.equal(layer.equivalent_kernel(), layer.weight)
+
+
+def test_kernel_size_of_another_integer_type() -> None:
+    """A width that was computed with NumPy is as good for the layer as for nn.Conv2d."""
+    layer = DOConv2d(4, 6, np.int64(3))
+    assert layer.depthwise_weight.shape == (4, 9, 9)
+    assert DOConv2d(4, 6, 3, depth_multiplier=np.int64(10)).surplus_weight.shape == (6, 4, 1)
 
 
 def test_scratch_start_is_that_of_conv2d() -> None:

@@ -124,6 +124,7 @@ def test_scratch_start_has_random_maps() -> None:
 BAD_OPTIONS = [
     ({'map_kernel_size': 0}, ['map_kernel_size', '0']),
     ({'map_kernel_size': -3}, ['map_kernel_size', '-3']),
+    ({'map_kernel_size': (3, 3, 3)}, ['map_kernel_size', '(3, 3, 3)']),
 ]
 
 

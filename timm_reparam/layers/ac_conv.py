@@ -39,6 +39,11 @@ _METHOD = Method(
 )
 
 
+# As in torch's BatchNorm.
+_EPS = 1e-5
+_MOMENTUM = 0.1
+
+
 def _check_odd(owner: str, kernel_size: tuple[int, int]) -> None:
     if any(side % 2 == 0 for side in kernel_size):
         raise ReparamError(f'{owner} needs odd kernel sides, got {tuple(kernel_size)}; leave it out with skip=')
@@ -163,8 +168,8 @@ class ACConv2d(ReparamConv2d):
         branch_norm: str = 'batch',
         gamma_init: float | None = None,
         scale: float = 1.0,
-        eps: float = 1e-5,
-        momentum: float = 0.1,
+        eps: float = _EPS,
+        momentum: float = _MOMENTUM,
     ) -> None:
         _check_odd('ACConv2d', to_2tuple(kernel_size))
         if branch_norm not in ('batch', 'none'):
@@ -173,6 +178,10 @@ class ACConv2d(ReparamConv2d):
             raise ReparamError(f"ACConv2d: scale belongs to branch_norm='none', got scale={scale} with 'batch'")
         if branch_norm == 'none' and gamma_init is not None:
             raise ReparamError(f"ACConv2d: branch_norm='none' has no gamma, got gamma_init={gamma_init}; leave it out")
+        if branch_norm == 'none' and (eps, momentum) != (_EPS, _MOMENTUM):
+            raise ReparamError(
+                f"ACConv2d: branch_norm='none' has no norm, got eps={eps} and momentum={momentum}; leave them out"
+            )
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
@@ -366,8 +375,8 @@ class ACBlock2d(nn.Module):
         reduce_gamma: bool = False,
         single_init: bool = False,
         last_norm: bool = False,
-        eps: float = 1e-5,
-        momentum: float = 0.1,
+        eps: float = _EPS,
+        momentum: float = _MOMENTUM,
     ) -> None:
         super().__init__()
         kernel_size = to_2tuple(kernel_size)

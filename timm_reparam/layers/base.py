@@ -181,7 +181,8 @@ class ReparamLayer:
             The new layer, in the mode (training or evaluation) of `conv`.
 
         Raises:
-            ReparamError: `conv` is of another type or carries hooks, or an option is unknown or not possible here.
+            ReparamError: `conv` is of another type, carries hooks or has weights that are not real, or an option is
+                unknown or not possible here.
         """
         name = cls.__name__
         check_init(name, init)
@@ -190,11 +191,13 @@ class ReparamLayer:
             raise ReparamError(
                 f'{name} replaces {expected} exactly, got {type(conv).__name__}; leave it out with skip='
             )
-        if any(getattr(conv, hooks, None) for hooks in _HOOKS):
+        if any(getattr(conv, hooks, None) for hooks in _HOOKS) or 'forward' in vars(conv):
             raise ReparamError(
-                f'{name}: the convolution carries hooks (a weight or spectral norm, perhaps), which conversion would '
-                'lose; remove them first, or leave it out with skip='
+                f'{name}: the convolution carries hooks (a weight or spectral norm, perhaps) or a forward of its own, '
+                'which conversion would lose; remove them first, or leave it out with skip='
             )
+        if not conv.weight.is_floating_point():
+            raise ReparamError(f'{name}: expected real weights, got {conv.weight.dtype}; leave it out with skip=')
         unknown = sorted(set(options) - set(cls.option_names()))
         if unknown:
             known = ', '.join(cls.option_names()) or 'none'

@@ -5,6 +5,7 @@ Official code: https://github.com/yangyanli/DO-Conv (this is an implementation o
 """
 
 import math
+from numbers import Integral
 
 import torch
 import torch.nn as nn
@@ -38,10 +39,10 @@ class _DepthwiseOverParameterised:
     method = _METHOD
 
     def _add_depthwise(self, depth_multiplier: int | None, device=None, dtype=None) -> None:
-        area = self.kernel_size[0] * self.kernel_size[1]
+        area = self._area
         if depth_multiplier is None:
             depth_multiplier = area
-        if not isinstance(depth_multiplier, int) or depth_multiplier < area:
+        if not isinstance(depth_multiplier, Integral) or depth_multiplier < area:
             raise ReparamError(
                 f'{type(self).__name__}: depth_multiplier must be an integer of at least {area}, the area of the '
                 f'{self.kernel_size[0]}x{self.kernel_size[1]} kernel, got {depth_multiplier!r}; leave it at None, or '
@@ -52,7 +53,7 @@ class _DepthwiseOverParameterised:
                 f'{type(self).__name__}: a 1x1 kernel has nothing to over-parameterise, got depth_multiplier='
                 f'{depth_multiplier}; leave it at None'
             )
-        self.depth_multiplier = depth_multiplier
+        depth_multiplier = self.depth_multiplier = int(depth_multiplier)
         self.register_parameter('depthwise_weight', None)
         self.register_parameter('surplus_weight', None)
         if area > 1:

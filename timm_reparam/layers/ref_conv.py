@@ -39,9 +39,9 @@ class _Refocusing:
 
     def _add_map(self, map_kernel_size: int | tuple[int, int], device=None, dtype=None) -> None:
         sides = to_2tuple(map_kernel_size)
-        if not all(isinstance(side, int) and side >= 1 for side in sides):
+        if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
             raise ReparamError(
-                f'{type(self).__name__}: map_kernel_size must be positive integers, got {map_kernel_size!r}'
+                f'{type(self).__name__}: map_kernel_size must be one or two positive integers, got {map_kernel_size!r}'
             )
         self.map_kernel_size = map_kernel_size
         # odd, and no larger than the kernel, so that the map keeps the kernel's size
