@@ -49,7 +49,13 @@ import yaml
 from timm import utils
 from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_dataset, create_loader, resolve_data_config
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
-from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import (
+    CLASS_WEIGHT_METHODS,
+    LOSS_TYPES,
+    create_classification_loss,
+    load_class_stats,
+    resolve_class_weights,
+)
 from timm.models import clean_state_dict, load_checkpoint, safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
@@ -127,6 +133,9 @@ FLAGS: dict[str, tuple[tuple[str, Any, Any, str], ...]] = {
         ('--input-key', str, None, 'field of a sample that holds the image'),
         ('--target-key', str, None, 'field of a sample that holds the label'),
         ('--dataset-trust-remote-code', bool, False, "let a Hub dataset run its repository's code on this machine"),
+        ('--task', ('classification', 'multilabel'), 'classification', 'multilabel is refused'),
+        ('--target-format', ('indices', 'multihot'), None, 'refused: format of multi-label targets'),
+        ('--multilabel-threshold', float, 0.5, 'refused: for multi-label targets'),
     ),
     'model': (
         ('--model', str, 'resnet50', 'architecture[.tag], variants included: resnet18_doconv, mobilenetv2_100_dyconv'),
@@ -199,8 +208,11 @@ FLAGS: dict[str, tuple[tuple[str, Any, Any, str], ...]] = {
         ('--epochs', int, 300, 'epochs of the schedule'),
         ('--epoch-repeats', float, 0.0, 'passes over a streamed dataset that make an epoch'),
         ('--start-epoch', int, None, 'epoch to start with, whatever a resumed checkpoint says'),
+        ('--stop-epoch', int, None, 'stop after so many epochs of the schedule, which stays as it is'),
         ('--decay-milestones', [int], [90, 180, 270], 'epochs at which the multistep schedule drops'),
-        ('--decay-epochs', float, 90, 'epochs between drops of the step schedule'),
+        ('--decay-epochs', float, None, 'epochs between drops of step (90), or of the decay of wsd, rsqrt (0.2: 20 %)'),
+        ('--lr-decay-fn', str, None, 'decay of wsd and rsqrt: linear, 1-sqrt, cosine, power or exp'),
+        ('--lr-stable-timescale', float, None, 'timescale of rsqrt in epochs; the default is --warmup-epochs'),
         ('--warmup-epochs', int, 5, 'epochs of warm-up'),
         ('--warmup-prefix', bool, False, 'put the warm-up in front of the schedule, not inside it'),
         ('--cooldown-epochs', int, 0, 'epochs at the lowest rate after the schedule'),
@@ -221,11 +233,6 @@ FLAGS: dict[str, tuple[tuple[str, Any, Any, str], ...]] = {
         ('--aa', str, None, 'AutoAugment, RandAugment, AugMix or 3-Augment policy, in the spelling of timm'),
         ('--aug-repeats', float, 0, 'differently augmented copies of an image over the processes of a distributed run'),
         ('--aug-splits', int, 0, 'differently augmented copies of a batch, the first one clean; 0 or at least 2'),
-        ('--jsd-loss', bool, False, 'pull the predictions of the --aug-splits together (Jensen-Shannon divergence)'),
-        ('--bce-loss', bool, False, 'binary cross-entropy for each class'),
-        ('--bce-sum', bool, False, 'sum that loss over the classes instead of averaging'),
-        ('--bce-target-thresh', float, None, 'targets above this count as 1 in that loss, others as 0'),
-        ('--bce-pos-weight', float, None, 'weight of the positive targets in that loss'),
         ('--reprob', float, 0.0, 'probability of random erasing'),
         ('--remode', ('const', 'rand', 'pixel'), 'pixel', 'what is put in: black, one random colour, or noise'),
         ('--recount', int, 1, 'most regions erased in an image'),
@@ -243,6 +250,32 @@ FLAGS: dict[str, tuple[tuple[str, Any, Any, str], ...]] = {
         ('--drop-connect', float, None, 'refused: use --drop-path'),
         ('--drop-path', float, None, 'probability with which a residual branch is dropped'),
         ('--drop-block', float, None, 'probability of DropBlock'),
+    ),
+    'loss': (
+        ('--loss', LOSS_TYPES, None, 'ce (cross-entropy) by default; twoway, zlpr, db are for multi-label targets'),
+        ('--jsd-loss', bool, False, 'the same as --loss jsd: pull the predictions of the --aug-splits together'),
+        ('--bce-loss', bool, False, 'the same as --loss bce: binary cross-entropy for each class'),
+        ('--bce-sum', bool, False, 'sum that loss over the classes instead of averaging'),
+        ('--bce-target-thresh', float, None, 'targets above this count as 1 in that loss, others as 0'),
+        ('--bce-pos-weight', float, None, 'weight of the positive targets in that loss'),
+        ('--loss-pos-weight', str, None, 'the same: a number, a list 1,2,3, a file, or neg_pos (see --class-stats)'),
+        ('--loss-class-weight', str, None, 'weights of the classes in that loss; methods are inv_freq, effective_num'),
+        ('--class-stats', str, None, "label counts, made by timm's class_weights.py, that those methods start from"),
+        ('--loss-weight-power', float, 1.0, 'exponent of neg_pos and inv_freq'),
+        ('--loss-weight-beta', float, 0.999, 'beta of effective_num'),
+        ('--loss-weight-max', float, None, 'limit of the weights of these methods'),
+        ('--asl-gamma-pos', float, 1.0, 'focus on positive targets in the asymmetric loss (asl)'),
+        ('--asl-gamma-neg', float, 4.0, 'focus on negative targets in it'),
+        ('--asl-clip', float, 0.05, 'refused: for multi-label targets'),
+        ('--asl-reduction', str, 'batchmean', 'refused: for multi-label targets'),
+        ('--poly-epsilon', float, 2.0, 'coefficient of the poly loss'),
+        ('--poly-gamma', float, 0.0, 'refused: for multi-label targets'),
+        ('--poly-alpha', float, None, 'refused: for multi-label targets'),
+        ('--twoway-tp', float, 4.0, 'refused: for multi-label targets'),
+        ('--twoway-tn', float, 1.0, 'refused: for multi-label targets'),
+        ('--db-neg-scale', float, 2.0, 'refused: for multi-label targets'),
+        ('--db-init-bias', float, 0.05, 'refused: for multi-label targets'),
+        ('--db-focal-gamma', float, 2.0, 'refused: for multi-label targets'),
     ),
     'batch norm': (
         ('--bn-momentum', float, None, 'momentum of the running statistics, for the models of timm that take it'),
@@ -264,6 +297,7 @@ FLAGS: dict[str, tuple[tuple[str, Any, Any, str], ...]] = {
         ('--val-interval', int, 1, 'epochs between two validations, and checkpoints'),
         ('--recovery-interval', int, 0, 'updates between two recovery checkpoints; 0 writes none'),
         ('--checkpoint-hist', int, 10, 'number of checkpoints kept, the best ones'),
+        ('--save-epochs', [int], [], 'numbers of epochs after which a checkpoint is kept for good, as milestone-N'),
         ('-j --workers', int, 4, 'loader processes'),
         ('--save-images', bool, False, 'save a training batch as an image at every line of the log'),
         ('--pin-mem', bool, False, 'page-locked memory for batches on their way to the device'),
@@ -297,6 +331,10 @@ FLAGS: dict[str, tuple[tuple[str, Any, Any, str], ...]] = {
         ('--naflex-loss-scale', ('none', 'sqrt', 'linear'), 'linear', ''),
         ('--naflex-patchify-channels-first', bool, False, ''),
     ),
+    'refused: runs of a sweep': (
+        ('--sweep-locks', [str], None, ''),
+        ('--sweep-attempt', [str, str], None, ''),
+    ),
     'distillation': (
         ('--kd-model-name', str, None, 'pretrained model to learn from'),
         ('--kd-distill-type', ('logit', 'feature', 'token'), 'logit', 'what is learned from it'),
@@ -320,6 +358,8 @@ FLAGS: dict[str, tuple[tuple[str, Any, Any, str], ...]] = {
 }
 # fmt: on
 
+_MULTILABEL = 'this script classifies images with one label each, its accuracies and cards mean that'
+_SWEEP = "timm's sweep.py passes it to timm's own train script"
 _NAFLEX = 'these batches are sequences of patches, for transformers; see --train-img-sizes for images of several sizes'
 # Flags of timm that are known and not honoured. Their defaults pass, so a complete args.yaml of timm can be read.
 REFUSED = {
@@ -328,6 +368,10 @@ REFUSED = {
     'tta': "timm's loaders deliver one copy of an image, so that different images would be averaged; leave it at 0",
     **{f'naflex_{name}': _NAFLEX for name in ('loader', 'train_seq_lens', 'max_seq_len', 'patch_sizes')},
     **{f'naflex_{name}': _NAFLEX for name in ('patch_size_probs', 'loss_scale', 'patchify_channels_first')},
+    **dict.fromkeys(('task', 'target_format', 'multilabel_threshold', 'asl_clip', 'asl_reduction'), _MULTILABEL),
+    **dict.fromkeys(('poly_gamma', 'poly_alpha', 'twoway_tp', 'twoway_tn'), _MULTILABEL),
+    **dict.fromkeys(('db_neg_scale', 'db_init_bias', 'db_focal_gamma'), _MULTILABEL),
+    **dict.fromkeys(('sweep_locks', 'sweep_attempt'), _SWEEP),
 }
 # Keys that older releases of timm wrote to args.yaml, with the values that ask for nothing.
 RETIRED = {
@@ -338,11 +382,13 @@ RETIRED = {
     'bn_tf': (False, 'use --bn-momentum and --bn-eps'),
     'dynamo': (False, 'use --torchcompile'),
     'dynamo_backend': (None, 'use --torchcompile'),
+    'num_gpu': (1, 'start one process for each GPU with torchrun'),
+    'validation_batch_size_multiplier': (1, 'use --validation-batch-size'),
 }
 # Least values.
 LEAST = {
     **dict.fromkeys(('batch_size', 'validation_batch_size', 'grad_accum_steps', 'checkpoint_hist'), 1),
-    **dict.fromkeys(('val_interval', 'log_interval', 'train_batches_per_epoch'), 1),
+    **dict.fromkeys(('val_interval', 'log_interval', 'train_batches_per_epoch', 'stop_epoch'), 1),
     **dict.fromkeys(('seed', 'workers', 'recovery_interval', 'aug_splits', 'start_epoch'), 0),
 }
 # Flags that only some kinds of dataset read.
@@ -455,7 +501,9 @@ def read_args_file(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]
             if value not in (idle, None, False, ''):
                 raise ReparamError(f'--config {path}: {key}: {value}: no longer a flag; {advice}')
         elif key not in actions or key in ('config', 'help'):
-            raise ReparamError(f'--config {path}: {key}: no flag of that name; see train.py --help')
+            if value not in (None, False, '', [], {}):
+                raise ReparamError(f'--config {path}: {key}: no flag of that name; see train.py --help')
+            _logger.warning('--config %s: %s: no flag of that name; left out, since it is empty', path, key)
         else:
             values[key] = _from_yaml(actions[key], value, f'--config {path}: {key}')
     if values.get('device') == 'cuda':
@@ -465,8 +513,10 @@ def read_args_file(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]
 
 def _from_yaml(action: argparse.Action, value: Any, place: str) -> Any:
     """Give a value from a yaml file the type that the command line would give it."""
-    if value is None:
-        return action.default if isinstance(action, KeyValues) else None
+    if action.choices is not None and value in (None, ''):
+        return '' if '' in action.choices else action.default
+    if value is None:  # timm's script also writes it where it works the default out later
+        return action.default if isinstance(action, KeyValues) or action.dest == 'smoothing' else None
     kind = dict if isinstance(action, KeyValues) else bool if action.nargs == 0 else action.type or str
     takes_several = action.nargs == '+' or (isinstance(action.nargs, int) and action.nargs > 1)
     items = value if takes_several and isinstance(value, (list, tuple)) else [value]
@@ -491,11 +541,11 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
     flag = {action.dest: (action.option_strings or [action.dest])[-1] for action in parser._actions}
     own = {action.dest: action.default for action in build_parser()._actions}  # without --config and dataset defaults
     for name, reason in REFUSED.items():
-        if getattr(args, name) not in (own[name], 1 if name == 'tta' else own[name]):
+        if getattr(args, name) not in (None, own[name], 1 if name == 'tta' else own[name]):
             raise ReparamError(f'{flag[name]} {getattr(args, name)}: {reason}')
     kind = dataset_kind(args)
     for name, kinds in READ_BY.items():
-        if kind not in kinds and getattr(args, name) != own[name]:
+        if kind not in kinds and (getattr(args, name) or own[name]) != own[name]:
             raise ReparamError(
                 f'{flag[name]} {getattr(args, name)}: read by datasets of kind {", ".join(kinds)} only, not by {kind}'
             )
@@ -509,7 +559,14 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
         (kind == 'folder' and not args.data_dir, f'--dataset {args.dataset}: its folder is missing; give --data-dir'),
         (args.amp and args.model_dtype not in (None, 'float32'), '--amp: needs float32 weights, not --model-dtype'),
         (args.aug_splits == 1, '--aug-splits 1: one split is no split; expected 0 or at least 2'),
-        (args.jsd_loss and args.aug_splits < 2, '--jsd-loss: compares augmentation splits; add --aug-splits 3'),
+        (len({name for name in (args.loss, 'jsd' * args.jsd_loss, 'bce' * args.bce_loss) if name}) > 1,
+         '--loss, --jsd-loss and --bce-loss: choose one'),
+        (loss_type(args) == 'jsd' and args.aug_splits < 2,
+         '--jsd-loss: compares augmentation splits; add --aug-splits 3'),
+        (None not in (args.bce_pos_weight, args.loss_pos_weight) and args.loss_pos_weight != str(args.bce_pos_weight),
+         '--bce-pos-weight and --loss-pos-weight: are the same; choose one'),
+        (args.class_stats and not {args.loss_class_weight, args.loss_pos_weight} & {*CLASS_WEIGHT_METHODS},
+         f'--class-stats: for a --loss-pos-weight or --loss-class-weight of {", ".join(CLASS_WEIGHT_METHODS)}'),
         (args.split_bn and not (args.aug_splits or args.resplit), '--split-bn: needs --aug-splits or --resplit'),
         (args.split_bn and args.sync_bn, '--split-bn and --sync-bn: both replace the same layers; choose one'),
         (args.sync_bn and args.torchscript, '--sync-bn: does not work on a scripted model; leave out --torchscript'),
@@ -1043,7 +1100,7 @@ class Run:
     task: TrainingTask = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
     scheduler: Any = None
-    num_epochs: int = 0
+    num_epochs: int = 0  # of the schedule; --stop-epoch ends the run before
     updates_per_epoch: int = 0
     ema: utils.ModelEmaV3 | None = None
     output_dir: Path | None = None  # None in all processes but the first
@@ -1065,6 +1122,10 @@ class Run:
     @property
     def validates_ema(self) -> bool:
         return self.args.model_ema and not self.args.model_ema_force_cpu
+
+    @property
+    def end(self) -> int:
+        return self.args.stop_epoch or self.num_epochs
 
     @property
     def metric(self) -> str:
@@ -1135,6 +1196,8 @@ def prepare(args: argparse.Namespace) -> Run:
         )
     except (AssertionError, TypeError, ValueError) as error:
         raise ReparamError(f'--opt {args.opt}, --sched {args.sched}: {error}') from error
+    if run.end > run.num_epochs:
+        raise ReparamError(f'--stop-epoch {args.stop_epoch}: the schedule has {run.num_epochs} epochs; give fewer')
     set_temperature_schedule(run)
     if args.model_ema and (run.is_primary or not args.model_ema_force_cpu):
         run.ema = utils.ModelEmaV3(
@@ -1204,23 +1267,46 @@ def set_learning_rate(run: Run) -> None:
     _logger.info('learning rate: %g, for %g images an update (%s scaling)', args.lr, images, scale)
 
 
+def loss_type(args: argparse.Namespace) -> str | None:
+    """The loss that --loss, or a flag older than it, asks for."""
+    return args.loss or ('jsd' if args.jsd_loss else 'bce' if args.bce_loss else None)
+
+
 def create_loss(args: argparse.Namespace) -> nn.Module:
     """Loss of the training."""
-    mixing = mixup_options(args) is not None  # smooths the labels itself
-    if args.jsd_loss:
-        return JsdCrossEntropy(num_splits=args.aug_splits, smoothing=args.smoothing)
-    if args.bce_loss and (mixing or args.smoothing):
-        return BinaryCrossEntropy(
-            target_threshold=args.bce_target_thresh,
-            sum_classes=args.bce_sum,
-            pos_weight=args.bce_pos_weight,
-            **({} if mixing else dict(smoothing=args.smoothing)),
+    given = dict(
+        bce_target_thresh=args.bce_target_thresh,
+        asl_gamma_pos=args.asl_gamma_pos,
+        asl_gamma_neg=args.asl_gamma_neg,
+        poly_epsilon=args.poly_epsilon,
+    )
+    try:
+        stats = load_class_stats(args.class_stats)
+        weigh = partial(
+            resolve_class_weights,
+            class_stats=stats,
+            power=args.loss_weight_power,
+            beta=args.loss_weight_beta,
+            max_weight=args.loss_weight_max,
         )
-    if args.bce_loss:
-        raise ReparamError('--bce-loss: timm uses it with --smoothing, --mixup or --cutmix only; give one of them')
-    if mixing:
-        return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(smoothing=args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
+        weights = dict(
+            class_weight=weigh(args.loss_class_weight, 'class_weight'),
+            pos_weight=weigh(args.loss_pos_weight or args.bce_pos_weight, 'pos_weight'),
+        )
+        for name, weight in weights.items():
+            if isinstance(weight, torch.Tensor) and len(weight) != args.num_classes:
+                raise ValueError(f'{name}: expected {args.num_classes} weights, one a class, got {len(weight)}')
+        return create_classification_loss(
+            loss_type(args),
+            smoothing=args.smoothing,
+            soft_targets=mixup_options(args) is not None,  # mixing smooths the labels itself
+            jsd_splits=args.aug_splits,
+            bce_sum=args.bce_sum,
+            **weights,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+    except (OSError, ValueError) as error:
+        raise ReparamError(f'--loss {loss_type(args) or "ce"}: {error}') from error
 
 
 def create_task(run: Run, loss: nn.Module) -> TrainingTask:
@@ -1482,6 +1568,8 @@ def restore_history(run: Run, path: Path, checkpoint: dict[str, Any]) -> None:
     # a recovery checkpoint has no metric, and no place in the history
     saver.load_state_dict({**saved, 'pending': (None if metric is None else epoch, metric)})
     saver._cleanup_checkpoints()
+    if metric is not None and epoch + 1 in (run.args.save_epochs or ()):
+        saver._duplicate(str(path), str(run.output_dir / f'milestone-{epoch + 1}{saver.extension}'))
     candidates = [path.parent / f'{name}{saver.extension}' for name in (f'checkpoint-{saver.best_epoch}', 'model_best')]
     best = next((candidate for candidate in candidates if candidate.exists()), None)
     if best is not None:
@@ -1780,12 +1868,13 @@ def train(run: Run) -> None:
     args = run.args
     if args.use_multi_epochs_loader:
         _logger.warning('--use-multi-epochs-loader: a resumed run will not repeat this one exactly')
-    while run.epoch < run.num_epochs:
+    while run.epoch < run.end:
         epoch, start = run.epoch, time.monotonic()
         train_metrics = train_epoch(run)
         distribute_statistics(run, run.model)
         validation_metrics = None
-        due = (epoch + 1) % args.val_interval == 0 or epoch + 1 == run.num_epochs
+        is_milestone = epoch + 1 in (args.save_epochs or ())
+        due = (epoch + 1) % args.val_interval == 0 or epoch + 1 == run.end or is_milestone
         if due and run.validation_loader is not None:
             validation_metrics = validate(run, run.model)
             if run.validates_ema:
@@ -1804,6 +1893,8 @@ def train(run: Run) -> None:
             if run.is_primary:
                 check_finite(run)
                 run.saver.save_checkpoint(epoch, metric=metric)
+                if is_milestone:
+                    run.saver.save_milestone(epoch + 1)
 
 
 def report_epoch(

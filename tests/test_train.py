@@ -164,6 +164,20 @@ REFUSED_EXAMPLES = {
     'naflex_patch_size_probs': ['--naflex-patch-size-probs', '0.5', '0.5'],
     'naflex_loss_scale': ['--naflex-loss-scale', 'none'],
     'naflex_patchify_channels_first': ['--naflex-patchify-channels-first'],
+    'task': ['--task', 'multilabel'],
+    'target_format': ['--target-format', 'multihot'],
+    'multilabel_threshold': ['--multilabel-threshold', '0.4'],
+    'asl_clip': ['--asl-clip', '0'],
+    'asl_reduction': ['--asl-reduction', 'sum'],
+    'poly_gamma': ['--poly-gamma', '2'],
+    'poly_alpha': ['--poly-alpha', '0.5'],
+    'twoway_tp': ['--twoway-tp', '2'],
+    'twoway_tn': ['--twoway-tn', '2'],
+    'db_neg_scale': ['--db-neg-scale', '1'],
+    'db_init_bias': ['--db-init-bias', '0'],
+    'db_focal_gamma': ['--db-focal-gamma', '0'],
+    'sweep_locks': ['--sweep-locks', 'one', 'two'],
+    'sweep_attempt': ['--sweep-attempt', 'folder', 'name'],
 }
 
 
@@ -191,6 +205,11 @@ def test_refused_flags_say_their_name_and_the_reason(dest):
         (['--checkpoint-hist', '0'], '--checkpoint-hist 0: expected at least 1'),
         (['--aug-splits', '1'], '--aug-splits 1'),
         (['--jsd-loss'], '--jsd-loss'),
+        (['--loss', 'asl', '--bce-loss'], '--loss, --jsd-loss and --bce-loss: choose one'),
+        (['--loss', 'focal'], '--loss'),
+        (['--bce-pos-weight', '2', '--loss-pos-weight', '3'], '--loss-pos-weight'),
+        (['--class-stats', 'stats.json'], '--class-stats'),
+        (['--stop-epoch', '0'], '--stop-epoch 0: expected at least 1'),
         (['--split-bn'], '--split-bn'),
         (['--mixup', '0.2', '--aug-splits', '3'], '--aug-splits'),
         (['--amp', '--model-dtype', 'bfloat16'], '--amp'),
@@ -273,6 +292,17 @@ def test_config_round_trip_and_precedence(flags, tmp_path):
     assert {**again, 'config': None} == expected
     changed = parse('--config', str(written), '--lr', '1', '--conv-options', 'depth_multiplier=9')
     assert changed.lr == 1 and changed.conv_options == {'depth_multiplier': 9} and changed.epochs == 2
+
+
+def test_config_with_the_gaps_that_timm_leaves(tmp_path, caplog):
+    values = dict(
+        data_dir='somewhere', smoothing=None, eval_metric=None, decay_epochs=None, fuser=None, class_map=None,
+        multilabel_threshold=None, save_epochs=None, color_jitter=None, dist_bn='', a_flag_to_come=None, another=False,
+        num_gpu=1,
+    )  # fmt: skip
+    args = parse('--config', write_yaml(tmp_path / 'args.yaml', values))
+    assert args.smoothing == 0.1 and args.eval_metric == 'top1' and args.color_jitter is None and args.dist_bn == ''
+    assert 'a_flag_to_come' in caplog.text and 'another' in caplog.text and 'num_gpu' not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -507,6 +537,70 @@ def test_resuming_keeps_the_temperature(flags, tmp_path):
     assert resumed.epoch == 1 and layer.temperature_position == batches and layer.temperature_steps == batches
 
 
+@pytest.mark.parametrize(
+    'extra, kind, attributes',
+    [
+        ('', 'LabelSmoothingCrossEntropy', dict(smoothing=0.1)),
+        ('--smoothing 0', 'CrossEntropyLoss', {}),
+        ('--mixup 0.2', 'SoftTargetCrossEntropy', {}),
+        ('--loss ce --cutmix 1', 'SoftTargetCrossEntropy', {}),
+        ('--jsd-loss --aug-splits 3', 'JsdCrossEntropy', dict(num_splits=3)),
+        ('--bce-loss --smoothing 0', 'BinaryCrossEntropy', dict(smoothing=0)),
+        ('--loss bce --bce-loss --bce-sum', 'BinaryCrossEntropy', dict(smoothing=0.1, sum_classes=True)),
+        ('--loss poly --poly-epsilon 1', 'PolyCrossEntropy', dict(epsilon=1)),
+        ('--loss asl --asl-gamma-neg 3', 'AsymmetricLossSingleLabel', dict(gamma_neg=3, gamma_pos=1)),
+    ],
+)
+def test_losses(extra, kind, attributes):
+    args = parse('somewhere', '--num-classes', '3', *extra.split())
+    loss = train.create_loss(args)
+    assert type(loss).__name__ == kind
+    assert {name: getattr(loss, name) for name in attributes} == attributes
+    mixed = train.mixup_options(args) is not None
+    target = torch.rand(6, 3).softmax(1) if mixed else torch.arange(6) % 3
+    assert loss(torch.randn(6, 3), target).isfinite()
+
+
+def test_weights_of_the_classes(tmp_path, capsys):
+    stats = tmp_path / 'stats.json'
+    stats.write_text(json.dumps(dict(pos_counts=[2, 2, 4], num_samples=8)))
+
+    def weights(*extra: str) -> tuple[list[float] | None, ...]:
+        loss = train.create_loss(parse('somewhere', '--num-classes', '3', '--bce-loss', *extra))
+        found = (loss.weight, loss.pos_weight)
+        return tuple(None if value is None else value.flatten().tolist() for value in found)
+
+    counted = ['--class-stats', str(stats)]
+    assert weights('--bce-pos-weight', '2') == weights('--loss-pos-weight', '2.0') == (None, [2])
+    assert weights('--loss-class-weight', '1,2,3') == ([1, 2, 3], None)
+    assert weights('--loss-pos-weight', 'neg_pos', *counted) == (None, [3, 3, 1])
+    assert weights('--loss-pos-weight', 'neg_pos', *counted, '--loss-weight-max', '2') == (None, [2, 2, 1])
+    for wrong in (['1,2'], ['neg_pos'], [str(tmp_path / 'none.json')]):
+        with pytest.raises(ReparamError, match='--loss bce'):
+            weights('--loss-class-weight', *wrong)
+    for name in ('twoway', 'zlpr', 'db'):
+        with pytest.raises(ReparamError, match=f'--loss {name}: .*multi-label'):
+            train.create_loss(parse('somewhere', '--loss', name))
+
+
+def test_stopping_before_the_end_of_the_schedule(flags, tmp_path, capsys):
+    argv = flags('--epochs', '4', '--sched', 'wsd', '--save-epochs', '1', '3', '--val-interval', '4')
+    assert train.main([*argv, '--experiment', 'whole']) == 0
+    stopped = [*argv, '--experiment', 'stopped', '--resume', 'auto']
+    assert train.main([*stopped, '--stop-epoch', '2']) == 0
+    folder, whole = tmp_path / 'output/stopped', tmp_path / 'output/whole'
+    assert [row['epoch'] for row in read_summary(folder)] == ['0', '1']
+    (folder / 'milestone-1.pth.tar').unlink()  # as if it had been killed there
+    assert train.main([*stopped, '--stop-epoch', '2', '--resume', str(folder / 'checkpoint-0.pth.tar')]) == 0
+    assert (folder / 'milestone-1.pth.tar').exists()
+    assert train.main(stopped) == 0
+    for name in ('last', 'milestone-1', 'milestone-3'):
+        found, expected = (torch.load(path / f'{name}.pth.tar', weights_only=True) for path in (folder, whole))
+        same(found['state_dict'], expected['state_dict'])
+        same(found['optimizer'], expected['optimizer'])
+    assert '--stop-epoch 5' in refusal([*argv, '--stop-epoch', '5', '--experiment', 'x'], capsys)
+
+
 MANY_FLAGS = {
     'binary cross-entropy, mixed by the main process': '--bce-loss --bce-sum --mixup 0.2 --cutmix 1 --no-prefetcher '
     '--mixup-mode elem --bce-target-thresh 0.2 --mixup-off-epoch 1',
@@ -523,6 +617,8 @@ MANY_FLAGS = {
     '--opt-kwargs max_grad_norm=2',
     'plateau': '--sched plateau --patience-epochs 0 --eval-metric loss --smoothing 0',
     'schedule on updates': '--sched-on-updates --sched poly --warmup-epochs 1 --warmup-prefix --lr-noise 0.2 0.9',
+    'rsqrt schedule': '--sched rsqrt --epochs 3 --decay-epochs 0.5 --warmup-epochs 1 --lr-stable-timescale 2 '
+    '--lr-decay-fn cosine',
     'scheduled sizes': '--train-img-sizes 12 16 --train-batch-sizes 8 4 --variable-batch-loss-scale sqrt',
     'no validation': '--val-split= --val-interval 2 --save-images --log-interval 1 --checkpoint-hist 1',
     'one channel': '--input-size 1 16 16 --mean 0.5 --std 0.2 --no-aug --head-init-scale 0.1 '
