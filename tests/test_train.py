@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import dataclasses
 import inspect
 import json
 import logging
@@ -28,7 +29,7 @@ from timm import utils
 from timm.models import load_state_dict
 from timm.task import resume_task_checkpoint
 
-from timm_reparam import DOConv2d, DynamicConv2d, ReparamError, fuse_model
+from timm_reparam import DOConv2d, DynamicConv2d, ReparamError, fuse_model, verify_fusion
 from timm_reparam.convert import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -387,6 +388,8 @@ def test_bad_folders(flags, photos, tmp_path, capsys):
     assert 'different classes (class1)' in refused(unequal)
 
     assert 'the dataset has 3 classes' in refusal(flags('--num-classes', '2'), capsys)
+    for kind in ('hfds/no/such', 'tfds/no_such', 'torch/imagenet'):  # not installed, offline, or not there
+        assert 'no usable split' in refused(empty, '--dataset', kind)
     assert 'larger than the training split' in refusal(flags('-b', '100'), capsys)
     assert 'RepeatAugment' in refusal(flags('--aug-repeats', '3'), capsys)
     assert not (tmp_path / 'output').exists() and not (tmp_path / 'zoo').exists()
@@ -715,6 +718,32 @@ def test_a_failed_proof_stops_the_run(flags, tmp_path, capsys, monkeypatch):
     message = refusal(flags(), capsys)
     assert 'epoch 0' in message and 'NOT proved' in message
     assert not (tmp_path / 'zoo').exists() and not train.checkpoints_in(tmp_path / 'output/run')
+
+
+def test_a_proof_is_not_a_matter_of_luck(flags, tmp_path, monkeypatch):
+    seen = []
+
+    def unlucky_with_few(model, fused, *, inputs):
+        report = verify_fusion(model, fused, inputs=inputs)
+        seen.append(report.num_inputs)
+        few = report.num_inputs < train.NOISE_IMAGES
+        return dataclasses.replace(report, stored=2.1 * report.bound / 2) if few else report
+
+    monkeypatch.setattr(train, 'verify_fusion', unlucky_with_few)
+    assert train.main(flags('--epochs', '1')) == 0
+    images = CLASSES * VALIDATION_IMAGES
+    assert seen == [8, 8 + train.NOISE_IMAGES, images, images + train.NOISE_IMAGES]
+    assert (tmp_path / 'zoo/resnet18_doconv.photos_fused').is_dir()
+
+
+def test_sizes_that_a_model_cannot_take(flags, capsys):
+    def make(*extra: str) -> list[str]:
+        argv = [flag for flag in flags(model='vit_tiny_patch16_224') if flag not in TINY]
+        return [*argv, '--variant', 'doconv', *extra]
+
+    assert 'requires (224, 224)' in refusal(make(), capsys)
+    assert '--in-chans' in refusal(flags('--in-chans', '1'), capsys)
+    assert prepare(make('--model-kwargs', f'img_size={SIDE}')).data_config['input_size'] == (3, SIDE, SIDE)
 
 
 def test_places_that_cannot_be_written_to(flags, tmp_path, capsys):
