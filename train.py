@@ -32,7 +32,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -1265,6 +1265,8 @@ def place_model(run: Run) -> None:
     if args.split_bn:
         run.model = convert_splitbn_model(run.model, max(args.aug_splits, 2))
     if args.sync_bn and args.distributed:
+        if run.device.type == 'cpu':
+            raise ReparamError('--sync-bn: PyTorch synchronises batch norms on accelerators only; leave it out')
         args.dist_bn = ''  # the statistics are the same in all processes already
         run.model = convert_sync_batchnorm(run.model)
 
@@ -1386,6 +1388,17 @@ def share_frozen_kernels(run: Run) -> None:
 
 class Saver(utils.CheckpointSaver):
     """timm's checkpoint saver, of which a kill leaves the previous file or the new one, at every moment."""
+
+    def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
+        try:
+            super()._save(save_path, epoch, metric)
+        except (OSError, RuntimeError) as error:
+            with suppress(OSError):
+                os.unlink(save_path)
+            raise ReparamError(
+                f'{self.checkpoint_dir}: the checkpoint of epoch {epoch} cannot be written ({error}); the last one is '
+                'still good; make room, then --resume from it'
+            ) from error
 
     def _replace(self, src: str, dst: str) -> None:
         os.replace(src, dst)

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -755,6 +756,27 @@ def test_places_that_cannot_be_written_to(flags, tmp_path, capsys):
         wrong[place[name]] = str(tmp_path / 'file/inside')
         assert name in refusal(wrong, capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ['file']
+
+
+def test_a_full_disk(flags, tmp_path, capsys):
+    assert train.main(flags('--epochs', '1')) == 0
+    folder = tmp_path / 'output/run'
+    before = {path: path.read_bytes() for path in folder.glob('*.pth.tar')}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        message = refusal(flags('--epochs', '2', '--resume', 'auto'), capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f'{folder}: the checkpoint of epoch 1 cannot be written' in message
+    assert {path: path.read_bytes() for path in folder.glob('*.pth.tar')} == before
+
+
+def test_batch_norms_are_not_synchronised_on_the_cpu(flags):
+    run = prepare(flags('--sync-bn'))  # of no effect in one process
+    run.args.distributed = True
+    with pytest.raises(ReparamError, match='--sync-bn'):
+        train.place_model(run)
 
 
 def test_a_zoo_that_holds_another_model(flags, tmp_path, capsys):
