@@ -228,7 +228,7 @@ FLAGS: dict[str, tuple[tuple[str, Any, Any, str], ...]] = {
     ),
     'augmentation': (
         ('--no-aug', bool, False, 'no augmentation at all'),
-        ('--train-crop-mode', str, None, 'how training images are cropped: rrc, rkrc or rkrr'),
+        ('--train-crop-mode', ('rrc', 'rkrc', 'rkrr'), None, 'how training images are cropped'),
         ('--scale', [float], [0.08, 1.0], 'least and largest share of the area that a random crop keeps'),
         ('--ratio', [float], [3 / 4, 4 / 3], 'least and largest aspect ratio of a random crop'),
         ('--hflip', float, 0.5, 'probability of a horizontal flip'),
@@ -880,16 +880,17 @@ def create_train_loader(run: 'Run', dataset: Any) -> Any:
     args = run.args
     options = mixup_options(args)
     collate_fn = None
-    if options and not args.no_prefetcher:
-        collate_fn = FastCollateMixup(**options)
-    elif options:
-        run.mixup = Mixup(**options)
+    with named_errors('--mixup, --cutmix'):
+        if options and not args.no_prefetcher:
+            collate_fn = FastCollateMixup(**options)
+        elif options:
+            run.mixup = Mixup(**options)
     if args.aug_splits:
         dataset = AugMixDataset(dataset, num_splits=args.aug_splits)
     interpolation = args.train_interpolation
     if args.no_aug or not interpolation:
         interpolation = run.data_config['interpolation']
-    try:
+    with named_errors('the training loader cannot be made'):
         return create_loader(
             dataset,
             batch_size=args.batch_size,
@@ -929,8 +930,6 @@ def create_train_loader(run: 'Run', dataset: Any) -> Any:
             num_batches=args.train_batches_per_epoch,
             **common_loader_options(run),
         )
-    except (AssertionError, TypeError, ValueError) as error:
-        raise ReparamError(f'the training loader cannot be made: {error}') from error
 
 
 def create_validation_loader(run: 'Run', dataset: Any) -> Any:
@@ -939,15 +938,16 @@ def create_validation_loader(run: 'Run', dataset: Any) -> Any:
     workers = args.workers
     if args.distributed and dataset_kind(args) in STREAMS:
         workers = min(2, workers)  # every worker of a stream pads its share: few workers, little padding
-    return create_loader(
-        dataset,
-        batch_size=args.validation_batch_size or args.batch_size,
-        is_training=False,
-        interpolation=run.data_config['interpolation'],
-        crop_pct=run.data_config['crop_pct'],
-        num_workers=workers,
-        **common_loader_options(run),
-    )
+    with named_errors('the validation loader cannot be made'):
+        return create_loader(
+            dataset,
+            batch_size=args.validation_batch_size or args.batch_size,
+            is_training=False,
+            interpolation=run.data_config['interpolation'],
+            crop_pct=run.data_config['crop_pct'],
+            num_workers=workers,
+            **common_loader_options(run),
+        )
 
 
 def set_epoch(loader: Any, epoch: int) -> None:
@@ -1001,7 +1001,7 @@ def create_model(args: argparse.Namespace) -> nn.Module:
         if not file.is_file():
             raise ReparamError(f'--pretrained-path {file}: no such file')
         overlay = dict(file=str(file), num_classes=-1)  # -1: whatever the checkpoint's classifier is, it gets adapted
-    with passed_on_warnings(args):
+    with passed_on_warnings(args), named_errors(f'--model {args.model}'):
         model = timm.create_model(
             name,
             pretrained=args.pretrained or bool(args.pretrained_path),
@@ -1028,8 +1028,20 @@ def create_model(args: argparse.Namespace) -> nn.Module:
     if args.num_classes is None:
         args.num_classes = model.num_classes
     if args.grad_checkpointing:
-        model.set_grad_checkpointing(enable=True)
+        with named_errors(f'--grad-checkpointing, {name}'):
+            model.set_grad_checkpointing(enable=True)
     return model
+
+
+@contextmanager
+def named_errors(place: str) -> Iterator[None]:
+    """Say which flags an error of timm is about."""
+    try:
+        yield
+    except ReparamError:
+        raise
+    except (AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ReparamError(f'{place}: {error} ({type(error).__name__})') from error
 
 
 @contextmanager
@@ -1146,6 +1158,8 @@ def choose_device(args: argparse.Namespace) -> torch.device:
     if 'LOCAL_RANK' not in os.environ and args.local_rank:
         os.environ['LOCAL_RANK'] = str(args.local_rank)
     asked = args.device
+    with named_errors(f'--device {asked}'):
+        torch.device(asked or 'cpu')
     if asked is None:
         args.device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else 'cpu'
     elif torch.device(asked).type == 'cuda' and not torch.cuda.is_available():
@@ -1338,7 +1352,7 @@ def create_task(run: Run, loss: nn.Module) -> TrainingTask:
         distill_loss_weight=args.distill_loss_weight,
         task_loss_weight=args.task_loss_weight,
     )
-    try:
+    with named_errors(f'--kd-model-name {args.kd_model_name}, --kd-distill-type {args.kd_distill_type}'):
         if args.kd_distill_type == 'logit':
             return LogitDistillationTask(**common, loss_type=args.kd_loss_type, temperature=args.kd_temperature)
         if args.kd_distill_type == 'feature':
@@ -1348,8 +1362,6 @@ def create_task(run: Run, loss: nn.Module) -> TrainingTask:
                 teacher_feature_dim=args.kd_teacher_feature_dim,
             )
         return TokenDistillationTask(**common, distill_type=args.kd_token_distill_type, temperature=args.kd_temperature)
-    except ValueError as error:
-        raise ReparamError(f'--kd-distill-type {args.kd_distill_type}: {error}') from error
 
 
 def wrap_model(run: Run) -> None:
@@ -2130,8 +2142,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = None
     try:
         args = parse_args(argv)
-        for module in args.device_modules or ():
-            importlib.import_module(module)
+        with named_errors('--device-modules'):
+            for module in args.device_modules or ():
+                importlib.import_module(module)
         run = prepare(args)
         train(run)
         leave_other_processes(run)

@@ -737,6 +737,29 @@ def test_a_proof_is_not_a_matter_of_luck(flags, tmp_path, monkeypatch):
     assert (tmp_path / 'zoo/resnet18_doconv.photos_fused').is_dir()
 
 
+@pytest.mark.parametrize(
+    'extra, expected',
+    [
+        ('--model resnet18_doconv.no_tag', 'Invalid pretrained tag'),
+        ('--model resnet18.a3_in1k --variant doconv --pretrained', '--model resnet18.a3_in1k'),  # not on the Hub
+        ('--model-kwargs no_such=1', '--model resnet18_doconv: '),
+        ('--gp no_such', '--model resnet18_doconv: '),
+        ('--model vgg11 --variant doconv --grad-checkpointing --model-kwargs', '--grad-checkpointing'),
+        ('--kd-model-name no_such', '--kd-model-name no_such'),
+        ('--device no_such', '--device no_such'),
+        ('--device-modules no.such', '--device-modules'),
+        ('--interpolation no_such', 'no_such'),
+        ('--train-interpolation no_such', 'training loader'),
+        ('--train-crop-mode no_such', '--train-crop-mode'),
+        ('--scale 1', 'training loader'),
+        ('--cutmix-minmax 0.2', '--cutmix'),
+    ],
+)
+def test_what_timm_refuses_is_one_line(extra, expected, flags, hub, tmp_path, capsys):
+    assert expected in refusal(flags(*extra.split()), capsys)
+    assert not (tmp_path / 'output').exists() and not (tmp_path / 'zoo').exists()
+
+
 def test_sizes_that_a_model_cannot_take(flags, capsys):
     def make(*extra: str) -> list[str]:
         argv = [flag for flag in flags(model='vit_tiny_patch16_224') if flag not in TINY]
