@@ -359,6 +359,17 @@ def test_rate_limit_beyond_patience(hub: HubServer, owner: str, pair: tuple[Path
     assert not hub.commit_counts
 
 
+@pytest.mark.parametrize('path', ['/preupload/', 'objects/batch', 'lfs/[0-9a-f]'])
+@pytest.mark.parametrize('headers', [{'Retry-After': '1000'}, {'ratelimit': '"api";r=0;t=1000'}])
+def test_wait_beyond_patience(hub: HubServer, owner: str, pair: tuple[Path, Path], path: str, headers: dict):
+    """Requests that newer clients repeat by themselves, as late as the Hub asks for: not beyond what is allowed here."""
+    hub.faults.add('429', path=path, times=8, headers=headers)
+    began = time.monotonic()
+    with pytest.raises(ReparamError, match='limits the rate'):
+        publish(pair[0], owner, patience=0.5)
+    assert time.monotonic() - began < 200 and not hub.commit_counts
+
+
 def test_stalled_server(hub: HubServer, owner: str, pair: tuple[Path, Path]):
     """A server that says nothing is given up after the time that was set."""
     fault = hub.faults.add('slow', path=f'/api/models/{owner}', seconds=5, times=None)
@@ -402,6 +413,35 @@ def test_concurrent_commit_is_a_conflict(hub: HubServer, owner: str, pair: tuple
     hub.faults.add('call', path=f'{repo_id}/commit/', action=somebody_else)
     assert len(publish(pair[0], owner, force=True).sent) == 2
     assert set(hub.repos[repo_id].branches['main'].files) == FILES | {'.gitattributes', 'notes.txt'}
+
+
+@pytest.mark.parametrize('revision', [None, 'next'])
+def test_somebody_else_makes_the_repo(hub: HubServer, owner: str, pair: tuple[Path, Path], revision: str | None):
+    """What appears between reading and making a repo or a branch is theirs, too."""
+    repo_id, branch = f'{owner}/{NAMES[0]}', revision or 'main'
+
+    def somebody_else(request: object) -> None:
+        if revision is None:
+            hub.create_repo(repo_id, {'.gitattributes': ''})
+        else:
+            hub.repos[repo_id].branches[branch] = hub.repos[repo_id].branches['main']
+        hub.commit(repo_id, {'README.md': '# Theirs'}, branch=branch, title='Theirs')
+
+    if revision is not None:
+        HfApi().create_repo(repo_id)
+    path = 'repos/create' if revision is None else f'{repo_id}/branch/'
+    hub.faults.add('call', path=path, action=somebody_else)
+    with pytest.raises(ReparamError, match='somebody else'):
+        publish(pair[0], owner, revision=revision)
+    assert content(hub, repo_id, 'README.md', branch) == b'# Theirs'
+    assert publish(pair[0], owner, revision=revision).ok  # read before: equal to the zoo, as was asked for
+
+
+def test_forced_over_a_repo_of_somebody_else(hub: HubServer, owner: str, pair: tuple[Path, Path]):
+    repo_id = f'{owner}/{NAMES[0]}'
+    hub.faults.add('call', path='repos/create', action=lambda request: hub.commit(repo_id, {'notes.txt': 'mine'}))
+    assert len(publish(pair[0], owner, force=True).sent) == 2
+    assert {'notes.txt', 'model.safetensors'} < set(hub.repos[repo_id].branches['main'].files)
 
 
 def test_damaged_upload_and_download(hub: HubServer, owner: str, pair: tuple[Path, Path]):

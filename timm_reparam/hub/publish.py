@@ -489,9 +489,9 @@ def _send(
     tries = 0
     while True:
         tries += 1
-        base = client.make_ready(form.repo_id, form.state, private=private, revision=revision)
-        message = f'{"Update" if WEIGHTS_NAME in base.files else "Add"} {name}'
         try:
+            base = client.make_ready(form.repo_id, form.state, private=private, revision=revision)
+            message = f'{"Update" if WEIGHTS_NAME in base.files else "Add"} {name}'
             return client.commit(
                 form.repo_id, form.changes, base=base, message=message, revision=revision, create_pr=create_pr
             )

@@ -9,10 +9,13 @@ import errno
 import functools
 import hashlib
 import json
+import math
 import re
 import shutil
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +30,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import HFValidationError, get_session, validate_repo_id
+from huggingface_hub.utils import HFValidationError, get_session, hf_raise_for_status, validate_repo_id
 
 from ..errors import ReparamError
 
@@ -184,7 +187,7 @@ class HubClient:
         timeout: Seconds without an answer after which a request has failed. The client's own default is to wait for
             ever; where a process has set other limits, those hold.
         patience: Seconds that one request, with all its repetitions, may be waited for: rate limits, server errors,
-            dropped connections.
+            dropped connections. The client's own repetitions may add half a minute.
     """
 
     def __init__(
@@ -217,9 +220,9 @@ class HubClient:
         """
         patience = _Patience(self.patience)
         while True:
-            self._limit_time()
             try:
-                return function(*args, **kwargs)
+                with self._limits(patience):
+                    return function(*args, **kwargs)
             except ReparamError:
                 raise
             except GatedRepoError as error:
@@ -283,6 +286,7 @@ class HubClient:
             What is there now.
 
         Raises:
+            Conflict: Somebody else made it meanwhile, and something is in it.
             ReparamError: The repo cannot be made, or is public and should be private.
         """
         wanted = f'{repo_id} cannot be made'
@@ -290,13 +294,19 @@ class HubClient:
             if not state.exists:
                 self.call(wanted, self.api.create_repo, repo_id, private=private, exist_ok=True)
                 state = self.state(repo_id, revision)
+                if not state.exists:
+                    raise ReparamError(f'{wanted}: {self.api.endpoint} takes it and does not show it; try again later')
+                if state.files.keys() - {'.gitattributes'}:  # that much is in a new one
+                    raise _conflict(repo_id)
             if state.head is None and revision is not None:
                 wanted = f'{repo_id}: branch {revision!r} cannot be made'
-                self.call(wanted, self.api.create_branch, repo_id, branch=revision, exist_ok=True)
+                start = self.state(repo_id).head
+                self.call(wanted, self.api.create_branch, repo_id, branch=revision, revision=start, exist_ok=True)
+                state = self.existing_state(repo_id, revision)
+                if state.head != start:
+                    raise _conflict(repo_id)
         except (RepositoryNotFoundError, RevisionNotFoundError) as error:
             raise self.failure(wanted, error) from None
-        if state.head is None:
-            state = self.existing_state(repo_id, revision)
         if private and not state.private:
             raise ReparamError(
                 f'{repo_id}: is public, expected a private repo; make it private on its settings page, or leave out'
@@ -342,16 +352,16 @@ class HubClient:
                 CommitOperationDelete(path_in_repo=path) if file is None else file.operation(path)
                 for path, file in changes.items()
             ]
-            self._limit_time()
             try:
-                done = self.api.create_commit(
-                    repo_id,
-                    operations,
-                    commit_message=message,
-                    revision=revision,
-                    create_pr=create_pr,
-                    parent_commit=base.head,
-                )
+                with self._limits(patience):
+                    done = self.api.create_commit(
+                        repo_id,
+                        operations,
+                        commit_message=message,
+                        revision=revision,
+                        create_pr=create_pr,
+                        parent_commit=base.head,
+                    )
                 return Landed(done.oid, done.pr_url)
             except (*_ERRORS, ValueError) as error:  # ValueError: the Hub's opinion of a card
                 status = _status(error)
@@ -363,7 +373,7 @@ class HubClient:
                 if landed is not None:
                     return landed
                 if status in (409, 412):
-                    raise Conflict(f'{repo_id}: was changed by somebody else meanwhile; nothing was sent') from None
+                    raise _conflict(repo_id) from None
                 if not patience.wait_after(error):
                     raise self.failure(wanted, error) from None
 
@@ -387,7 +397,7 @@ class HubClient:
             return None
         if now.head is not None and _is_result(now, changes, base):
             return Landed(now.head)
-        raise Conflict(f'{repo_id}: was changed by somebody else meanwhile; nothing of theirs was touched')
+        raise _conflict(repo_id)
 
     def _pull_requests(self, repo_id: str) -> dict[str, str]:
         try:
@@ -462,21 +472,51 @@ class HubClient:
             reason = f'no answer from {endpoint} ({kind[:200]}); check the network, or use a local folder, {local}'
         return ReparamError(f'{wanted}: {reason}')
 
-    def _limit_time(self) -> None:
-        """Give the client's session a time limit if it has none."""
+    @contextmanager
+    def _limits(self, patience: '_Patience') -> Iterator[None]:
+        """While one request of the client runs: a time limit for its session if it has none, and no long waits."""
         session: Any = get_session()
-        if hasattr(session, 'timeout'):
+        if hasattr(session, 'event_hooks'):
             if getattr(session.timeout, 'read', None) is None:
                 session.timeout = self.timeout
+            hooks = session.event_hooks
+            if _end_long_waits not in hooks['response']:
+                session.event_hooks = {**hooks, 'response': [*hooks['response'], _end_long_waits]}
         elif not isinstance(session.request, functools.partial):
             session.request = functools.partial(session.request, timeout=self.timeout)
+        _deadlines[threading.get_ident()] = patience.deadline
+        try:
+            yield
+        finally:
+            del _deadlines[threading.get_ident()]
+
+
+# Until when each thread that makes a request may wait.
+_deadlines: dict[int, float] = {}
+
+
+def _end_long_waits(response: Any) -> None:
+    """Raise the client's error for an answer that tells it to come back after the deadline.
+
+    Newer clients repeat some requests by themselves, as late as the Hub asks for, however late that is. Some they make
+    in threads of their own; these go by the latest deadline.
+    """
+    latest = max(list(_deadlines.values()), default=math.inf)
+    pause = max(_asked_pause(response), 1.0)
+    if response.status_code in _BUSY and time.monotonic() + pause > _deadlines.get(threading.get_ident(), latest):
+        response.read()
+        hf_raise_for_status(response)
+
+
+def _conflict(repo_id: str) -> Conflict:
+    return Conflict(f'{repo_id}: was changed by somebody else meanwhile; nothing of theirs was touched')
 
 
 class _Patience:
     """Waits between tries, as long as the Hub asks for and no longer than allowed."""
 
     def __init__(self, seconds: float):
-        self._deadline = time.monotonic() + seconds
+        self.deadline = time.monotonic() + seconds
         self._tries = 0
 
     def wait_after(self, error: BaseException) -> bool:
@@ -493,8 +533,8 @@ class _Patience:
         elif status not in _BUSY:
             return False
         else:
-            pause = max(pause, _retry_after(error))
-        if time.monotonic() + pause > self._deadline:
+            pause = max(pause, _asked_pause(_response(error)))
+        if time.monotonic() + pause > self.deadline:
             return False
         time.sleep(pause)
         return True
@@ -518,10 +558,12 @@ def _status(error: BaseException) -> int | None:
     return None if response is None else response.status_code
 
 
-def _retry_after(error: BaseException) -> float:
-    response = _response(error)
-    text = '' if response is None else response.headers.get('Retry-After') or ''
-    return float(text) if re.fullmatch(r'\d{1,9}(\.\d+)?', text) else 0.0
+def _asked_pause(response: Any) -> float:
+    """Seconds after which the Hub asks to come back, in either of its ways to say so; 0 if it does not."""
+    headers = {} if response is None else response.headers
+    retry_after = re.fullmatch(r'(\d{1,9}(?:\.\d+)?)', headers.get('Retry-After') or '')
+    exhausted = re.search(r'\br=0\b.*\bt=(\d{1,9})\b', headers.get('RateLimit') or '')
+    return max((float(found[1]) for found in (retry_after, exhausted) if found), default=0.0)
 
 
 def _is_result(state: RemoteState, changes: Mapping[str, LocalFile | None], base: RemoteState) -> bool:
