@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,11 @@ FACTS = {'base_model': {'id': 'timm/resnet10t.c3_in1k', 'license': 'apache-2.0'}
 CHECK = 'test/rand_tensors.safetensors'
 FILES = {'README.md', 'config.json', 'model.safetensors', 'training.json', CHECK}
 NAMES = ('resnet10t_doconv.t', 'resnet10t_doconv.t_fused')
-ENVIRONMENT = {'PYTHONPATH': str(Path(timm_reparam.__file__).parents[1]), 'OMP_NUM_THREADS': '1'}
+# as many threads as here, for sums in the same order
+ENVIRONMENT = {
+    'PYTHONPATH': str(Path(timm_reparam.__file__).parents[1]),
+    'OMP_NUM_THREADS': str(torch.get_num_threads()),
+}
 
 
 def small_model(seed: int = 1) -> torch.nn.Module:
@@ -80,8 +85,19 @@ def test_published_pair(hub: HubServer, owner: str, pair: tuple[Path, Path], tmp
         repo = hub.repos[repo_id]
         assert len(list(repo.branches['main'].history())) == 2  # the empty one, and all files at once
         assert set(repo.branches['main'].files) == FILES | {'.gitattributes'}
-        for name in FILES - {CHECK}:
+        for name in ('config.json', 'model.safetensors'):
             assert content(hub, repo_id, name) == (folder / name).read_bytes()
+        facts = json.loads(content(hub, repo_id, 'training.json'))
+        assert facts == {**json.loads((folder / 'training.json').read_text()), 'repo': repo_id}
+        # the card is that of this place, and still what the files beside it make
+        copy = tmp_path / 'published' / folder.name
+        copy.mkdir(parents=True)
+        for name in FILES - {CHECK}:
+            (copy / name).write_bytes(content(hub, repo_id, name))
+        text = (copy / 'README.md').read_text()
+        assert text == timm_reparam.hub.render_card(copy) and f"'hf-hub:{repo_id}'" in text and 'local-dir' not in text
+        (sibling,) = (other for other in repo_ids if other != repo_id)
+        assert f'https://huggingface.co/{sibling}' in text
         assert not repo.private
         card = ModelCard(content(hub, repo_id, 'README.md').decode())
         assert card.data.license == 'apache-2.0'
@@ -149,7 +165,16 @@ def test_only_what_changed_is_sent(hub: HubServer, owner: str, copies: tuple[Pat
     report = publish(copies[0], owner)
     assert [result.files for result in report.results] == [['README.md', 'training.json'], []]
     assert sum(hub.commit_counts.values()) == 1 and not hub.weight_bytes
-    assert content(hub, f'{owner}/{NAMES[0]}', 'training.json') == (copies[0] / 'training.json').read_bytes()
+    assert json.loads(content(hub, f'{owner}/{NAMES[0]}', 'training.json'))['recipe'] == {'epochs': 3}
+
+
+def test_card_with_additions_goes_as_it_is(hub: HubServer, owner: str, copies: tuple[Path, Path]):
+    card = copies[0] / 'README.md'
+    card.write_text(card.read_text() + '\n## Notes\n\nMine.\n')
+    for _ in range(2):
+        report = publish(copies[0], owner)
+        assert content(hub, f'{owner}/{NAMES[0]}', 'README.md') == card.read_bytes()
+    assert report.sent == []
 
 
 def test_missing_self_check_is_added(hub: HubServer, owner: str, pair: tuple[Path, Path]):
@@ -285,6 +310,13 @@ def edited_card(folders: tuple[Path, Path]) -> None:
     card.write_text(card.read_text().replace('license: apache-2.0', 'license: mit'))
 
 
+def edited_figure(folders: tuple[Path, Path]) -> None:
+    card = folders[1] / 'README.md'
+    text = card.read_text()
+    card.write_text(re.sub(r'(relative difference) [^,\n]+', r'\1 1e-30', text))
+    assert card.read_text() != text
+
+
 def renamed(folders: tuple[Path, Path]) -> None:
     facts = json.loads((folders[0] / 'training.json').read_text())
     (folders[0] / 'training.json').write_text(json.dumps({**facts, 'name': 'another'}))
@@ -296,6 +328,7 @@ def renamed(folders: tuple[Path, Path]) -> None:
         (other_weights, 'sha256'),
         (wrong_fusion, 'differs'),
         (edited_card, 'license'),
+        (edited_figure, 'relative difference 1e-30'),
         (renamed, 'name'),
         (lambda folders: shutil.rmtree(folders[1]), 'not found'),
         (lambda folders: (folders[0] / 'README.md').unlink(), 'README.md'),
@@ -362,7 +395,7 @@ def test_rate_limit_beyond_patience(hub: HubServer, owner: str, pair: tuple[Path
 @pytest.mark.parametrize('path', ['/preupload/', 'objects/batch', 'lfs/[0-9a-f]'])
 @pytest.mark.parametrize('headers', [{'Retry-After': '1000'}, {'ratelimit': '"api";r=0;t=1000'}])
 def test_wait_beyond_patience(hub: HubServer, owner: str, pair: tuple[Path, Path], path: str, headers: dict):
-    """Requests that newer clients repeat by themselves, as late as the Hub asks for: not beyond what is allowed here."""
+    """Newer clients repeat some requests by themselves, as late as the Hub asks for: only as long as allowed here."""
     hub.faults.add('429', path=path, times=8, headers=headers)
     began = time.monotonic()
     with pytest.raises(ReparamError, match='limits the rate'):

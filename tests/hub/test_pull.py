@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -78,8 +79,16 @@ def change_weights(content: bytes) -> bytes:
 
 
 def test_as_published(hub: HubServer, published: str, pair: tuple[Path, Path]):
-    """What these tests fetch is what publish makes: it finds nothing to send."""
-    assert len(publish(pair[0], published).skipped) == 2
+    """What these tests fetch is what publish makes, but for the name of the repo."""
+    report = publish(pair[0], published)
+    assert [result.files for result in report.results] == [['README.md', 'training.json']] * 2
+
+
+def test_pulled_pair_is_equal(hub: HubServer, owner: str, pair: tuple[Path, Path], tmp_path: Path):
+    publish(pair[0], owner)
+    pull(f'{owner}/{NAMES[0]}', tmp_path / 'zoo')
+    assert verify(tmp_path / 'zoo' / NAMES[0]).passed
+    assert publish(tmp_path / 'zoo' / NAMES[0], owner).sent == []
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -263,6 +272,14 @@ def change_claim(content: bytes) -> bytes:
     return content.replace(b'license: mit', b'license: apache-2.0')
 
 
+def change_figure(content: bytes) -> bytes:
+    changed = re.sub(
+        rb'Algebra, both forms in float64: relative difference [^\n]*', b'Algebra, both forms in float64: 0', content
+    )
+    assert changed != content
+    return changed
+
+
 def change_tensors(content: bytes) -> bytes:
     tensors = safetensors.torch.load(content)
     return safetensors.torch.save({**tensors, 'output': tensors['output'] + 1})
@@ -272,6 +289,7 @@ def change_tensors(content: bytes) -> bytes:
     'path, edit, words',
     [
         ('README.md', change_claim, 'license: expected'),
+        ('README.md', change_figure, 'Algebra, both forms in float64: expected'),
         ('README.md', lambda content: b'# Mine', 'sha256'),
         (CHECK, change_tensors, 'output: differs'),
         (CHECK, lambda content: content[:-10], 'cannot be read'),

@@ -5,7 +5,8 @@ A card is a pure function of three files of the folder: ``config.json``, ``train
 checkpoint is checked by :func:`check_facts`; what it does not say is not in the card. Keys that cards use:
 
 - ``form``: 'train_time' or 'fused'; ``name``: name of the folder; ``tag``; ``variant``; ``stock_architecture``;
-- ``repo``: where the folder is published, 'owner/name'; without it a card tells how to load from a local folder;
+- ``repo``: where the folder is published, 'owner/name', as publishing writes it into the published files; without it a
+  card tells how to load from a local folder;
 - ``base_model``: where the weights started, dict(id=Hub repo, revision=commit or None, license=...), or None when the
   training started from random weights;
 - ``license``, ``license_name``, ``license_link``: licence of the weights, where it is not that of the base model
@@ -37,6 +38,7 @@ from ..layers.base import Method
 
 __all__ = [
     'bibtex',
+    'card_text',
     'check_facts',
     'license_of',
     'read_config',
@@ -82,8 +84,21 @@ def render_card(folder: str | Path) -> str:
         ReparamError: A file is missing, or says something that has the wrong form.
     """
     folder = Path(folder)
-    config, facts = read_config(folder), read_facts(folder) or {}
-    context = _Context(config, facts, sha256_of(folder / WEIGHTS_NAME))
+    return card_text(read_config(folder), read_facts(folder) or {}, sha256_of(folder / WEIGHTS_NAME))
+
+
+def card_text(config: dict[str, Any], facts: dict[str, Any], sha256: str) -> str:
+    """Render a card from what lies in a checkpoint folder.
+
+    Args:
+        config: Content of ``config.json``, see :func:`read_config`.
+        facts: Content of ``training.json``, see :func:`read_facts`; empty if there is none.
+        sha256: Hash of ``model.safetensors``.
+
+    Returns:
+        The text of ``README.md``.
+    """
+    context = _Context(config, facts, sha256)
     templates = template_folder()
     template = ''.join((templates / name).read_text(encoding='utf-8') for name in (f'{context.form}.md', 'details.md'))
     card = ModelCard.from_template(context.card_data(), template_str=template, **context.texts())

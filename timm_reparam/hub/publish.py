@@ -3,11 +3,10 @@
 import copy
 import json
 import re
-import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from .cards import (
     CONFIG_NAME,
     FACTS_NAME,
     WEIGHTS_NAME,
+    card_text,
     license_of,
     read_config,
     read_facts,
@@ -153,7 +153,8 @@ def publish(
 
     Before anything is sent the pair is proved again from its files. What was sent is fetched back by the id of its
     commit: hashes are compared, and the model that timm makes of it is run beside the local one. Only files that
-    differ are sent; a pair that is there already makes no commit.
+    differ are sent; a pair that is there already makes no commit. The published facts and cards name the repos, so that
+    a card tells how to load from the Hub; the local ones stay as they are.
 
     Args:
         folder_or_model: Folder of either form, the other one beside it, as :func:`save_pair` writes them; or a
@@ -237,35 +238,35 @@ def publish_pair(
         ReparamError: The pair is not fit to be published (`Refused`), somebody else changed a repo (`Conflict`), or the
             Hub did not take it.
     """
-    with ExitStack() as stack:
-        with _refusing(folder.name):
-            folders = stack.enter_context(_with_license(folder, license))
-            forms = [_Form(check_repo_id(f'{namespace}/{one.name}'), one) for one in folders]
-        for form in forms:
-            form.compare(client.state(form.repo_id, revision))
-        if any(form.is_due for form in forms):
-            with _refusing(folder.name), one_at_a_time:
-                _prove(*folders)
-        for form in forms:
-            result = RepoResult(form.repo_id, 'skipped', commit=form.state.head)
-            if not form.is_due:
-                add_result(result)
-                continue
-            with _refusing(folder.name), one_at_a_time:
-                form.complete()
-            if not dry_run:
-                landed = _send(client, form, private=private, revision=revision, create_pr=create_pr, force=force)
-                result.commit, result.pull_request = landed.commit, landed.pull_request
-            result.status = 'planned' if dry_run else 'sent'
-            result.files = sorted(form.changes)
-            result.num_bytes = sum(file.size for file in form.changes.values())
+    folders = (folder, fused_path(folder))
+    with _refusing(folder.name):
+        license = _missing_license(folders, license)
+        forms = [_Form(check_repo_id(f'{namespace}/{one.name}'), one, license) for one in folders]
+    for form in forms:
+        form.compare(client.state(form.repo_id, revision))
+    if any(form.is_due for form in forms):
+        with _refusing(folder.name), one_at_a_time:
+            _prove(*folders)
+    for form in forms:
+        result = RepoResult(form.repo_id, 'skipped', commit=form.state.head)
+        if not form.is_due:
             add_result(result)
-            if not dry_run:
-                try:
-                    _fetch_back(client, form, landed.commit)
-                except ReparamError as error:
-                    result.status, result.why = 'failed', one_line(error)
-                    raise
+            continue
+        with _refusing(folder.name), one_at_a_time:
+            form.complete()
+        if not dry_run:
+            landed = _send(client, form, private=private, revision=revision, create_pr=create_pr, force=force)
+            result.commit, result.pull_request = landed.commit, landed.pull_request
+        result.status = 'planned' if dry_run else 'sent'
+        result.files = sorted(form.changes)
+        result.num_bytes = sum(file.size for file in form.changes.values())
+        add_result(result)
+        if not dry_run:
+            try:
+                _fetch_back(client, form, landed.commit)
+            except ReparamError as error:
+                result.status, result.why = 'failed', one_line(error)
+                raise
 
 
 class Refused(ReparamError):
@@ -280,23 +281,35 @@ def _refusing(name: str) -> Iterator[None]:
         raise Refused(f'{name}: not published: {error}') from error.__cause__
 
 
-def _read(folder: Path) -> dict[str, LocalFile]:
-    """The files of a checkpoint folder; the small ones in memory, so that they stay as they are."""
+def _files_for(folder: Path, repo_id: str, license: str | None) -> dict[str, LocalFile]:
+    """The files of a checkpoint folder as they go to a repo: facts and card tell of this place, and of the licence.
+
+    The small ones are in memory, so that they stay as they are. A card that somebody has added to goes as it is.
+    """
     files = {}
     for name in FILES:
         path = folder / name
         if not path.is_file():
             raise ReparamError(f'{path}: not found; expected a pair of folders as save_pair writes them')
         files[name] = LocalFile(path if name == WEIGHTS_NAME else path.read_bytes())
+    config, facts, sha256 = read_config(folder), read_facts(folder) or {}, files[WEIGHTS_NAME].sha256
+    is_rendered = files[CARD_NAME].source == card_text(config, facts, sha256).encode()
+    facts['repo'] = repo_id
+    if license is not None:
+        config['pretrained_cfg']['license'] = facts['license'] = license
+        files[CONFIG_NAME] = LocalFile(json.dumps(config, indent=2).encode())
+    files[FACTS_NAME] = LocalFile((json.dumps(facts, indent=2) + '\n').encode())
+    if is_rendered or license is not None:
+        files[CARD_NAME] = LocalFile(card_text(config, facts, sha256).encode())
     return files
 
 
 class _Form:
     """One form of a pair on its way to its repo."""
 
-    def __init__(self, repo_id: str, folder: Path):
+    def __init__(self, repo_id: str, folder: Path, license: str | None):
         self.repo_id, self.folder = repo_id, folder
-        self.files = _read(folder)
+        self.files = _files_for(folder, repo_id, license)
         self.state = RemoteState(False)
         self.changes: dict[str, LocalFile] = {}
         self._checks = self.is_due = False
@@ -320,17 +333,14 @@ class _Form:
             self.changes[CHECK_NAME] = LocalFile(content)
 
 
-@contextmanager
-def _with_license(folder: Path, license: str | None) -> Iterator[tuple[Path, Path]]:
-    """Both folders of a pair, with a licence; where it is given here, copies that name it."""
-    folders = (folder, fused_path(folder))
+def _missing_license(folders: tuple[Path, Path], license: str | None) -> str | None:
+    """The licence to publish a pair under if its files know none; None if they do."""
     found = [_known_license(one) for one in folders]
     known = {one for one in found if one is not None}
     if license is not None and not known <= {license}:
         raise ReparamError(f'license: the weights are under {", ".join(sorted(known))}, got {license!r}; leave it out')
     if None not in found:
-        yield folders
-        return
+        return None
     if license is None:
         raise ReparamError(
             'the licence of the weights is unknown (trained from scratch, or from weights without one); give it with'
@@ -338,31 +348,13 @@ def _with_license(folder: Path, license: str | None) -> Iterator[tuple[Path, Pat
         )
     if not re.fullmatch(r'[a-z0-9][a-z0-9.-]{0,63}', license):
         raise ReparamError(f"license: expected an identifier as the Hub lists them, 'apache-2.0', got {license!r}")
-    with tempfile.TemporaryDirectory(prefix='licensed-') as scratch:
-        yield (
-            _licensed_copy(folders[0], Path(scratch) / folders[0].name, license),
-            _licensed_copy(folders[1], Path(scratch) / folders[1].name, license),
-        )
+    return license
 
 
 def _known_license(folder: Path) -> str | None:
     if read_facts(folder) is None:
         raise ReparamError(f'{folder / FACTS_NAME}: not found; expected a pair of folders as save_pair writes them')
     return license_of(folder)
-
-
-def _licensed_copy(folder: Path, target: Path, license: str) -> Path:
-    config, facts = read_config(folder), read_facts(folder) or {}
-    target.mkdir()
-    try:
-        (target / WEIGHTS_NAME).symlink_to(folder / WEIGHTS_NAME)
-    except OSError:  # a file system without links
-        shutil.copyfile(folder / WEIGHTS_NAME, target / WEIGHTS_NAME)
-    config['pretrained_cfg']['license'] = license
-    (target / CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding='utf-8')
-    (target / FACTS_NAME).write_text(json.dumps({**facts, 'license': license}, indent=2) + '\n', encoding='utf-8')
-    (target / CARD_NAME).write_text(render_card(target), encoding='utf-8', newline='\n')
-    return target
 
 
 def _prove(folder: Path, fused: Path) -> None:
@@ -405,11 +397,22 @@ def check_claims(folder: Path) -> list[str]:
     sha256 = sha256_of(folder / WEIGHTS_NAME)
     if sha256 not in text:
         problems.append(f'{CARD_NAME}: does not name the sha256 of {WEIGHTS_NAME}, {sha256}; render it again')
-    expected = ModelCard(render_card(folder)).data.to_dict()
+    rendered = render_card(folder)
+    expected = ModelCard(rendered).data.to_dict()
     for key in ('base_model', 'base_model_relation', 'license', 'datasets', 'model-index'):
         if claimed.get(key) != expected.get(key):
             problems.append(f'{CARD_NAME}: {key}: expected {expected.get(key)!r}, got {claimed.get(key)!r}')
+    facts, stated = _stated(rendered), _stated(text)
+    for key, value in facts.items():
+        if stated.get(key, value) != value:
+            problems.append(f'{CARD_NAME}: {key}: expected {value!r}, got {stated[key]!r}')
     return problems
+
+
+def _stated(text: str) -> dict[str, str]:
+    """What a card says in the lines of its lists and tables, by what stands before the first colon or in the cell."""
+    lines = re.findall(r'^(?:- ([^:\n]+):|\| ([^|\n]*[^|\s]) \|)[ \t]*(.*)$', text, re.MULTILINE)
+    return {item or cell: value.strip() for item, cell, value in lines}
 
 
 def self_check(model: nn.Module, sha256: str) -> bytes:
