@@ -87,7 +87,7 @@ from timm_reparam import (
     verify_fusion,
 )
 from timm_reparam.convert import VARIANTS, variant_of
-from timm_reparam.hub import publish
+from timm_reparam.hub import base_model_facts, publish
 from timm_reparam.hub.checkpoint import check_pair, check_tag, folder_name, save_checkpoint, save_pair
 from timm_reparam.profile import compare_profiles, format_comparison, format_profiles
 
@@ -2091,7 +2091,7 @@ def training_facts(
     if args.pretrained_path or args.initial_checkpoint:
         base = dict(id=None, revision=None, license=None)
     elif args.pretrained:
-        base = dict(id=cfg.get('hf_hub_id'), revision=None, license=cfg.get('license'))
+        base = base_model_facts(cfg)
     names = class_names(run.datasets[0])
     return dict(
         base_model=base,

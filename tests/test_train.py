@@ -508,7 +508,9 @@ def test_published_weights_are_lifted_and_named_in_the_facts(flags, hub, tmp_pat
     folder = tmp_path / 'zoo/resnet18_refconv.photos'
     assert torch.equal(load_folder(folder).layer4[1].conv2.weight, stock.layer4[1].conv2.weight)
     facts = json.loads((folder / 'training.json').read_text())
-    assert facts['base_model']['id'] == 'timm/resnet18.a1_in1k' and facts['recipe']['pretrained'] is True
+    commit = hub.repos['timm/resnet18.a1_in1k'].branches['main'].oid
+    assert facts['base_model'] == dict(id='timm/resnet18.a1_in1k', revision=commit, license='apache-2.0')
+    assert facts['recipe']['pretrained'] is True
     assert not any(str(tmp_path) in str(value) for value in facts.values())
 
 

@@ -18,6 +18,7 @@ from .convert import VARIANTS, fuse_model, variant_of
 from .errors import ReparamError
 from .hub import convert_checkpoint, fuse_checkpoint, load_checkpoint, publish, pull, sync, verify, verify_checkpoint
 from .hub.family_cards import check_cards, write_cards
+from .hub.transport import one_line, without_tokens
 from .profile import compare_profiles, format_profiles
 from .version import __version__
 
@@ -45,9 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except Exception as error:  # one line for the user, whatever it was; -v shows where it came from
         if args.verbose:
-            traceback.print_exc()
-        message = '; '.join(line.strip() for line in str(error).splitlines() if line.strip())
-        print(f'timm-reparam: {message or type(error).__name__}', file=sys.stderr)
+            print(without_tokens(traceback.format_exc()), end='', file=sys.stderr)
+        print(f'timm-reparam: {one_line(error) or type(error).__name__}', file=sys.stderr)
         return 1
 
 

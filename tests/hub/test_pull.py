@@ -175,6 +175,7 @@ def args(**values) -> Callable[[bytes], bytes]:
         (edited('model.safetensors', lambda content: None), 'no model.safetensors'),
         (edited('config.json', lambda content: None), 'no config.json'),
         (edited('config.json', lambda content: b'{'), 'json'),
+        (edited('config.json', lambda content: b'[' * 10**6), 'json'),
         (edited('config.json', change_json(architecture='resnet_of_nobody')), 'resnet_of_nobody'),
         (edited('config.json', change_json(architecture='../../up')), 'up'),
         (edited('config.json', change_json(pretrained_cfg={'file': '/etc/passwd'})), 'elsewhere'),

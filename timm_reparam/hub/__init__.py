@@ -2,6 +2,7 @@
 
 from .cards import check_facts, render_card
 from .checkpoint import (
+    base_model_facts,
     check_pair,
     check_tag,
     convert_checkpoint,
@@ -20,6 +21,7 @@ __all__ = [
     'RepoResult',
     'SyncReport',
     'VerifyReport',
+    'base_model_facts',
     'check_facts',
     'check_pair',
     'check_tag',

@@ -502,7 +502,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         value = json.loads(path.read_text(encoding='utf-8'))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ReparamError(f'{path}: cannot be read as json ({error})') from error
     if not isinstance(value, dict):
         raise ReparamError(f'{path}: expected a json object, got {type(value).__name__}')

@@ -24,6 +24,7 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from timm.models import get_model_args, load_state_dict
 from timm.models._hub import load_model_config_from_path, save_config_for_hf
@@ -52,6 +53,7 @@ except ImportError:  # only POSIX has it; elsewhere two saves into one folder at
     fcntl = None
 
 __all__ = [
+    'base_model_facts',
     'check_pair',
     'check_tag',
     'convert_checkpoint',
@@ -115,6 +117,23 @@ def check_tag(tag: str, model_name: str = 'model') -> str:
         except HFValidationError as error:
             raise ReparamError(f'tag: {tag!r} makes no legal repo name ({error}); give another --tag') from error
     return tag
+
+
+def base_model_facts(pretrained_cfg: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return the fact ``base_model`` of a training that started from the published weights of a configuration.
+
+    Args:
+        pretrained_cfg: The ``pretrained_cfg`` of a model that was created with ``pretrained=True``.
+
+    Returns:
+        id: Repo of the weights; None if they came from elsewhere.
+        revision: Commit that they were fetched by, where the client's cache tells it.
+        license: Their licence, if it is known.
+    """
+    repo_id, _, revision = (pretrained_cfg.get('hf_hub_id') or '').partition('@')
+    path = try_to_load_from_cache(repo_id, WEIGHTS_NAME, revision=revision or None) if repo_id else None
+    commit = Path(path).parent.name if isinstance(path, str) else None
+    return dict(id=repo_id or None, revision=commit or revision or None, license=pretrained_cfg.get('license'))
 
 
 def save_checkpoint(

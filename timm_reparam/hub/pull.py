@@ -119,9 +119,9 @@ def pull(
     for repo_id in _published(client, source):
         try:
             report.results += _pull_pair(client, repo_id, zoo, revision)
-        except ReparamError as error:
+        except Exception as error:  # one bad model does not stop the rest
             for one in (repo_id, repo_id + FUSED_SUFFIX):
-                report.results.append(RepoResult(one, 'refused', one_line(error)))
+                report.results.append(RepoResult(one, 'refused', one_line(error) or type(error).__name__))
     if not report.results:
         raise ReparamError(f'{source}: {client.api.endpoint} shows no models there that are tagged {_TAG}')
     return report
