@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn as nn
-from timm.layers import Conv2dSame, create_feature_extractor, is_notrace_module
+from timm.layers import Conv2dSame, create_feature_extractor
 
 from timm_reparam import ReparamError
 from timm_reparam.layers import ACConv2d, DynamicConv2d, RefConv2d
@@ -550,17 +550,18 @@ def changes_a_buffer(method: Method) -> bool:
     return method.dynamic or method.name == 'acconv'
 
 
-@pytest.mark.parametrize('method', tuple(filter(changes_a_buffer, METHODS)), ids=identifier)
-def test_tracing_leaves_the_buffers_alone(method: Method) -> None:
-    """Tracing runs the model: a layer that keeps state has to be a leaf for it, or the state moves and is baked in."""
-    assert is_notrace_module(method.cls)
-    model = nn.Sequential(randomised(method, BIASED), nn.ReLU()).train()
+@every_layer
+def test_traced(method: Method) -> None:
+    """Tracing runs the model, on stand-ins: a layer has to be a leaf for it, or its state moves and is baked in."""
+    model, x = nn.Sequential(randomised(method, BIASED), nn.ReLU()).train(), BIASED.input()
     before = state(model)
     extractor = create_feature_extractor(model, return_nodes=['1'])
     assert_same_state(model, before)
     for _ in range(2):
-        extractor.train()(BIASED.input())
-    assert not all(torch.equal(tensor, before[name]) for name, tensor in extractor.state_dict().items())
+        extractor.train()(x)
+    moved = not all(torch.equal(tensor, before[name]) for name, tensor in extractor.state_dict().items())
+    assert moved == changes_a_buffer(method)
+    assert torch.equal(extractor.eval()(x)['1'], model.eval()(x))
 
 
 @a_few_cases

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import create_feature_extractor
 
 from timm_reparam import ReparamError
 from timm_reparam.layers import DOConvTranspose2d, RefConvTranspose2d
@@ -201,3 +202,10 @@ def test_bad_options(cls: type[nn.Module], options: dict, fragments: list[str]) 
         cls.from_conv(nn.ConvTranspose2d(4, 6, 3), **options)
     for fragment in [cls.__name__, *fragments]:
         assert fragment in str(error.value)
+
+
+@every_layer
+def test_traced(method: Method) -> None:
+    model, x = nn.Sequential(randomised(method, BIASED), nn.ReLU()), BIASED.input()
+    extractor = create_feature_extractor(model, return_nodes=['1'])
+    assert torch.equal(extractor(x)['1'], model(x))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import register_notrace_module, to_2tuple
+from timm.layers import to_2tuple
 from timm.layers.padding import pad_same
 
 from ..errors import ReparamError
@@ -105,8 +105,6 @@ def _add_skeleton(square: torch.Tensor, vertical: torch.Tensor, horizontal: torc
     return square + F.pad(vertical, [across, across, 0, 0]) + F.pad(horizontal, [0, 0, down, down])
 
 
-# Its forward moves the running variances, which tracing would bake into the graph.
-@register_notrace_module
 class ACConv2d(ReparamConv2d):
     """Asymmetric convolution, ``y = W*x + s_v (W_v*x) + s_h (W_h*x)`` with ``s = gamma / sqrt(var + eps)`` per channel.
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import Conv2dSame
+from timm.layers import Conv2dSame, register_notrace_module
 from timm.layers.padding import pad_same
 
 from ..errors import ReparamError
@@ -289,6 +289,9 @@ def conv_arguments(conv: nn.Module) -> dict[str, Any]:
     return dict({name: getattr(conv, name) for name in names}, bias=conv.bias is not None)
 
 
+# FX must not trace into a layer: it would bake in the state that a forward moves, and kernels cannot be composed from
+# the stand-ins that it has in place of parameters.
+@register_notrace_module
 class ReparamConv2d(ReparamLayer, nn.Conv2d):
     """Base of the variants of ``nn.Conv2d`` and of timm's ``Conv2dSame``.
 
@@ -316,6 +319,7 @@ class ReparamConv2d(ReparamLayer, nn.Conv2d):
         return self._convolve(x, self.equivalent_kernel())
 
 
+@register_notrace_module
 class ReparamConvTranspose2d(ReparamLayer, nn.ConvTranspose2d):
     """Base of the variants of ``nn.ConvTranspose2d``."""
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
 from timm.layers.padding import pad_same
 
 from ..errors import ReparamError
@@ -95,8 +94,6 @@ class KernelAttention(nn.Module):
         return self.fc2(F.relu(self.fc1(pooled)))
 
 
-# Its forward moves the position in the temperature's schedule, which tracing must leave alone.
-@register_notrace_module
 class DynamicConv2d(ReparamConv2d):
     """Dynamic convolution, ``y_b = (sum_k pi_k(x_b) W_k) * x_b + sum_k pi_k(x_b) b_k`` for each sample b.
 
