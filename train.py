@@ -23,7 +23,6 @@ import importlib.util
 import logging
 import math
 import os
-import pickle
 import random
 import re
 import shutil
@@ -89,6 +88,7 @@ from timm_reparam import (
 from timm_reparam.convert import VARIANTS, variant_of
 from timm_reparam.hub import base_model_facts, publish
 from timm_reparam.hub.checkpoint import check_pair, check_tag, folder_name, save_checkpoint, save_pair
+from timm_reparam.hub.training import PRIVATE_SETTINGS, read_training
 from timm_reparam.profile import compare_profiles, format_comparison, format_profiles
 
 _logger = logging.getLogger('train')
@@ -1520,12 +1520,12 @@ def find_checkpoint(args: argparse.Namespace) -> tuple[Path | None, dict[str, An
     path = Path(args.resume) if args.resume else None
     if args.resume == 'auto':
         found = checkpoints_in(output_root(args) / args.experiment) if utils.is_primary(args) else []
-        path = max(found, default=None, key=lambda file: position(read_checkpoint(file, mmap=True)))
+        path = max(found, default=None, key=lambda file: position(read_training(file, mmap=True)))
         if args.distributed:  # the others take what the first process saw
             shared = [path]
             dist.broadcast_object_list(shared, 0)
             path = shared[0]
-    return path, None if path is None else read_checkpoint(path)
+    return path, None if path is None else read_training(path)
 
 
 def position(checkpoint: dict[str, Any]) -> tuple[int, int]:
@@ -1535,20 +1535,6 @@ def position(checkpoint: dict[str, Any]) -> tuple[int, int]:
         return state['epoch'], state['next_batch']
     epoch = checkpoint.get('epoch', -1)
     return epoch + (1 if checkpoint.get('version', 1) > 1 or epoch < 0 else 0), 0
-
-
-def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
-    """Read a checkpoint of this script or of timm's, without running code from it."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
-    except FileNotFoundError as error:
-        raise ReparamError(f'--resume {path}: no such file') from error
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ReparamError(f'--resume {path}: not a readable checkpoint ({str(error).splitlines()[0]})') from error
-    if not isinstance(checkpoint, dict) or 'state_dict' not in checkpoint:
-        raise ReparamError(f'--resume {path}: not a training checkpoint; weights alone go to --initial-checkpoint')
-    return checkpoint
 
 
 def resume(run: Run, path: Path, checkpoint: dict[str, Any]) -> None:
@@ -2029,7 +2015,7 @@ def best_weights(run: Run) -> dict[str, torch.Tensor]:
     for name in ('model_best', 'last'):
         path = run.output_dir / f'{name}.pth.tar'
         if path.exists():
-            checkpoint = read_checkpoint(path)
+            checkpoint = read_training(path)
             metric = checkpoint.get('metric')
             metric = '' if metric is None else f', {run.metric} {metric:.4g}'
             _logger.info('best checkpoint: epoch %d%s', checkpoint['epoch'], metric)
@@ -2066,18 +2052,10 @@ def compare_forms(run: Run, model: nn.Module, fused: nn.Module) -> tuple[list[di
     return [dict(evaluator.compute()) for evaluator in evaluators if measured], difference
 
 
-# Settings that tell of a machine or an account, not of a training.
-PRIVATE = (
-    *('data', 'data_dir', 'output', 'experiment', 'zoo', 'tag', 'resume', 'pretrained_path', 'initial_checkpoint'),
-    *('device', 'device_modules', 'local_rank', 'log_wandb', 'wandb_project', 'wandb_tags', 'wandb_resume_id'),
-    *('publish', 'license'),
-)
-
-
 def recipe(run: Run) -> dict[str, Any]:
     """The settings that differ from the flags' defaults."""
     defaults = vars(build_parser().parse_args([]))
-    return {key: value for key, value in run.settings.items() if key not in PRIVATE and value != defaults[key]}
+    return {key: value for key, value in run.settings.items() if key not in PRIVATE_SETTINGS and value != defaults[key]}
 
 
 def training_facts(

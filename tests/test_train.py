@@ -32,6 +32,7 @@ from timm.task import resume_task_checkpoint
 
 from timm_reparam import DOConv2d, DynamicConv2d, ReparamError, fuse_model, verify_fusion
 from timm_reparam.convert import VARIANTS
+from timm_reparam.hub.training import read_training
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -894,7 +895,7 @@ def test_scaler_state_is_resumed(flags):
     run.saver.save_checkpoint(0, metric=1.0)
     other = scaled(flags(experiment='other'))
     last = run.output_dir / 'last.pth.tar'
-    train.resume(other, last, train.read_checkpoint(last))
+    train.resume(other, last, read_training(last))
     assert other.scaler.state_dict() == run.scaler.state_dict() and other.scaler.state_dict()['scale'] == 128.0
 
 
@@ -977,7 +978,7 @@ def test_resuming_in_the_middle_of_an_epoch_is_exact(model, extra, flags, tmp_pa
         patch.setattr(train, 'save_recovery', save_and_stop)
         assert train.main(argv) == 130
     assert f'--resume {folder}' in capsys.readouterr().err
-    found = max(train.checkpoints_in(folder), key=lambda path: train.position(train.read_checkpoint(path)))
+    found = max(train.checkpoints_in(folder), key=lambda path: train.position(read_training(path)))
     assert found.name == 'recovery-2-1.pth.tar'
     assert train.main([*argv, '--resume', 'auto']) == 0
     assert train.main([*argv, '--experiment', 'whole']) == 0

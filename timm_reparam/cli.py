@@ -17,6 +17,7 @@ from timm.utils import ParseKwargs
 from .convert import VARIANTS, fuse_model, variant_of
 from .errors import ReparamError
 from .hub import convert_checkpoint, fuse_checkpoint, load_checkpoint, publish, pull, sync, verify, verify_checkpoint
+from .hub.checkpoint import train_time_path
 from .hub.family_cards import check_cards, write_cards
 from .hub.transport import one_line, without_tokens
 from .profile import compare_profiles, format_profiles
@@ -87,10 +88,13 @@ def _parser() -> argparse.ArgumentParser:
         'fuse',
         parents=[common],
         help='fuse a train-time checkpoint into a checkpoint of the stock architecture',
-        description='Fuse a train-time checkpoint, prove the fusion on real forward passes, and save it.',
+        description='Fuse a train-time checkpoint, prove the fusion on real forward passes, and save it. From a file of'
+        " timm's train script the train-time form is saved, too, beside the fused one: the pair that publish takes.",
     )
-    command.add_argument('folder', metavar='CHECKPOINT_FOLDER', help='train-time checkpoint')
-    command.add_argument('target', metavar='OUT', help='folder of the fused checkpoint')
+    command.add_argument('source', metavar='CHECKPOINT', help="folder, or a file of timm's train script, last.pth.tar")
+    command.add_argument(
+        'target', metavar='OUT', help='folder of the fused checkpoint; from a file, its name is MODEL.TAG_fused'
+    )
     command.set_defaults(command=_fuse)
 
     command = commands.add_parser(
@@ -234,8 +238,10 @@ def _profile(args: argparse.Namespace) -> int:
 
 
 def _fuse(args: argparse.Namespace) -> int:
-    folder, report = fuse_checkpoint(args.folder, args.target)
+    folder, report = fuse_checkpoint(args.source, args.target)
     print(report)
+    if Path(args.source).is_file():
+        print(f'saved {train_time_path(folder)}')
     print(f'saved {folder}')
     return 0
 

@@ -46,6 +46,7 @@ from .cards import (
     render_card,
     sha256_of,
 )
+from .training import load_training
 
 try:
     import fcntl
@@ -282,12 +283,16 @@ def load_checkpoint(folder: str | Path) -> nn.Module:
     return model.eval()
 
 
-def fuse_checkpoint(folder: str | Path, target: str | Path) -> tuple[Path, FusionReport]:
-    """Turn a train-time checkpoint folder into a fused one, after proving the fusion.
+def fuse_checkpoint(source: str | Path, target: str | Path) -> tuple[Path, FusionReport]:
+    """Turn a train-time checkpoint into a fused one, after proving the fusion.
+
+    From a folder, the fused form alone is saved. From a training checkpoint of timm's train script both forms are,
+    beside each other, for they are saved under the names of a pair.
 
     Args:
-        folder: Train-time checkpoint.
-        target: Folder of the fused checkpoint; its parent has to be there.
+        source: Train-time checkpoint: a folder, or a file such as ``last.pth.tar``.
+        target: Folder of the fused checkpoint; its parent has to be there. From a file its name has to be
+            ``<model>.<tag>_fused``.
 
     Returns:
         The fused folder and the proof.
@@ -296,18 +301,15 @@ def fuse_checkpoint(folder: str | Path, target: str | Path) -> tuple[Path, Fusio
         ReparamError: The checkpoint cannot be loaded or has nothing to fuse, the proof failed, or what
             :func:`save_checkpoint` refuses.
     """
-    folder, target = Path(folder), Path(target).absolute()
-    model = load_checkpoint(folder)
-    if variant_of(model) is None:
-        raise ReparamError(f'{folder}: expected a train-time checkpoint, got {_architecture(model)}, nothing to fuse')
-    fused = fuse_model(model)
-    report = verify_fusion(model, fused)
-    if not report.passed:
-        raise ReparamError(f'{folder}: the fused model differs from the train-time model, not saved: {report}')
-    facts = read_facts(folder)
+    source, target = Path(source), Path(target).absolute()
+    if source.is_file():
+        return _fuse_training(source, target)
+    model = load_checkpoint(source)
+    fused, report = _fuse_and_prove(model, source)
+    facts = read_facts(source)
     known = ((facts or {}).get('sibling') or {}).get('sha256')
     if facts is not None:
-        sibling = {'sha256': sha256_of(folder / WEIGHTS_NAME)}
+        sibling = {'sha256': sha256_of(source / WEIGHTS_NAME)}
         if facts.get('name'):
             sibling['name'] = facts['name']
             facts['name'] += FUSED_SUFFIX
@@ -429,6 +431,33 @@ def _load(source: Path, name: str, cfg: Mapping[str, Any], model_args: Mapping[s
         raise ReparamError(f'{source}: {error}') from error
     except Exception as error:  # whatever a wrong argument or shape makes of it
         raise ReparamError(f'{source}: cannot be loaded into {name} ({error})') from error
+
+
+def _fuse_training(path: Path, target: Path) -> tuple[Path, FusionReport]:
+    """Save both forms of what a training checkpoint holds."""
+    model, data_config, facts = load_training(path)
+    architecture = _architecture(model)
+    tag = target.name.removeprefix(f'{architecture}.').removesuffix(FUSED_SUFFIX)
+    if not tag or folder_name(architecture, tag, True) != target.name:
+        raise ReparamError(
+            f'{target}: expected a name for the fused form, {folder_name(architecture, "<tag>", True)}, got'
+            f' {target.name!r}; the train-time form is saved beside it, without the {FUSED_SUFFIX!r}'
+        )
+    if not target.parent.is_dir():
+        raise ReparamError(f'{target}: its parent is not a folder; make it first, or choose another place')
+    fused, report = _fuse_and_prove(model, path)
+    save_pair(model, target.parent, tag=tag, fused=fused, report=report, facts=facts, data_config=data_config)
+    return target, report
+
+
+def _fuse_and_prove(model: nn.Module, source: Path) -> tuple[nn.Module, FusionReport]:
+    if variant_of(model) is None:
+        raise ReparamError(f'{source}: expected a train-time checkpoint, got {_architecture(model)}, nothing to fuse')
+    fused = fuse_model(model)
+    report = verify_fusion(model, fused)
+    if not report.passed:
+        raise ReparamError(f'{source}: the fused model differs from the train-time model, not saved: {report}')
+    return fused, report
 
 
 def verify_checkpoint(folder: str | Path, fused_folder: str | Path | None = None) -> FusionReport:
