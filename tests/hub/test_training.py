@@ -84,9 +84,9 @@ def test_both_forms_are_saved(tmp_path: Path, name: str, options: dict):
     with torch.no_grad():
         model.train()(images())  # moves what training moves
     file = save(tmp_path, model.eval(), args)
-    folder, report = fuse_checkpoint(file, tmp_path / f'{name}.t_fused')
+    folder, report = fuse_checkpoint(file, tmp_path / 'zoo' / f'{name}.t_fused')
     assert report.passed and verify_checkpoint(folder).passed
-    train_time, fused = load_checkpoint(tmp_path / f'{name}.t'), load_checkpoint(folder)
+    train_time, fused = load_checkpoint(tmp_path / 'zoo' / f'{name}.t'), load_checkpoint(folder)
     assert any(map(is_variant, train_time.modules()))
     assert any(map(is_variant, fused.modules())) == name.endswith('dyconv')
     expected = model.state_dict()
@@ -163,7 +163,7 @@ def test_what_is_refused(tmp_path: Path):
     good = torch.load(file, weights_only=False)
     for name in ('fused', f'{NAME}.t', f'{NAME}._fused', 'resnet10t.t_fused', f'{NAME}_fused', f'{NAME}.a b_fused'):
         refused(good, 'tag', name=name)
-    refused(good, 'parent', name=f'missing/{FUSED}')
+    refused(good, 'missing/zoo', name=f'missing/zoo/{FUSED}')
     refused(model.state_dict(), 'other.pth.tar', 'not a training checkpoint')
     refused({'state_dict': model.state_dict()}, 'other.pth.tar', 'settings')
     refused({**good, 'args': settings(model='resnet_of_nobody')}, 'other.pth.tar', 'resnet_of_nobody')

@@ -286,13 +286,13 @@ def load_checkpoint(folder: str | Path) -> nn.Module:
 def fuse_checkpoint(source: str | Path, target: str | Path) -> tuple[Path, FusionReport]:
     """Turn a train-time checkpoint into a fused one, after proving the fusion.
 
-    From a folder, the fused form alone is saved. From a training checkpoint of timm's train script both forms are,
-    beside each other, for they are saved under the names of a pair.
+    From a folder, the fused form alone is saved. From a training checkpoint of timm's train script both forms are, as
+    :func:`save_pair` saves them.
 
     Args:
         source: Train-time checkpoint: a folder, or a file such as ``last.pth.tar``.
         target: Folder of the fused checkpoint; its parent has to be there. From a file its name has to be
-            ``<model>.<tag>_fused``.
+            ``<model>.<tag>_fused``, and the parent is made if its own is there.
 
     Returns:
         The fused folder and the proof.
@@ -443,8 +443,6 @@ def _fuse_training(path: Path, target: Path) -> tuple[Path, FusionReport]:
             f'{target}: expected a name for the fused form, {folder_name(architecture, "<tag>", True)}, got'
             f' {target.name!r}; the train-time form is saved beside it, without the {FUSED_SUFFIX!r}'
         )
-    if not target.parent.is_dir():
-        raise ReparamError(f'{target}: its parent is not a folder; make it first, or choose another place')
     fused, report = _fuse_and_prove(model, path)
     save_pair(model, target.parent, tag=tag, fused=fused, report=report, facts=facts, data_config=data_config)
     return target, report
