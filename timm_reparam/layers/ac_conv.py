@@ -99,10 +99,16 @@ class _Norm:
         self.shift = entries.pop(f'{prefix}bias', torch.zeros_like(self.mean)).double() - self.mean * self.scale
 
 
-def _add_skeleton(square: torch.Tensor, vertical: torch.Tensor, horizontal: torch.Tensor) -> torch.Tensor:
+def _add_skeleton(
+    square: torch.Tensor, vertical: torch.Tensor, horizontal: torch.Tensor, kernel_size: tuple[int, int]
+) -> torch.Tensor:
     """Add a kh x 1 and a 1 x kw kernel to the middle column and row of a kh x kw one."""
-    across, down = square.shape[3] // 2, square.shape[2] // 2
-    return square + F.pad(vertical, [across, across, 0, 0]) + F.pad(horizontal, [0, 0, down, down])
+    # not F.pad, after which the legacy ONNX exporter does not know the kernel's shape
+    down, across = kernel_size[0] // 2, kernel_size[1] // 2
+    left, middle, right = square.split([across, 1, across], dim=3)
+    square = torch.cat([left, middle + vertical, right], dim=3)
+    top, middle, bottom = square.split([down, 1, down], dim=2)
+    return torch.cat([top, middle + horizontal, bottom], dim=2)
 
 
 class ACConv2d(ReparamConv2d):
@@ -275,18 +281,18 @@ class ACConv2d(ReparamConv2d):
     def _compose(self) -> torch.Tensor:
         vertical, horizontal = self.vertical_weight, self.horizontal_weight
         if self.vertical_gamma is None:
-            return self.scale * _add_skeleton(self.weight, vertical, horizontal)
+            return self.scale * _add_skeleton(self.weight, vertical, horizontal, self.kernel_size)
         vertical_scale = self.vertical_gamma * torch.rsqrt(self.vertical_running_var + self.eps)
         horizontal_scale = self.horizontal_gamma * torch.rsqrt(self.horizontal_running_var + self.eps)
-        return _add_skeleton(
-            self.weight, vertical_scale.view(-1, 1, 1, 1) * vertical, horizontal_scale.view(-1, 1, 1, 1) * horizontal
-        )
+        vertical = vertical_scale.view(-1, 1, 1, 1) * vertical
+        horizontal = horizontal_scale.view(-1, 1, 1, 1) * horizontal
+        return _add_skeleton(self.weight, vertical, horizontal, self.kernel_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve (batch, in_channels, height, width)."""
         if not self.training or self.vertical_gamma is None:
-            return self._convolve(x, self.equivalent_kernel())
-        y = self._convolve(x, self.weight)
+            return self._convolve(x, self.equivalent_kernel(), self.bias)
+        y = self._convolve(x, self.weight, self.bias)
         if self.tf_same:
             x = pad_same(x, self.kernel_size, self.stride, self.dilation)
             padding = (0, 0)
@@ -449,7 +455,7 @@ class ACBlock2d(nn.Module):
                 scale, shift = _norm_scale_shift(norm)
                 kernels.append(scale.view(-1, 1, 1, 1) * conv.weight)
                 biases.append(shift)
-            kernel, bias = _add_skeleton(*kernels), sum(biases)
+            kernel, bias = _add_skeleton(*kernels, self.square_conv.kernel_size), sum(biases)
             if self.last_bn is not None:
                 scale, shift = _norm_scale_shift(self.last_bn)
                 kernel, bias = scale.view(-1, 1, 1, 1) * kernel, scale * bias + shift

@@ -307,16 +307,16 @@ class ReparamConv2d(ReparamLayer, nn.Conv2d):
         super()._adopt(conv, init)
         self.tf_same = isinstance(conv, Conv2dSame)
 
-    def _convolve(self, x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
-        """One convolution with `kernel`, padded as the plain convolution pads."""
+    def _convolve(self, x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """One convolution with `kernel` and `bias`, padded as the plain convolution pads."""
         if self.tf_same:
             x = pad_same(x, self.kernel_size, self.stride, self.dilation)
-            return F.conv2d(x, kernel, self.bias, self.stride, (0, 0), self.dilation, self.groups)
-        return self._conv_forward(x, kernel, self.bias)
+            return F.conv2d(x, kernel, bias, self.stride, (0, 0), self.dilation, self.groups)
+        return self._conv_forward(x, kernel, bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve (batch, in_channels, height, width) with the equivalent kernel."""
-        return self._convolve(x, self.equivalent_kernel())
+        return self._convolve(x, self.equivalent_kernel(), self.bias)
 
 
 @register_notrace_module

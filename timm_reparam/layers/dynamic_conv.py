@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import is_exportable
 from timm.layers.padding import pad_same
 
 from ..errors import ReparamError
@@ -110,6 +111,10 @@ class DynamicConv2d(ReparamConv2d):
 
     The kernel depends on the input, so there is no equivalent kernel; :meth:`fuse` gives the form for inference.
 
+    Each sample is convolved with a kernel of its own, whose number is that of the batch. Built under timm's
+    ``set_exportable(True)`` (``create_model(..., exportable=True)``), and in any export to ONNX, the layer instead runs
+    K convolutions and sums their outputs: the same function as a graph of fixed shape, at K times the arithmetic.
+
     Paper: `Dynamic Convolution: Attention over Convolution Kernels` - https://arxiv.org/abs/1912.03458
 
     Args:
@@ -133,6 +138,7 @@ class DynamicConv2d(ReparamConv2d):
         ReparamError: an option out of its range.
     """
 
+    __constants__ = [*ReparamConv2d.__constants__, 'exportable']
     method = _METHOD
     input_dependent = True
 
@@ -169,6 +175,7 @@ class DynamicConv2d(ReparamConv2d):
         factory = dict(device=device, dtype=dtype)
         self.num_kernels = num_kernels
         self.reduction = reduction
+        self.exportable = is_exportable()
         self.temperature = None if temperature is None else float(temperature)
         shape = self.weight.shape
         # 4-D, because model.to(memory_format=torch.channels_last) refuses 5-D parameters
@@ -384,17 +391,44 @@ class DynamicConv2d(ReparamConv2d):
             x = x.unsqueeze(0)
         temperature = self._next_temperature()
         if torch.jit.is_scripting():
-            kernels, biases = self._mix_all(x, temperature)
+            coefficients = self._coefficients(x, temperature)
         else:
             with autocast_disabled(self.weight.device.type):
-                kernels, biases = self._mix_all(x, temperature)
+                coefficients = self._coefficients(x, temperature)
+        y = self._sum_convolutions(x, coefficients) if self._is_static() else self._mix_kernels(x, coefficients)
+        return y.squeeze(0) if unbatched else y
+
+    def _is_static(self) -> bool:
+        """Whether the graph of this forward pass has to be the same for every batch size."""
+        if torch.jit.is_scripting():
+            return self.exportable
+        return self.exportable or torch.onnx.is_in_onnx_export()
+
+    def _sum_convolutions(self, x: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+        """Mix the outputs: K convolutions of the whole batch."""
+        y = self._convolve(x, self.weight, self.bias)
+        residuals = self.residual_weight.unflatten(0, (self.num_kernels - 1, self.out_channels))
+        biases = self.residual_bias
+        if biases is not None:
+            biases = biases.unflatten(0, (self.num_kernels - 1, self.out_channels))
+        for k in range(self.num_kernels - 1):
+            change = self._convolve(x, residuals[k], None if biases is None else biases[k])
+            y = y + coefficients[:, k].to(y.dtype)[:, None, None, None] * change
+        return y
+
+    def _mix_kernels(self, x: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+        """Mix the kernels: one convolution with a kernel for each sample."""
+        if torch.jit.is_scripting():
+            kernels, biases = self._mix_all(coefficients)
+        else:
+            with autocast_disabled(self.weight.device.type):
+                kernels, biases = self._mix_all(coefficients)
         y = self._convolve_samples(x, kernels)
         if biases is not None:
             y = y + biases.to(y.dtype)[:, :, None, None]
-        return y.squeeze(0) if unbatched else y
+        return y
 
-    def _mix_all(self, x: torch.Tensor, temperature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        coefficients = self._coefficients(x, temperature)
+    def _mix_all(self, coefficients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         kernels = self._mix(coefficients, self.weight, self.residual_weight)
         if self.bias is not None and self.residual_bias is not None:
             return kernels, self._mix(coefficients, self.bias, self.residual_bias)
@@ -444,6 +478,7 @@ class DynamicConv2d(ReparamConv2d):
             temperature=None,
         ).to_empty(device=self.weight.device)
         layer.tf_same = self.tf_same
+        layer.exportable = self.exportable
         layer.load_state_dict({name: value for name, value in exact.state_dict().items() if name not in _SCHEDULE})
         for (_, new), (_, old) in zip(layer.named_parameters(), self.named_parameters()):
             new.requires_grad_(old.requires_grad)

@@ -45,10 +45,11 @@ class _Refocusing:
             )
         self.map_kernel_size = map_kernel_size
         # odd, and no larger than the kernel, so that the map keeps the kernel's size
-        sides = [(min(side, kernel_side) - 1) // 2 * 2 + 1 for side, kernel_side in zip(sides, self.kernel_size)]
+        map_h, map_w = ((min(side, kernel_side) - 1) // 2 * 2 + 1 for side, kernel_side in zip(sides, self.kernel_size))
+        self._map_sides = (map_h, map_w)
         self._freeze_base()
         kernels_2d = self.in_channels * self.out_channels // self.groups
-        self.map_weight = nn.Parameter(torch.empty(kernels_2d, self.groups, *sides, device=device, dtype=dtype))
+        self.map_weight = nn.Parameter(torch.empty(kernels_2d, self.groups, map_h, map_w, device=device, dtype=dtype))
         self._complete = True
 
     def _freeze_base(self) -> None:
@@ -76,9 +77,9 @@ class _Refocusing:
     def _compose(self) -> torch.Tensor:
         base = self.weight
         map_weight = self.map_weight
-        map_h, map_w = map_weight.shape[2], map_weight.shape[3]
+        map_h, map_w = self._map_sides  # numbers, where a shape is not one while torch.jit.trace runs
         image = base.reshape(-1, base.shape[2], base.shape[3])
-        if map_weight.shape[1] == 1 and (base.dtype == torch.float64 or map_h * map_w == 1):
+        if self.groups == 1 and (base.dtype == torch.float64 or map_h * map_w == 1):
             # The same sum, written out: here a CPU convolution of this many groups is far slower.
             padded = F.pad(image, [map_w // 2, map_w // 2, map_h // 2, map_h // 2])
             change = torch.zeros_like(image)
