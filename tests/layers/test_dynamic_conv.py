@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn as nn
+from timm.layers import set_exportable
 from timm.utils import ModelEmaV3
 from torch.utils.checkpoint import checkpoint
 
@@ -28,6 +29,7 @@ from .cases import (
     identifier,
     in_float64,
     magnitude,
+    normal,
     products,
     randomise,
     randomised,
@@ -413,6 +415,73 @@ def test_compiled_backward_sees_the_temperature_of_its_forward(compile_layer) ->
         for name, parameter in layer.named_parameters():
             found = compiled_layer.get_parameter(name).grad
             assert relative_difference(found, parameter.grad) <= ALGEBRA, name
+
+
+# The static graph for export ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
+@everything
+def test_static_graph_is_the_same_function(method: Method, case: Case, training: bool) -> None:
+    layer, x = randomised(method, case).train(training), case.input(batch=3)
+    with set_exportable(True):
+        static = randomised(method, case).train(training)
+    assert static.exportable and not layer.exportable
+    for _ in range(2):
+        found, expected = static(x), layer(x)
+        assert relative_difference(found, expected) <= ALGEBRA
+    assert_same_state(static, state(layer))
+    for y in (found, expected):
+        (y * normal(y.shape, generator(3))).sum().backward()
+    for name, parameter in layer.named_parameters():
+        # where one kernel has won the attention's gradient may be 0
+        bound = ALGEBRA * max(parameter.grad.abs().max().item(), ALGEBRA)
+        assert (static.get_parameter(name).grad - parameter.grad).abs().max() <= bound, name
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16], ids=identifier)
+@pytest.mark.parametrize('case', CASES, ids=identifier)
+def test_static_graph_lifts_bit_for_bit(case: Case, dtype: torch.dtype) -> None:
+    conv, x = case.conv(dtype), case.input(dtype)
+    with set_exportable(True):
+        layer = DynamicConv2d.from_conv(conv)
+    assert torch.equal(layer(x), conv(x))
+
+
+def test_static_graph_stays_with_the_layer() -> None:
+    with set_exportable(True):
+        layer = scheduled(10)
+    x = BIASED.input()
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer.fuse()):
+        assert other.exportable
+    assert relative_difference(layer.fuse()(x), layer.eval()(x)) <= ALGEBRA
+    assert layer(x[:0]).shape == (0, *layer(x).shape[1:])
+    assert relative_difference(layer(x[0]), layer(x)[0]) <= ALGEBRA
+
+
+def test_static_graph_under_autocast() -> None:
+    with set_exportable(True):
+        layer = randomised(DYNAMIC_METHODS[0], BIASED, torch.float32)
+    x = BIASED.input(torch.float32)
+    expected = in_float64(layer)(x.double())
+    with torch.autocast('cpu', torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert relative_difference(y.double(), expected) < 0.05
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit.*:FutureWarning', 'ignore:.*torch.jit.*:DeprecationWarning')
+@pytest.mark.filterwarnings('error::torch.jit.TracerWarning')
+@pytest.mark.parametrize('case', [BIASED, POINTWISE, DEPTHWISE], ids=identifier)
+def test_static_graph_is_traced_and_scripted(case: Case) -> None:
+    with set_exportable(True):
+        layer = randomised(DYNAMIC_METHODS[0], case)
+    traced = torch.jit.trace(layer, case.input(batch=2))
+    scripted = torch.jit.script(copy.deepcopy(layer))
+    for batch in (1, 2, 5):
+        x = case.input(batch=batch)
+        assert relative_difference(traced(x), layer(x)) <= ALGEBRA
+        assert relative_difference(scripted(x), layer(x)) <= ALGEBRA
 
 
 # The inference form ---------------------------------------------------------------------------------------------------

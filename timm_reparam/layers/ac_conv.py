@@ -116,8 +116,9 @@ class ACConv2d(ReparamConv2d):
 
     W (out_channels, in_channels/groups, kh, kw) is the stock kernel, W_v (.., kh, 1) and W_h (.., 1, kw) strengthen its
     middle column and row; var is the variance of that branch's output over batch and space: the batch's in training
-    (taken in float32 under autocast; with several processes each uses its own, as BatchNorm does), the running one in
-    evaluation, where the layer is a single convolution.
+    (taken in float32 under autocast), the running one in evaluation, where the layer is a single convolution. With
+    several processes each uses the variance of its own batch, as BatchNorm does; converting a model to SyncBatchNorm
+    leaves that so.
 
     Paper: `ACNet: Strengthening the Kernel Skeletons for Powerful CNN via Asymmetric Convolution Blocks` -
     https://arxiv.org/abs/1908.03930

@@ -32,8 +32,17 @@ __all__ = [
     'exact_copy',
 ]
 
-# What makes a forward of the plain convolution more than its weights: converting would lose it.
-_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+# What makes the plain convolution, or its checkpoint, more than its weights: converting would lose it.
+_HOOKS = (
+    '_forward_hooks',
+    '_forward_pre_hooks',
+    '_backward_hooks',
+    '_backward_pre_hooks',
+    '_state_dict_hooks',
+    '_state_dict_pre_hooks',
+    '_load_state_dict_pre_hooks',
+    '_load_state_dict_post_hooks',
+)
 
 
 def autocast_disabled(device_type: str) -> AbstractContextManager:
