@@ -260,7 +260,7 @@ class ACConv2d(ReparamConv2d):
         for branch, kernel in kernels.items():
             deviation = norms[branch].scale * norms[branch].variance.sqrt()
             deviations.append(kernel * (deviation / kernel.flatten(1).norm(dim=1).clamp_min(1e-30)).view(-1, 1, 1, 1))
-        variance = _add_skeleton(*deviations).flatten(1).square().sum(1)
+        variance = _add_skeleton(*deviations, self.kernel_size).flatten(1).square().sum(1)
         constant = sum(norm.shift for norm in norms.values())
         gain = torch.ones_like(mean)
         if 'last_bn.running_var' in entries:
