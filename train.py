@@ -36,7 +36,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import timm
@@ -417,7 +417,7 @@ READ_BY = {
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are those of this package: one line, not the usage of 200 flags."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise ReparamError(message)
 
 
@@ -524,7 +524,7 @@ def _from_yaml(action: argparse.Action, value: Any, place: str) -> Any:
         return '' if '' in action.choices else action.default
     if value is None:  # timm's script also writes it where it works the default out later
         return action.default if isinstance(action, KeyValues) or action.dest == 'smoothing' else None
-    kind = dict if isinstance(action, KeyValues) else bool if action.nargs == 0 else action.type or str
+    kind: Any = dict if isinstance(action, KeyValues) else bool if action.nargs == 0 else action.type or str
     takes_several = action.nargs == '+' or (isinstance(action.nargs, int) and action.nargs > 1)
     items = value if takes_several and isinstance(value, (list, tuple)) else [value]
     try:
@@ -1002,7 +1002,7 @@ def create_model(args: argparse.Namespace) -> nn.Module:
             raise ReparamError(f'--pretrained-path {file}: no such file')
         overlay = dict(file=str(file), num_classes=-1)  # -1: whatever the checkpoint's classifier is, it gets adapted
     with passed_on_warnings(args), named_errors(f'--model {args.model}'):
-        model = timm.create_model(
+        model: Any = timm.create_model(  # with methods that nn.Module does not know of
             name,
             pretrained=args.pretrained or bool(args.pretrained_path),
             pretrained_cfg_overlay=overlay,
@@ -1070,7 +1070,8 @@ def load_initial_checkpoint(model: nn.Module, path: str) -> None:
 
 def architecture_of(model: nn.Module) -> str:
     """Name under which timm creates the model."""
-    return model.pretrained_cfg['architecture']
+    cfg: Any = model.pretrained_cfg
+    return cfg['architecture']
 
 
 def dynamic_layers(model: nn.Module) -> list[DynamicConv2d]:
@@ -1124,8 +1125,8 @@ class Run:
     num_epochs: int = 0  # of the schedule; --stop-epoch ends the run before
     updates_per_epoch: int = 0
     ema: utils.ModelEmaV3 | None = None
-    output_dir: Path | None = None  # None in all processes but the first
-    saver: utils.CheckpointSaver | None = None
+    output_dir: Path = field(init=False)  # this and the next in the first process only
+    saver: utils.CheckpointSaver = field(init=False)
     # the position
     epoch: int = 0
     next_batch: int = 0
@@ -1135,6 +1136,13 @@ class Run:
     @property
     def is_primary(self) -> bool:
         return utils.is_primary(self.args)
+
+    @property
+    def trained_module(self) -> nn.Module:
+        """What the optimizer trains: the model, or a wrapper around it."""
+        module = self.task.get_trainable_module()
+        assert module is not None  # only an average may be missing
+        return module
 
     @property
     def has_variant(self) -> bool:
@@ -1161,7 +1169,8 @@ def choose_device(args: argparse.Namespace) -> torch.device:
     with named_errors(f'--device {asked}'):
         torch.device(asked or 'cpu')
     if asked is None:
-        args.device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else 'cpu'
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        args.device = 'cpu' if accelerator is None else accelerator.type
     elif torch.device(asked).type == 'cuda' and not torch.cuda.is_available():
         raise ReparamError(f'--device {asked}: there is no CUDA device here; give --device cpu, or leave the flag out')
     device = utils.init_distributed_device(args)
@@ -1214,9 +1223,7 @@ def prepare(args: argparse.Namespace) -> Run:
 
     run.task = create_task(run, create_loss(args).to(run.device))
     try:
-        run.optimizer = create_optimizer_v2(
-            run.task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs
-        )
+        run.optimizer = create_optimizer_v2(run.trained_module, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
         run.updates_per_epoch = -(-len(run.train_loader) // args.grad_accum_steps)
         run.scheduler, run.num_epochs = create_scheduler_v2(
             run.optimizer,
@@ -1233,11 +1240,11 @@ def prepare(args: argparse.Namespace) -> Run:
             run.model,
             decay=args.model_ema_decay,
             use_warmup=args.model_ema_warmup,
-            device='cpu' if args.model_ema_force_cpu else None,
+            device=torch.device('cpu') if args.model_ema_force_cpu else None,
         )
 
     path, checkpoint = find_checkpoint(args)
-    if checkpoint is not None:
+    if path is not None and checkpoint is not None:
         resume(run, path, checkpoint)
     elif args.start_epoch is not None:
         run.epoch = args.start_epoch
@@ -1305,7 +1312,7 @@ def loss_type(args: argparse.Namespace) -> str | None:
 
 def create_loss(args: argparse.Namespace) -> nn.Module:
     """Loss of the training."""
-    given = dict(
+    given: dict[str, Any] = dict(
         bce_target_thresh=args.bce_target_thresh,
         asl_gamma_pos=args.asl_gamma_pos,
         asl_gamma_neg=args.asl_gamma_neg,
@@ -1320,7 +1327,7 @@ def create_loss(args: argparse.Namespace) -> nn.Module:
             beta=args.loss_weight_beta,
             max_weight=args.loss_weight_max,
         )
-        weights = dict(
+        weights: dict[str, Any] = dict(
             class_weight=weigh(args.loss_class_weight, 'class_weight'),
             pos_weight=weigh(args.loss_pos_weight or args.bce_pos_weight, 'pos_weight'),
         )
@@ -1343,7 +1350,7 @@ def create_loss(args: argparse.Namespace) -> nn.Module:
 def create_task(run: Run, loss: nn.Module) -> TrainingTask:
     """The training step's forward pass: classification, or distillation from a teacher."""
     args = run.args
-    common = dict(criterion=loss, device=run.device, dtype=run.model_dtype, verbose=run.is_primary)
+    common: dict[str, Any] = dict(criterion=loss, device=run.device, dtype=run.model_dtype, verbose=run.is_primary)
     if args.kd_model_name is None:
         return ClassificationTask(run.model, **common)
     common.update(
@@ -1368,7 +1375,7 @@ def wrap_model(run: Run) -> None:
     """Script, compile and distribute what trains. The plain model shares its parameters and buffers."""
     args = run.args
     if args.torchscript:
-        run.task.trainable_module = torch.jit.script(run.task.trainable_module)
+        run.task.trainable_module = torch.jit.script(run.trained_module)
     if args.torchcompile:
         run.task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
     if args.distributed:
@@ -1388,7 +1395,7 @@ def share_frozen_kernels(run: Run) -> None:
         dist.broadcast(dense, 0)
         kernel.copy_(dense)
     addresses = {kernel.data_ptr() for kernel in frozen}
-    module = run.task.get_trainable_module()
+    module = run.trained_module
     names = [name for name, buffer in module.named_buffers() if buffer.data_ptr() in addresses]
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
 
@@ -1470,7 +1477,7 @@ def open_output(run: Run, path: Path | None, checkpoint: dict[str, Any] | None) 
         max_history=args.checkpoint_hist,
         task=CheckpointState(run),
     )
-    if checkpoint is not None:
+    if path is not None and checkpoint is not None:
         restore_history(run, path, checkpoint)
         # the next recovery checkpoints replace those that are left
         left = sorted(run.output_dir.glob('recovery-*.pth.tar'), key=lambda file: file.stat().st_mtime)
@@ -1570,7 +1577,7 @@ def restore_position(run: Run, state: dict[str, Any]) -> None:
     run.random_states = state['random_states']
     if run.next_batch:
         run.losses.sum, run.losses.count = state['losses']
-        run.losses.avg = run.losses.sum / max(run.losses.count, 1)
+        run.losses.avg = run.losses.sum / max(run.losses.count, 1)  # type: ignore[assignment]  # timm starts at int 0
     plateau = getattr(run.scheduler, 'lr_scheduler', None)
     if plateau is not None and state['plateau'] is not None and not run.args.no_resume_opt:
         plateau.load_state_dict(state['plateau'])
@@ -1622,8 +1629,9 @@ def gather_random_states(run: Run) -> None:
     state = pack_random_state(random_state(run.device))
     run.random_states = [state]
     if run.args.distributed:
-        run.random_states = [None] * run.args.world_size
-        dist.all_gather_object(run.random_states, state)
+        states: list[Any] = [None] * run.args.world_size
+        dist.all_gather_object(states, state)
+        run.random_states = states
 
 
 def check_finite(run: Run) -> None:
@@ -1721,7 +1729,7 @@ def train_epoch(run: Run) -> dict[str, float]:
     args, task, optimizer, loader = run.args, run.task, run.optimizer, run.train_loader
     set_epoch(loader, run.epoch)
     switch_mixup(run)
-    task.get_trainable_module().train()
+    run.trained_module.train()
     optimizer.zero_grad()
     num_batches = len(loader)
     # the last update of an epoch may have fewer batches than the others
@@ -1834,7 +1842,7 @@ def clipped_parameters(run: Run) -> list[nn.Parameter]:
 def save_recovery(run: Run, update: int) -> None:
     """Write a recovery checkpoint in the middle of an epoch."""
     gather_random_states(run)
-    if run.saver is not None:
+    if run.is_primary:
         check_finite(run)
         run.saver.save_recovery(run.epoch, batch_idx=update)
 
@@ -1917,7 +1925,7 @@ def train(run: Run) -> None:
         due = (epoch + 1) % args.val_interval == 0 or epoch + 1 == run.end or is_milestone
         if due and run.validation_loader is not None:
             validation_metrics = validate(run, run.model)
-            if run.validates_ema:
+            if run.ema is not None and run.validates_ema:
                 distribute_statistics(run, run.ema.module)
                 validation_metrics = validate(run, run.ema.module, label=' of the average')
         metric = (validation_metrics or train_metrics)[run.metric] if due else None
@@ -1973,8 +1981,8 @@ def finish(run: Run) -> str:
         folder = zoo / folder_name(architecture_of(model), tag, False)
         facts = {**training_facts(run, metrics, difference, profiles), 'tag': tag}
         save_checkpoint(model, folder, facts=facts, data_config=run.data_config)
-        top1 = f'top-1: {metrics[0]["top1"]:.2f} %\n' if metrics else ''
-        return f'{format_profiles(profiles)}\n{top1}\nsaved, a stock model with nothing to fuse: {folder}'
+        accuracy = f'top-1: {metrics[0]["top1"]:.2f} %\n' if metrics else ''
+        return f'{format_profiles(profiles)}\n{accuracy}\nsaved, a stock model with nothing to fuse: {folder}'
 
     report = prove_on(run, model, fused, lambda: (x for x, _ in validation_batches(run)), 'the best checkpoint')
     _logger.info('%s', report)
@@ -2017,8 +2025,8 @@ def best_weights(run: Run) -> dict[str, torch.Tensor]:
         if path.exists():
             checkpoint = read_training(path)
             metric = checkpoint.get('metric')
-            metric = '' if metric is None else f', {run.metric} {metric:.4g}'
-            _logger.info('best checkpoint: epoch %d%s', checkpoint['epoch'], metric)
+            measured = '' if metric is None else f', {run.metric} {metric:.4g}'
+            _logger.info('best checkpoint: epoch %d%s', checkpoint['epoch'], measured)
             return checkpoint['state_dict_ema' if run.validates_ema else 'state_dict']
     _logger.warning('no epoch was trained: the result is what the model started as')
     return run.model.state_dict()
@@ -2064,8 +2072,8 @@ def training_facts(
     """What the saved folders tell of this training."""
     args = run.args
     forms = ('train_time', 'fused')
-    base = None
-    cfg = run.form.pretrained_cfg
+    base: dict[str, Any] | None = None
+    cfg: Any = run.form.pretrained_cfg
     if args.pretrained_path or args.initial_checkpoint:
         base = dict(id=None, revision=None, license=None)
     elif args.pretrained:
@@ -2135,7 +2143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'train.py: error: {" ".join(str(error).split())}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        found = checkpoints_in(run.output_dir) if run is not None and run.output_dir else ()
+        found = checkpoints_in(run.output_dir) if run is not None and run.is_primary else ()
         newest = max(found, default=None, key=lambda path: path.stat().st_mtime)
         print(f'train.py: stopped{newest and f"; go on with --resume {newest}" or ""}', file=sys.stderr)
         return 130

@@ -51,7 +51,7 @@ from .training import load_training
 try:
     import fcntl
 except ImportError:  # only POSIX has it; elsewhere two saves into one folder at the same time are not kept apart
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # a module's name cannot be declared optional
 
 __all__ = [
     'base_model_facts',
@@ -355,7 +355,8 @@ def convert_checkpoint(
         raise ReparamError(
             f'{model_name!r}: expected the name of a variant; see timm-reparam list, or register_variant'
         )
-    cfg, facts = None, {}
+    cfg: dict[str, Any] | None = None
+    facts: dict[str, Any] = {}
     if source.is_dir():
         cfg, model_args, facts = _described_by(source, model_name, model_args)
     state = _read_weights(source / WEIGHTS_NAME if source.is_dir() else source)
@@ -371,6 +372,7 @@ def convert_checkpoint(
         cfg['input_size'] = (model_args['in_chans'], *cfg['input_size'][1:])
     model = _load(source, model_name, cfg, model_args)
     stock_name = stock_architecture(model)
+    assert stock_name is not None  # it was created under a name
     stock_args = {name: value for name, value in model_args.items() if name != 'conv_options'}
     stock = None
     if _on_meta(stock_name, stock_args).state_dict().keys() == state.keys():
@@ -655,7 +657,8 @@ def _rebuild(model: nn.Module, architecture: str, tensors: Mapping[str, torch.Te
             f' of another shape: {sorted(name for name in expected.keys() & found if expected[name] != found[name])};'
             ' create it with timm.create_model under the name of the variant (register_variant adds names)'
         )
-    skeleton.pretrained_cfg = copy.deepcopy({k: v for k, v in model.pretrained_cfg.items() if k != 'state_dict'})
+    cfg: Any = model.pretrained_cfg
+    skeleton.pretrained_cfg = copy.deepcopy({k: v for k, v in cfg.items() if k != 'state_dict'})
     return skeleton
 
 

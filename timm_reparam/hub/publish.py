@@ -14,7 +14,7 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
-import yaml  # type: ignore[import-untyped]  # comes with huggingface_hub, which lets its errors through
+import yaml  # comes with huggingface_hub, which lets its errors through
 from huggingface_hub import ModelCard
 from torch import nn
 

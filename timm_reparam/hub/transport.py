@@ -62,6 +62,7 @@ _ERRORS: tuple[type[Exception], ...] = (
     json.JSONDecodeError,
     *_HTTP_ERRORS,
 )
+_COMMIT_ERRORS: tuple[type[Exception], ...] = (*_ERRORS, ValueError)  # ValueError: the Hub's opinion of a card
 _BUSY = (408, 429, 500, 502, 503, 504)
 _LOCAL = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EROFS)
 _NETWORK_TRIES = 4
@@ -120,6 +121,7 @@ class LocalFile:
 
     def __init__(self, source: bytes | Path):
         self.source = source
+        self.place = 'content' if isinstance(source, bytes) else str(source)  # in errors
         try:
             self.size = source.stat().st_size if isinstance(source, Path) else len(source)
             sha256, git = hashlib.sha256(), hashlib.sha1(b'blob %d\0' % self.size)
@@ -132,7 +134,7 @@ class LocalFile:
                         sha256.update(block)
                         git.update(block)
         except OSError as error:
-            raise ReparamError(f'{source}: cannot be read ({error.strerror})') from error
+            raise ReparamError(f'{self.place}: cannot be read ({error.strerror})') from error
         self.sha256, self.git_oid = sha256.hexdigest(), git.hexdigest()
 
     def operation(self, path: str) -> CommitOperationAdd:
@@ -143,7 +145,7 @@ class LocalFile:
         except (OSError, ValueError) as error:
             raise ReparamError(f'{path}: cannot be read ({one_line(error)})') from error
         if operation.upload_info.sha256.hex() != self.sha256:
-            raise ReparamError(f'{self.source}: changed while it was being published; publish again')
+            raise ReparamError(f'{self.place}: changed while it was being published; publish again')
         return operation
 
 
@@ -376,7 +378,7 @@ class HubClient:
                         parent_commit=base.head,
                     )
                 return Landed(done.oid, done.pr_url)
-            except (*_ERRORS, ValueError) as error:  # ValueError: the Hub's opinion of a card
+            except _COMMIT_ERRORS as error:
                 status = _status(error)
                 if status is not None and status < 500 and status not in (*_BUSY, 409, 412):
                     raise self.failure(wanted, error) from None

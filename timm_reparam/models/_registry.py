@@ -68,8 +68,7 @@ def register_variant(stock_name: str, variant: str) -> str:
     module = sys.modules.get(module_name)
     if module is None:
         module = types.ModuleType(module_name, f'{family}: registered at run time.')
-        module.default_cfgs = {}
-        module.__all__ = []
+        vars(module).update(default_cfgs={}, __all__=[])
         sys.modules[module_name] = module
     return _register(module, stock_name, variant)
 
@@ -159,7 +158,8 @@ class _Loader:
         try:
             return lift_state_dict(state_dict, model, self.not_lifted)
         except ReparamError:
-            translated = self._translate(state_dict, model.pretrained_cfg)
+            cfg: Any = model.pretrained_cfg
+            translated = self._translate(state_dict, cfg)
             if translated is None:
                 raise
         return lift_state_dict(translated, model, self.not_lifted)

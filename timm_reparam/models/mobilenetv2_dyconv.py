@@ -4,6 +4,6 @@ from ._backbones import MOBILENETV2S
 from ._registry import register_family
 
 __all__ = []  # filled in by the registry
-default_cfgs = {}
+default_cfgs: dict = {}
 
 register_family(__name__, 'dyconv', MOBILENETV2S)
