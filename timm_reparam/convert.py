@@ -9,10 +9,11 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn as nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_flatten
 
 from .errors import ReparamError
@@ -55,7 +56,7 @@ _SELF_FOLDING = ('fuse', 'reparameterize', 'switch_to_deploy')
 Skip = str | type[nn.Module] | Iterable[str | type[nn.Module]]
 
 
-def is_variant(module: nn.Module) -> bool:
+def is_variant(module: nn.Module) -> TypeGuard[ReparamLayer]:
     """Whether a module is an over-parameterised convolution of this package."""
     return isinstance(module, ReparamLayer)
 
@@ -101,7 +102,9 @@ def convert_model(model: nn.Module, variant: str, *, skip: Skip = (), init: str 
         raise ReparamError(f'unknown variant {variant!r}; the variants are: {", ".join(sorted(VARIANTS))}')
     check_init(f"convert_model('{variant}')", init)
     _refuse_wrapped(model, 'convert_model')
-    layers = {conv_type: layer for layer in VARIANTS[variant] for conv_type in layer.conv_types}
+    layers: dict[type[nn.Module], type[ReparamLayer]] = {
+        conv_type: layer for layer in VARIANTS[variant] for conv_type in layer.conv_types
+    }
     expected = ' or '.join(t.__name__ for t in layers)
     if type(model) in layers:
         raise ReparamError(
@@ -119,7 +122,12 @@ def convert_model(model: nn.Module, variant: str, *, skip: Skip = (), init: str 
     replacements: dict[int, nn.Module] = {}
     for name, conv in model.named_modules():
         layer = layers.get(type(conv))
-        if layer is None or id(conv) in plain or not layer.selects(conv, is_stem=id(conv) in stems):
+        if (
+            layer is None
+            or not isinstance(conv, _ConvNd)
+            or id(conv) in plain
+            or not layer.selects(conv, is_stem=id(conv) in stems)
+        ):
             continue
         try:
             replacements[id(conv)] = layer.from_conv(conv, init=init, **options)
@@ -382,8 +390,8 @@ def listed_problems(problems: dict[str, list[str]]) -> str:
 
 
 def fresh_layer(
-    layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None = None, init: str = 'lift'
-) -> nn.Module:
+    layer: ReparamLayer, weight: torch.Tensor, bias: torch.Tensor | None = None, init: str = 'lift'
+) -> ReparamLayer:
     """A new layer with the options of `layer`, for a stock kernel whose number of input channels may be another one."""
     arguments = dict(conv_arguments(layer), bias=bias is not None)
     transposed = isinstance(layer, nn.ConvTranspose2d)
@@ -395,7 +403,7 @@ def fresh_layer(
     return type(layer).from_conv(conv, init=init, **layer.options())
 
 
-def _fold_entries(name: str, layer: nn.Module, entries: dict[str, torch.Tensor]) -> torch.Tensor:
+def _fold_entries(name: str, layer: ReparamLayer, entries: dict[str, torch.Tensor]) -> torch.Tensor:
     """The stock kernel that a layer's entries of a checkpoint stand for, whatever its number of input channels."""
     source = fresh_layer(layer, entries['weight'].clone(), entries.get('bias'), init='scratch')
     try:
@@ -417,7 +425,7 @@ def _architecture(model: nn.Module) -> str | None:
     return cfg.get('architecture') if isinstance(cfg, dict) else None
 
 
-def _rename(model: nn.Module, architecture: str | None, conv_options: dict[str, Any]) -> None:
+def _rename(model: Any, architecture: str | None, conv_options: dict[str, Any]) -> None:
     """Give a timm model the name and the arguments under which it can be built again."""
     if _architecture(model) is None:
         return

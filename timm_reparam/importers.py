@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from .convert import VARIANTS, fresh_layer, is_variant, listed_problems
 from .errors import ReparamError
@@ -112,7 +113,7 @@ def export_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def _convolutions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _convolutions(model: nn.Module) -> Iterator[tuple[str, _ConvNd]]:
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             yield name, module
@@ -131,7 +132,7 @@ def _prefixed(name: str, entries: dict[str, torch.Tensor]) -> dict[str, torch.Te
     return {_key(name, key): value for key, value in entries.items()}
 
 
-def _method_of(conv: nn.Module, entries: dict[str, torch.Tensor]) -> type[ReparamLayer] | None:
+def _method_of(conv: _ConvNd, entries: dict[str, torch.Tensor]) -> type[ReparamLayer] | None:
     """The layer in whose foreign layout a convolution's entries are, or None."""
     for layers in VARIANTS.values():
         for layer in layers:
@@ -140,7 +141,7 @@ def _method_of(conv: nn.Module, entries: dict[str, torch.Tensor]) -> type[Repara
     return None
 
 
-def _translate(conv: nn.Module, method: type[ReparamLayer], entries: dict[str, torch.Tensor]) -> Imported:
+def _translate(conv: _ConvNd, method: type[ReparamLayer], entries: dict[str, torch.Tensor]) -> Imported:
     if isinstance(conv, method):
         return conv.from_foreign(entries)
     if method.input_dependent:
@@ -182,7 +183,7 @@ def _place_constants(state: dict[str, torch.Tensor], imported: dict[str, Importe
             # The norm takes the constant away again.
             state[f'{norm_name}.running_mean'] = state[f'{norm_name}.running_mean'] - constant
             continue
-        if norm.weight is None or norm.running_mean is None:
+        if norm.weight is None or norm.running_mean is None or norm.num_batches_tracked is None:
             raise ReparamError(
                 f'{norm_name}: the official block adds a constant to each channel, but this norm has no bias'
             )
@@ -203,20 +204,20 @@ def _place_constants(state: dict[str, torch.Tensor], imported: dict[str, Importe
         )
 
 
-def _norms_after(model: nn.Module, names: set[str]) -> dict[str, tuple[str, nn.Module]]:
+def _norms_after(model: nn.Module, names: set[str]) -> dict[str, tuple[str, _BatchNorm]]:
     """The BatchNorm that takes a convolution's output itself, by the convolution's name, from a pass without values."""
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     modules = dict(model.named_modules())
     first = next(conv for _, conv in _convolutions(model))
     image = torch.empty(1, first.in_channels, *(cfg.get('input_size') or (3, 224, 224))[1:], device='meta')
     made: dict[int, tuple[str, torch.Tensor]] = {}  # the outputs are kept, so that no id comes twice
-    found: dict[str, tuple[str, nn.Module]] = {}
+    found: dict[str, tuple[str, _BatchNorm]] = {}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
         def forward_hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             if name in names:
                 made[id(output)] = name, output
-            elif inputs and id(inputs[0]) in made:
+            elif isinstance(module, _BatchNorm) and inputs and id(inputs[0]) in made:
                 found[made[id(inputs[0])][0]] = name, module
 
         return forward_hook

@@ -11,16 +11,17 @@ Official code: https://github.com/DingXiaoH/ACNet (this is an implementation of 
 """
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import to_2tuple
 from timm.layers.padding import pad_same
+from torch.nn.modules.conv import _ConvNd
 
 from ..errors import ReparamError
-from .base import Imported, Method, ReparamConv2d, autocast_disabled, conv_arguments, exact_copy
+from .base import Imported, Method, PaddingMode, ReparamConv2d, autocast_disabled, conv_arguments, exact_copy
 
 __all__ = ['ACConv2d', 'ACBlock2d']
 
@@ -73,6 +74,7 @@ def _thin_conv(
 
 def _norm_scale_shift(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
     """A BatchNorm in evaluation as (scale, shift), each (channels,)."""
+    assert norm.running_mean is not None and norm.running_var is not None  # ACBlock2d's norms track them
     scale = torch.rsqrt(norm.running_var + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight
@@ -155,6 +157,11 @@ class ACConv2d(ReparamConv2d):
     """
 
     method = _METHOD
+    if TYPE_CHECKING:  # not for TorchScript, which then would not know whether they are None
+        vertical_gamma: torch.Tensor | None
+        horizontal_gamma: torch.Tensor  # None with vertical_gamma, and so are the two below
+        vertical_running_var: torch.Tensor
+        horizontal_running_var: torch.Tensor
 
     def __init__(
         self,
@@ -166,7 +173,7 @@ class ACConv2d(ReparamConv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = 'zeros',
+        padding_mode: PaddingMode = 'zeros',
         device=None,
         dtype=None,
         *,
@@ -210,7 +217,7 @@ class ACConv2d(ReparamConv2d):
         self._init_variant('scratch')
 
     @classmethod
-    def selects(cls, conv: nn.Module, is_stem: bool) -> bool:
+    def selects(cls, conv: _ConvNd, is_stem: bool) -> bool:
         # a 1 x k kernel would only get a copy of itself, and the 7x7 stem stays plain in the official networks, too
         return min(conv.kernel_size) > 1 and max(conv.kernel_size) < 7
 
@@ -233,7 +240,7 @@ class ACConv2d(ReparamConv2d):
             return
         nn.init.kaiming_uniform_(self.vertical_weight, a=math.sqrt(5))
         nn.init.kaiming_uniform_(self.horizontal_weight, a=math.sqrt(5))
-        if self.branch_norm == 'batch':
+        if self.vertical_gamma is not None:
             gamma = 0.0 if init == 'lift' else 1.0 if self.gamma_init is None else self.gamma_init
             self.vertical_gamma.fill_(gamma)
             self.horizontal_gamma.fill_(gamma)
@@ -254,14 +261,15 @@ class ACConv2d(ReparamConv2d):
         for branch in ('square', 'ver', 'hor'):
             kernels[branch] = entries.pop(f'{branch}_conv.weight').double()
             norms[branch] = _Norm(entries, f'{branch}_bn.', self.eps)
-        mean = sum(norm.scale * norm.mean for norm in norms.values())
+        zero = torch.zeros_like(norms['square'].mean)
+        mean = sum((norm.scale * norm.mean for norm in norms.values()), zero)
         # An estimate, since covariances of branches are in no checkpoint: those of an input without structure.
         deviations = []
         for branch, kernel in kernels.items():
             deviation = norms[branch].scale * norms[branch].variance.sqrt()
             deviations.append(kernel * (deviation / kernel.flatten(1).norm(dim=1).clamp_min(1e-30)).view(-1, 1, 1, 1))
         variance = _add_skeleton(*deviations, self.kernel_size).flatten(1).square().sum(1)
-        constant = sum(norm.shift for norm in norms.values())
+        constant = sum((norm.shift for norm in norms.values()), zero)
         gain = torch.ones_like(mean)
         if 'last_bn.running_var' in entries:
             last = _Norm(entries, 'last_bn.', self.eps)
@@ -295,7 +303,8 @@ class ACConv2d(ReparamConv2d):
             return self._convolve(x, self.equivalent_kernel(), self.bias)
         y = self._convolve(x, self.weight, self.bias)
         if self.tf_same:
-            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
+            # timm declares lists
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
             padding = (0, 0)
         elif self.padding_mode != 'zeros':
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -371,7 +380,7 @@ class ACBlock2d(nn.Module):
         padding: int | tuple[int, int] | str = 0,
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
-        padding_mode: str = 'zeros',
+        padding_mode: PaddingMode = 'zeros',
         device=None,
         dtype=None,
         *,
@@ -384,8 +393,8 @@ class ACBlock2d(nn.Module):
         momentum: float = _MOMENTUM,
     ) -> None:
         super().__init__()
-        kernel_size = to_2tuple(kernel_size)
-        _check_odd('ACBlock2d', kernel_size)
+        sides: tuple[int, int] = to_2tuple(kernel_size)
+        _check_odd('ACBlock2d', sides)
         starts = [
             name
             for name, given in (
@@ -404,20 +413,21 @@ class ACBlock2d(nn.Module):
         options = dict(stride=stride, dilation=dilation, groups=groups, bias=False, **factory)
         norm = dict(eps=eps, momentum=momentum, **factory)
         self.square_conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, padding=padding, padding_mode=padding_mode, **options
+            in_channels, out_channels, sides, padding=padding, padding_mode=padding_mode, **options
         )
         self.square_bn = nn.BatchNorm2d(out_channels, affine=affine, **norm)
-        self.ver_conv = nn.Conv2d(in_channels, out_channels, (kernel_size[0], 1), **options)
+        self.ver_conv = nn.Conv2d(in_channels, out_channels, (sides[0], 1), **options)
         self.ver_bn = nn.BatchNorm2d(out_channels, affine=affine, **norm)
-        self.hor_conv = nn.Conv2d(in_channels, out_channels, (1, kernel_size[1]), **options)
+        self.hor_conv = nn.Conv2d(in_channels, out_channels, (1, sides[1]), **options)
         self.hor_bn = nn.BatchNorm2d(out_channels, affine=affine, **norm)
         self.last_bn = nn.BatchNorm2d(out_channels, **norm) if last_norm else None
         if reduce_gamma:
             gamma_init = 1 / 3
-        if single_init or gamma_init is not None:
-            nn.init.constant_(self.square_bn.weight, 1.0 if single_init else gamma_init)
-            for norm in (self.ver_bn, self.hor_bn):
-                nn.init.constant_(norm.weight, 0.0 if single_init else gamma_init)
+        square_start, thin_start = (1.0, 0.0) if single_init else (gamma_init, gamma_init)
+        if square_start is not None and thin_start is not None:
+            nn.init.constant_(self.square_bn.weight, square_start)
+            for thin_norm in (self.ver_bn, self.hor_bn):
+                nn.init.constant_(thin_norm.weight, thin_start)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Sum of the three normalised branches of (batch, in_channels, height, width)."""
@@ -428,9 +438,10 @@ class ACBlock2d(nn.Module):
         if conv.padding_mode != 'zeros':
             x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
             padding = (0, 0)
-        vertical_padding, horizontal_padding = _thin_padding(conv.kernel_size, padding, conv.dilation)
-        vertical = _thin_conv(x, self.ver_conv.weight, conv.stride, vertical_padding, conv.dilation, conv.groups)
-        horizontal = _thin_conv(x, self.hor_conv.weight, conv.stride, horizontal_padding, conv.dilation, conv.groups)
+        # torch declares tuples of any length
+        vertical_padding, horizontal_padding = _thin_padding(conv.kernel_size, padding, conv.dilation)  # type: ignore[arg-type]
+        vertical = _thin_conv(x, self.ver_conv.weight, conv.stride, vertical_padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
+        horizontal = _thin_conv(x, self.hor_conv.weight, conv.stride, horizontal_padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
         y = y + self.ver_bn(vertical) + self.hor_bn(horizontal)
         if self.last_bn is not None:
             y = self.last_bn(y)
@@ -456,7 +467,8 @@ class ACBlock2d(nn.Module):
                 scale, shift = _norm_scale_shift(norm)
                 kernels.append(scale.view(-1, 1, 1, 1) * conv.weight)
                 biases.append(shift)
-            kernel, bias = _add_skeleton(*kernels, self.square_conv.kernel_size), sum(biases)
+            kernel = _add_skeleton(*kernels, self.square_conv.kernel_size)
+            bias = sum(biases[1:], biases[0])
             if self.last_bn is not None:
                 scale, shift = _norm_scale_shift(self.last_bn)
                 kernel, bias = scale.view(-1, 1, 1, 1) * kernel, scale * bias + shift
@@ -468,7 +480,7 @@ class ACBlock2d(nn.Module):
         kernel, bias = exact_copy(self)._fold()
         square = self.square_conv
         conv = nn.Conv2d(**dict(conv_arguments(square), bias=True), device='meta', dtype=square.weight.dtype)
-        like = dict(device=square.weight.device, dtype=square.weight.dtype)
+        like: dict[str, Any] = dict(device=square.weight.device, dtype=square.weight.dtype)
         trainable = any(p.requires_grad for p in self.parameters())
         conv.weight = nn.Parameter(kernel.to(**like), requires_grad=trainable)
         conv.bias = nn.Parameter(bias.to(**like), requires_grad=trainable)

@@ -10,19 +10,21 @@ import copy
 import dataclasses
 import inspect
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import Conv2dSame, register_notrace_module
 from timm.layers.padding import pad_same
+from torch.nn.modules.conv import _ConvNd
 
 from ..errors import ReparamError
 
 __all__ = [
     'Imported',
     'Method',
+    'PaddingMode',
     'ReparamLayer',
     'ReparamConv2d',
     'ReparamConvTranspose2d',
@@ -31,6 +33,9 @@ __all__ = [
     'conv_arguments',
     'exact_copy',
 ]
+
+PaddingMode = Literal['zeros', 'reflect', 'replicate', 'circular']
+_Module = TypeVar('_Module', bound=nn.Module)
 
 # What makes the plain convolution, or its checkpoint, more than its weights: converting would lose it.
 _HOOKS = (
@@ -97,7 +102,7 @@ class Imported:
     variance: torch.Tensor | None = None
 
 
-class ReparamLayer:
+class ReparamLayer(_ConvNd):
     """Mixin in front of a torch convolution: ``from_conv``, ``equivalent_kernel`` and ``fuse``.
 
     Attributes:
@@ -108,7 +113,7 @@ class ReparamLayer:
     """
 
     method: ClassVar[Method]
-    conv_types: ClassVar[tuple[type[nn.Module], ...]] = ()
+    conv_types: ClassVar[tuple[type[_ConvNd], ...]] = ()
     input_dependent: ClassVar[bool] = False
     needs_trained_weights: ClassVar[bool] = False
 
@@ -158,7 +163,7 @@ class ReparamLayer:
         )
 
     @classmethod
-    def selects(cls, conv: nn.Module, is_stem: bool) -> bool:
+    def selects(cls, conv: _ConvNd, is_stem: bool) -> bool:
         """Whether the method over-parameterises this convolution when a whole model is converted.
 
         Args:
@@ -195,7 +200,7 @@ class ReparamLayer:
         """
         name = cls.__name__
         check_init(name, init)
-        if type(conv) not in cls.conv_types:
+        if not isinstance(conv, _ConvNd) or type(conv) not in cls.conv_types:
             expected = ' or '.join(t.__name__ for t in cls.conv_types)
             raise ReparamError(
                 f'{name} replaces {expected} exactly, got {type(conv).__name__}; leave it out with skip='
@@ -223,7 +228,7 @@ class ReparamLayer:
                 parameter.requires_grad_(conv.weight.requires_grad)
         return layer.train(conv.training)
 
-    def _adopt(self, conv: nn.Module, init: str) -> None:
+    def _adopt(self, conv: _ConvNd, init: str) -> None:
         """Take over the stock parameters themselves."""
         self.weight = conv.weight
         self.bias = conv.bias
@@ -257,7 +262,7 @@ class ReparamLayer:
             return self._compose()
 
     @torch.no_grad()
-    def fuse(self) -> nn.Module:
+    def fuse(self) -> _ConvNd:
         """Fold the layer into a plain convolution; the layer itself is left as it was.
 
         The kernel is composed in float64 and rounded once.
@@ -268,7 +273,7 @@ class ReparamLayer:
         kernel = exact_copy(self).equivalent_kernel()
         return self._plain_conv(kernel, self.bias)
 
-    def _plain_conv(self, kernel: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+    def _plain_conv(self, kernel: torch.Tensor, bias: torch.Tensor | None) -> _ConvNd:
         """A fresh plain convolution with these weights."""
         arguments = dict(conv_arguments(self), bias=bias is not None)
         conv_type = self.conv_types[0]
@@ -284,13 +289,13 @@ class ReparamLayer:
         return conv.train(self.training)
 
 
-def exact_copy(module: nn.Module) -> nn.Module:
+def exact_copy(module: _Module) -> _Module:
     """A float64 copy of a module, on the CPU where the device has no float64."""
     device = 'cpu' if next(module.parameters()).device.type == 'mps' else None
     return copy.deepcopy(module).to(device=device, dtype=torch.float64)
 
 
-def conv_arguments(conv: nn.Module) -> dict[str, Any]:
+def conv_arguments(conv: _ConvNd) -> dict[str, Any]:
     """The constructor arguments, device and dtype aside, that make a convolution of the same geometry."""
     names = ['in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'groups', 'padding_mode']
     if isinstance(conv, nn.ConvTranspose2d):
@@ -311,15 +316,20 @@ class ReparamConv2d(ReparamLayer, nn.Conv2d):
     __constants__ = [*nn.Conv2d.__constants__, 'tf_same']
     conv_types = (nn.Conv2d, Conv2dSame)
     tf_same: bool = False
+    if TYPE_CHECKING:  # torch declares tuples of any length
+        kernel_size: tuple[int, int]
+        stride: tuple[int, int]
+        dilation: tuple[int, int]
 
-    def _adopt(self, conv: nn.Module, init: str) -> None:
+    def _adopt(self, conv: _ConvNd, init: str) -> None:
         super()._adopt(conv, init)
         self.tf_same = isinstance(conv, Conv2dSame)
 
     def _convolve(self, x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """One convolution with `kernel` and `bias`, padded as the plain convolution pads."""
         if self.tf_same:
-            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
+            # timm declares lists
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
             return F.conv2d(x, kernel, bias, self.stride, (0, 0), self.dilation, self.groups)
         return self._conv_forward(x, kernel, bias)
 
@@ -333,19 +343,20 @@ class ReparamConvTranspose2d(ReparamLayer, nn.ConvTranspose2d):
     """Base of the variants of ``nn.ConvTranspose2d``."""
 
     conv_types = (nn.ConvTranspose2d,)
+    if TYPE_CHECKING:
+        padding: tuple[int, int]  # never a text
 
     def forward(self, x: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
         """Transposed convolution of (batch, in_channels, height, width) with the equivalent kernel."""
-        output_padding = self._output_padding(
-            x, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
-        )
+        # torch declares lists, and passes tuples itself
+        output_pad = self._output_padding(x, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation)  # type: ignore[arg-type]
         return F.conv_transpose2d(
             x,
             self.equivalent_kernel(),
             self.bias,
             self.stride,
             self.padding,
-            output_padding,
+            output_pad,
             self.groups,
             self.dilation,
         )

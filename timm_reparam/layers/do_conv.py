@@ -6,12 +6,14 @@ Official code: https://github.com/yangyanli/DO-Conv (this is an implementation o
 
 import math
 from numbers import Integral
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..errors import ReparamError
-from .base import Imported, Method, ReparamConv2d, ReparamConvTranspose2d
+from .base import Imported, Method, PaddingMode, ReparamConv2d, ReparamConvTranspose2d, ReparamLayer
 
 __all__ = ['DOConv2d', 'DOConvTranspose2d']
 
@@ -33,10 +35,14 @@ _METHOD = Method(
 )
 
 
-class _DepthwiseOverParameterised:
+class _DepthwiseOverParameterised(ReparamLayer):
     """What the convolution and the transposed convolution share: the parameters, their start, the kernel."""
 
     method = _METHOD
+    if TYPE_CHECKING:  # not for TorchScript, which then would not know which weights are None
+        depth_multiplier: int
+        depthwise_weight: torch.Tensor | None
+        surplus_weight: torch.Tensor | None
 
     def _add_depthwise(self, depth_multiplier: int | None, device=None, dtype=None) -> None:
         area = self._area
@@ -81,7 +87,7 @@ class _DepthwiseOverParameterised:
         return self.kernel_size[0] * self.kernel_size[1]
 
     @classmethod
-    def selects(cls, conv: nn.Module, is_stem: bool) -> bool:
+    def selects(cls, conv: _ConvNd, is_stem: bool) -> bool:
         return max(conv.kernel_size) > 1
 
     def _compose(self) -> torch.Tensor:
@@ -98,6 +104,10 @@ class _DepthwiseOverParameterised:
                 kernel = kernel + surplus[:, :, block * area : (block + 1) * area]
             columns = torch.cat([columns, surplus], dim=2)
         return (kernel + self._apply_depthwise(depthwise, columns)).view_as(weight)
+
+    def _apply_depthwise(self, depthwise: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """D applied to the columns of every kernel, in the layout of `weight`."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, depth_multiplier={self.depth_multiplier}'
@@ -146,7 +156,7 @@ class DOConv2d(_DepthwiseOverParameterised, ReparamConv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = 'zeros',
+        padding_mode: PaddingMode = 'zeros',
         device=None,
         dtype=None,
         *,
@@ -226,7 +236,7 @@ class DOConvTranspose2d(_DepthwiseOverParameterised, ReparamConvTranspose2d):
         groups: int = 1,
         bias: bool = True,
         dilation: int | tuple[int, int] = 1,
-        padding_mode: str = 'zeros',
+        padding_mode: PaddingMode = 'zeros',
         device=None,
         dtype=None,
         *,

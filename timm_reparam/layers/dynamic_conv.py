@@ -11,16 +11,17 @@ Paper: `Dynamic Convolution: Attention over Convolution Kernels` - https://arxiv
 """
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import is_exportable
 from timm.layers.padding import pad_same
+from torch.nn.modules.conv import _ConvNd
 
 from ..errors import ReparamError
-from .base import Imported, Method, ReparamConv2d, autocast_disabled, conv_arguments, exact_copy
+from .base import Imported, Method, PaddingMode, ReparamConv2d, autocast_disabled, conv_arguments, exact_copy
 
 __all__ = ['DynamicConv2d', 'KernelAttention']
 
@@ -141,6 +142,11 @@ class DynamicConv2d(ReparamConv2d):
     __constants__ = [*ReparamConv2d.__constants__, 'exportable']
     method = _METHOD
     input_dependent = True
+    if TYPE_CHECKING:  # not for TorchScript, which then would not know whether they are None
+        residual_weight: torch.Tensor
+        residual_bias: torch.Tensor | None
+        temperature_position: torch.Tensor | None
+        temperature_steps: torch.Tensor  # None with temperature_position
 
     def __init__(
         self,
@@ -152,7 +158,7 @@ class DynamicConv2d(ReparamConv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = 'zeros',
+        padding_mode: PaddingMode = 'zeros',
         device=None,
         dtype=None,
         *,
@@ -196,7 +202,7 @@ class DynamicConv2d(ReparamConv2d):
         self._init_variant('scratch')
 
     @classmethod
-    def selects(cls, conv: nn.Module, is_stem: bool) -> bool:
+    def selects(cls, conv: _ConvNd, is_stem: bool) -> bool:
         return not is_stem
 
     def options(self) -> dict[str, Any]:
@@ -231,8 +237,8 @@ class DynamicConv2d(ReparamConv2d):
     def _attention_from(self, entries: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         names = ('net.0', 'net.2') if 'attention.net.0.weight' in entries else ('fc1', 'fc2')
         first, second = (entries.pop(f'attention.{name}.weight').flatten(1) for name in names)
-        biases = [entries.pop(f'attention.{name}.bias', None) for name in names]
-        biases = [w.new_zeros(len(w)) if b is None else b for w, b in zip((first, second), biases)]
+        known = [entries.pop(f'attention.{name}.bias', None) for name in names]
+        biases = [w.new_zeros(len(w)) if b is None else b for w, b in zip((first, second), known)]
         spare = self.attention.fc1.out_features - len(first)
         if spare < 0:
             raise ReparamError(
@@ -270,7 +276,7 @@ class DynamicConv2d(ReparamConv2d):
             ('weight', exact.weight, exact.residual_weight),
             ('bias', exact.bias, exact.residual_bias),
         ):
-            if mean is not None:
+            if mean is not None and residual is not None:
                 residuals = residual.unflatten(0, (self.num_kernels - 1, -1))
                 state[name] = mean + torch.cat([residuals, -residuals.sum(0, keepdim=True)])
         for name, value in exact.attention.state_dict().items():
@@ -293,14 +299,14 @@ class DynamicConv2d(ReparamConv2d):
                 nn.init.uniform_(self.residual_bias, -bound, bound)
             return
         for parameter, residual in ((self.weight, self.residual_weight), (self.bias, self.residual_bias)):
-            if parameter is not None:
+            if parameter is not None and residual is not None:
                 # K independent draws of the parameter's own scale
                 draws = torch.randn_like(parameter.expand(self.num_kernels, *parameter.shape))
                 draws = draws * parameter.square().mean().sqrt()
                 parameter.copy_(draws.mean(0))
                 residual.copy_((draws[:-1] - parameter).flatten(0, 1))
 
-    def _adopt(self, conv: nn.Module, init: str) -> None:
+    def _adopt(self, conv: _ConvNd, init: str) -> None:
         super()._adopt(conv, init)
         if init == 'scratch':
             # about to be drawn anew, which must not reach the given convolution
@@ -437,7 +443,8 @@ class DynamicConv2d(ReparamConv2d):
     def _convolve_samples(self, x: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
         """Convolve sample b of x with kernels[b]."""
         if self.tf_same:
-            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
+            # timm declares lists
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
         elif self.padding_mode != 'zeros':
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
         else:

@@ -10,9 +10,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import to_2tuple
+from torch.nn.modules.conv import _ConvNd
 
 from ..errors import ReparamError
-from .base import Imported, Method, ReparamConv2d, ReparamConvTranspose2d
+from .base import Imported, Method, PaddingMode, ReparamConv2d, ReparamConvTranspose2d, ReparamLayer
 
 __all__ = ['RefConv2d', 'RefConvTranspose2d']
 
@@ -31,7 +32,7 @@ _METHOD = Method(
 )
 
 
-class _Refocusing:
+class _Refocusing(ReparamLayer):
     """What the convolution and the transposed convolution share: the frozen base, the map, the kernel."""
 
     method = _METHOD
@@ -59,7 +60,7 @@ class _Refocusing:
         del self.weight
         self.register_buffer('weight', weight)
 
-    def _adopt(self, conv: nn.Module, init: str) -> None:
+    def _adopt(self, conv: _ConvNd, init: str) -> None:
         super()._adopt(conv, init)
         self._freeze_base()
 
@@ -71,7 +72,7 @@ class _Refocusing:
             nn.init.kaiming_uniform_(self.map_weight, a=math.sqrt(5))
 
     @classmethod
-    def selects(cls, conv: nn.Module, is_stem: bool) -> bool:
+    def selects(cls, conv: _ConvNd, is_stem: bool) -> bool:
         return max(conv.kernel_size) > 1
 
     def _compose(self) -> torch.Tensor:
@@ -140,7 +141,7 @@ class RefConv2d(_Refocusing, ReparamConv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = 'zeros',
+        padding_mode: PaddingMode = 'zeros',
         device=None,
         dtype=None,
         *,
@@ -197,7 +198,7 @@ class RefConvTranspose2d(_Refocusing, ReparamConvTranspose2d):
         groups: int = 1,
         bias: bool = True,
         dilation: int | tuple[int, int] = 1,
-        padding_mode: str = 'zeros',
+        padding_mode: PaddingMode = 'zeros',
         device=None,
         dtype=None,
         *,
