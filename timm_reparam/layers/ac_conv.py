@@ -268,7 +268,8 @@ class ACConv2d(ReparamConv2d):
         for branch, kernel in kernels.items():
             deviation = norms[branch].scale * norms[branch].variance.sqrt()
             deviations.append(kernel * (deviation / kernel.flatten(1).norm(dim=1).clamp_min(1e-30)).view(-1, 1, 1, 1))
-        variance = _add_skeleton(*deviations, self.kernel_size).flatten(1).square().sum(1)
+        square, vertical, horizontal = deviations
+        variance = _add_skeleton(square, vertical, horizontal, self.kernel_size).flatten(1).square().sum(1)
         constant = sum((norm.shift for norm in norms.values()), zero)
         gain = torch.ones_like(mean)
         if 'last_bn.running_var' in entries:
@@ -293,9 +294,9 @@ class ACConv2d(ReparamConv2d):
             return self.scale * _add_skeleton(self.weight, vertical, horizontal, self.kernel_size)
         vertical_scale = self.vertical_gamma * torch.rsqrt(self.vertical_running_var + self.eps)
         horizontal_scale = self.horizontal_gamma * torch.rsqrt(self.horizontal_running_var + self.eps)
-        vertical = vertical_scale.view(-1, 1, 1, 1) * vertical
-        horizontal = horizontal_scale.view(-1, 1, 1, 1) * horizontal
-        return _add_skeleton(self.weight, vertical, horizontal, self.kernel_size)
+        scaled_vertical = vertical_scale.view(-1, 1, 1, 1) * vertical
+        scaled_horizontal = horizontal_scale.view(-1, 1, 1, 1) * horizontal
+        return _add_skeleton(self.weight, scaled_vertical, scaled_horizontal, self.kernel_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve (batch, in_channels, height, width)."""
@@ -467,7 +468,9 @@ class ACBlock2d(nn.Module):
                 scale, shift = _norm_scale_shift(norm)
                 kernels.append(scale.view(-1, 1, 1, 1) * conv.weight)
                 biases.append(shift)
-            kernel = _add_skeleton(*kernels, self.square_conv.kernel_size)
+            square, vertical, horizontal = kernels
+            height, width = self.square_conv.kernel_size
+            kernel = _add_skeleton(square, vertical, horizontal, (height, width))
             bias = sum(biases[1:], biases[0])
             if self.last_bn is not None:
                 scale, shift = _norm_scale_shift(self.last_bn)
