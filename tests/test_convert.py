@@ -8,7 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from stand_in import random_model, randomise
-from timm.layers import Conv2dSame
+from timm.layers import CondConv2d, Conv2dSame, StdConv2d
 from timm.utils import ModelEmaV3, reparameterize_model
 from torch import nn
 
@@ -135,6 +135,23 @@ def test_timms_reparameterize_model_gives_the_same(stock: str, variant: str) -> 
     assert_same_state(reparameterize_model(model), state(fuse_model(model)))
 
 
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_blocks_that_fold_themselves_stay_right_in_either_order(variant: str) -> None:
+    model = disturbed(converted('repghostnet_050', variant)).double().eval()
+    x = images(2, 3, 64, 64).double()
+    with torch.no_grad():
+        expected = model(x)
+        fused_first, folded_first = reparameterize_model(fuse_model(model)), reparameterize_model(model)
+        if variant == 'dyconv':
+            folded_first = fuse_model(folded_first)
+        else:
+            with pytest.raises(ReparamError, match='nothing to fuse'):
+                fuse_model(folded_first)
+        for folded in (fused_first, folded_first):
+            assert len(list(folded.modules())) < len(list(fuse_model(model).modules())), 'the blocks have folded'
+            assert (folded(x) - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+
 @pytest.mark.parametrize('variant', STATIC)
 def test_fine_tuning_the_fused_model_starts_where_the_train_time_model_stood(variant: str) -> None:
     """In training mode, too: the BatchNorms' statistics are those of the fused kernels' outputs."""
@@ -195,13 +212,39 @@ def test_blocks_that_fold_themselves_are_left_alone() -> None:
     convert_model(model, 'doconv')
     assert not is_variant(model[0].conv) and is_variant(model[1])
     model = timm.create_model('repvgg_a0', num_classes=3)
-    with pytest.raises(ReparamError, match='nothing to convert to doconv.*re-parameterise themselves'):
+    with pytest.raises(ReparamError, match='nothing to convert to doconv.* 44 inside RepVggBlock, which re-param'):
         convert_model(model, 'doconv')
 
 
 def test_weight_standardised_convolutions_are_left_alone() -> None:
     model = convert_model(timm.create_model('resnetv2_50x1_bit', num_classes=3), 'dyconv')
     assert not any(is_variant(m) for name, m in model.named_modules() if 'stages' in name)
+
+
+def test_every_convolution_that_stays_plain_has_a_reason() -> None:
+    def net() -> nn.Module:
+        sizes = {'even': 2, 'long': (1, 3), 'point': 1, 'square': 5, 'large': 7}
+        convs = nn.ModuleDict({name: nn.Conv2d(8, 8, size) for name, size in sizes.items()})
+        convs['stem'], convs['up'] = nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 8, 2)
+        convs['std'], convs['cond'] = StdConv2d(8, 8, 3), CondConv2d(8, 8, 3)
+        convs['folding'], convs['skipped'] = nn.Sequential(Folding()), nn.Sequential(nn.Conv2d(8, 8, 3))
+        convs.pretrained_cfg = dict(first_conv='stem')
+        return convs
+
+    own = {'even': 'with a 2x2 kernel', 'long': 'with a 1x3 kernel', 'point': 'with a 1x1 kernel'}
+    for variant, rule in (
+        ('doconv', {'point': own['point']}),
+        ('refconv', {'point': own['point']}),
+        ('acconv', own | {'large': 'with a 7x7 kernel', 'up': 'of type ConvTranspose2d'}),
+        ('dyconv', {'stem': 'which sees the image', 'up': 'of type ConvTranspose2d'}),
+    ):
+        expected = dict.fromkeys(['even', 'long', 'point', 'square', 'large', 'stem', 'up'], '') | rule
+        expected |= {'std': 'of type StdConv2d', 'cond': 'of type CondConv2d', 'skipped.0': 'left out by skip'}
+        expected |= {'folding.0.conv': 'inside Folding, which re-parameterises itself'}
+        model = net()
+        assert timm_reparam.plan_conversion(model, variant, skip='skip*') == expected
+        convert_model(model, variant, skip='skip*')
+        assert {name for name, m in model.named_modules() if is_variant(m)} == {n for n in expected if not expected[n]}
 
 
 def test_options_reach_the_layers_and_freezing_survives() -> None:

@@ -17,6 +17,7 @@ from timm.models import get_arch_pretrained_cfgs, is_model_pretrained, list_pret
 
 import timm_reparam
 from timm_reparam import ReparamError
+from timm_reparam.convert import VARIANTS, convert_model
 from timm_reparam.models import register_variant
 
 RESNETS = (
@@ -156,6 +157,32 @@ def test_entrypoints_look_like_timms(name):
     assert module.__name__.startswith('timm_reparam.')
     with pytest.raises(TypeError):
         entrypoint(no_such_argument=1)
+
+
+@pytest.mark.parametrize('name', [f'{stock}_{v}' for stock in ('resnet10t', 'mobilenetv2_035') for v in VARIANTS])
+def test_intermediates_and_pruning_are_those_of_the_stock(name):
+    """What timm's own tests ask of timm's own modules only."""
+    stock, _, variant = name.rpartition('_')
+    expected, model = random_model(stock), convert_model(random_model(stock), variant)
+    assert model.pretrained_cfg['architecture'] == name
+    x = torch.randn(2, 3, 64, 64)
+    tolerance = 1e-4 if variant == 'dyconv' else 0  # its outputs are those of the stock to rounding
+
+    @torch.no_grad()
+    def compare(found: torch.nn.Module, **options) -> None:
+        final, intermediates = found.forward_intermediates(x, **options)
+        expected_final, expected_intermediates = expected.forward_intermediates(x, **options)
+        assert len(intermediates) == len(expected_intermediates) > 0
+        for y, wanted in zip([final, *intermediates], [expected_final, *expected_intermediates], strict=True):
+            torch.testing.assert_close(y, wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
+
+    compare(model)
+    compare(model, indices=[0, 2], stop_early=True)
+    assert model.prune_intermediate_layers([0, 2]) == expected.prune_intermediate_layers([0, 2])
+    compare(model, indices=[0, 2])
+    fused = timm_reparam.fuse_model(model)
+    assert variant == 'dyconv' or list(fused.state_dict()) == list(expected.state_dict())
+    compare(fused, indices=[0, 2])
 
 
 # register_variant ----------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Over-parameterised convolutions for timm backbones: accuracy while training, the stock architecture afterwards."""
 
 from . import models  # registers the models with timm
-from .convert import FusionReport, convert_model, fuse_model, is_variant, verify_fusion
+from .convert import FusionReport, convert_model, fuse_model, is_variant, plan_conversion, verify_fusion
 from .errors import ReparamError
 from .importers import export_state_dict, import_state_dict
 from .layers import (
@@ -33,6 +33,7 @@ __all__ = [
     'import_state_dict',
     'is_variant',
     'models',
+    'plan_conversion',
     'register_variant',
     'verify_fusion',
 ]

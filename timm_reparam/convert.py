@@ -6,6 +6,7 @@ Works on any ``nn.Module``; a timm model also has the names it is saved under ke
 import copy
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -13,6 +14,7 @@ from typing import Any, TypeGuard
 
 import torch
 import torch.nn as nn
+from timm.layers import CondConv2d
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_flatten
 
@@ -35,6 +37,7 @@ __all__ = [
     'fuse_model',
     'is_variant',
     'lift_state_dict',
+    'plan_conversion',
     'stock_architecture',
     'variant_of',
     'verify_fusion',
@@ -52,6 +55,9 @@ VARIANTS: dict[str, tuple[type[ReparamLayer], ...]] = {
 
 # What a block that re-parameterises itself calls its folding: it reads its convolutions' weights, so they stay plain.
 _SELF_FOLDING = ('fuse', 'reparameterize', 'switch_to_deploy')
+
+# What counts as a convolution; timm's CondConv2d mixes its kernels itself and derives from none of torch's.
+_CONVOLUTIONS = (_ConvNd, CondConv2d)
 
 Skip = str | type[nn.Module] | Iterable[str | type[nn.Module]]
 
@@ -82,7 +88,8 @@ def convert_model(model: nn.Module, variant: str, *, skip: Skip = (), init: str 
     Which convolutions a method takes is the method's own rule (see the layers): plain ``nn.Conv2d`` and timm's
     ``Conv2dSame``, by exact type, and for DO-Conv and RefConv ``nn.ConvTranspose2d``. Weight-standardised and other
     derived convolutions stay as they are, and so does everything inside blocks that re-parameterise themselves (that
-    have ``fuse``, ``reparameterize`` or ``switch_to_deploy``). Everything is checked before anything is changed.
+    have ``fuse``, ``reparameterize`` or ``switch_to_deploy``); :func:`plan_conversion` says why for each of them.
+    Everything is checked before anything is changed.
 
     Args:
         model: Any module; one that is wrapped (DistributedDataParallel, torch.compile) is converted before wrapping.
@@ -98,14 +105,9 @@ def convert_model(model: nn.Module, variant: str, *, skip: Skip = (), init: str 
         ReparamError: the variant or an option is unknown, the model is converted already, an entry of `skip` matches
             nothing, a layer cannot take a convolution, or there is nothing to convert. The model is unchanged.
     """
-    if variant not in VARIANTS:
-        raise ReparamError(f'unknown variant {variant!r}; the variants are: {", ".join(sorted(VARIANTS))}')
+    layers = _layers(variant)
     check_init(f"convert_model('{variant}')", init)
     _refuse_wrapped(model, 'convert_model')
-    layers: dict[type[nn.Module], type[ReparamLayer]] = {
-        conv_type: layer for layer in VARIANTS[variant] for conv_type in layer.conv_types
-    }
-    expected = ' or '.join(t.__name__ for t in layers)
     if type(model) in layers:
         raise ReparamError(
             f'the model is itself a convolution, which cannot be replaced in place; use {layers[type(model)].__name__}'
@@ -117,29 +119,22 @@ def convert_model(model: nn.Module, variant: str, *, skip: Skip = (), init: str 
             f'{converted[0] or "the model"}: already a variant ({len(converted)} in all, {variant_of(model)}); convert '
             'a stock model, or fuse_model() this one first'
         )
-    plain, skip_names = _plain_modules(model, _as_tuple(skip))
-    stems = _stems(model, layers)
+    skip_names = _skip_names(model, skip)
+    plan = plan_conversion(model, variant, skip=skip_names)
     replacements: dict[int, nn.Module] = {}
-    for name, conv in model.named_modules():
-        layer = layers.get(type(conv))
-        if (
-            layer is None
-            or not isinstance(conv, _ConvNd)
-            or id(conv) in plain
-            or not layer.selects(conv, is_stem=id(conv) in stems)
-        ):
+    for name, why_plain in plan.items():
+        if why_plain:
             continue
+        conv = model.get_submodule(name)
         try:
-            replacements[id(conv)] = layer.from_conv(conv, init=init, **options)
+            replacements[id(conv)] = layers[type(conv)].from_conv(conv, init=init, **options)
         except ReparamError as e:
             raise ReparamError(f'{name}: {e}') from None
     if not replacements:
-        found = [module for module in model.modules() if type(module) in layers]
-        left_out = sum(id(module) in plain for module in found)
+        reasons = ', '.join(f'{number} {reason}' for reason, number in Counter(plan.values()).items())
         raise ReparamError(
-            f'nothing to convert to {variant}: looked for {expected} of the kernel sizes that the method takes; '
-            f'{type(model).__name__} holds {len(found)} of these exact types, {left_out} of them left out by skip= or '
-            'inside blocks that re-parameterise themselves'
+            f'nothing to convert to {variant}: looked for {_type_names(layers)} of the kernel sizes that the method '
+            f'takes; {type(model).__name__} holds {len(plan)} convolutions{reasons and f": {reasons}"}'
         )
     for module in list(model.modules()):
         # _modules, because named_children leaves out a child's second name
@@ -150,6 +145,43 @@ def convert_model(model: nn.Module, variant: str, *, skip: Skip = (), init: str 
         options = dict(options, skip=skip_names)
     _rename(model, f'{_architecture(model)}_{variant}', options)
     return model
+
+
+def plan_conversion(model: nn.Module, variant: str, *, skip: Skip = ()) -> dict[str, str]:
+    """Say of every convolution of a model why :func:`convert_model` leaves it plain.
+
+    Args:
+        model: A stock model, left as it was.
+        variant: 'acconv', 'doconv', 'dyconv' or 'refconv'.
+        skip: What is to stay plain, as in `convert_model`.
+
+    Returns:
+        The convolutions by name, in the order of the modules, each with the reason why it stays plain: it is left out
+        by skip, inside a block that re-parameterises itself, of a type that the method does not take, of a kernel size
+        that it does not take, or it sees the image. Those that become a variant have the empty string.
+
+    Raises:
+        ReparamError: the variant is unknown, or an entry of `skip` matches nothing.
+    """
+    layers = _layers(variant)
+    plain = _plain_modules(model, _skip_names(model, skip))
+    stems = _stems(model, layers)
+    plan = {}
+    for name, conv in model.named_modules():
+        if not isinstance(conv, _CONVOLUTIONS):
+            continue
+        layer = layers.get(type(conv))
+        if id(conv) in plain:
+            plan[name] = plain[id(conv)]
+        elif layer is None:
+            plan[name] = f'of type {type(conv).__name__}'
+        elif layer.selects(conv, is_stem=id(conv) in stems):
+            plan[name] = ''
+        elif layer.selects(conv, is_stem=False):
+            plan[name] = 'which sees the image'
+        else:
+            plan[name] = f'with a {"x".join(map(str, conv.kernel_size))} kernel'
+    return plan
 
 
 def fuse_model(model: nn.Module) -> nn.Module:
@@ -464,29 +496,51 @@ def _unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def _plain_modules(model: nn.Module, skip: tuple[Any, ...]) -> tuple[set[int], list[str]]:
-    """Modules that stay plain, by id, and the entries of `skip` as names (a type as the names of its modules)."""
-    plain: set[int] = set()
+def _layers(variant: str) -> dict[type[nn.Module], type[ReparamLayer]]:
+    """The layers of a variant, by the exact type of convolution that they replace."""
+    if variant not in VARIANTS:
+        raise ReparamError(f'unknown variant {variant!r}; the variants are: {", ".join(sorted(VARIANTS))}')
+    return {conv_type: layer for layer in VARIANTS[variant] for conv_type in layer.conv_types}
+
+
+def _type_names(types: Iterable[type]) -> str:
+    return ' or '.join(t.__name__ for t in types)
+
+
+def _skip_names(model: nn.Module, skip: Skip) -> list[str]:
+    """The entries of `skip` as names and patterns, a type as the names of its modules; each matches something."""
     names: list[str] = []
     named = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
-    for entry in skip:
+    for entry in _as_tuple(skip):
         if isinstance(entry, str):
-            matches = [(name, module) for name, module in named if fnmatchcase(name, entry)]
-            names.append(entry)
+            matches = [entry] if any(fnmatchcase(name, entry) for name, _ in named) else []
         elif isinstance(entry, type):
-            matches = [(name, module) for name, module in named if isinstance(module, entry)]
-            names.extend(name for name, _ in matches)
+            matches = [name for name, module in named if isinstance(module, entry)]
         else:
             raise ReparamError(f'skip: expected a module name, a pattern or a type, got {entry!r}')
         if not matches:
             raise ReparamError(
                 f'skip: {entry!r} matches no module of {type(model).__name__}; see model.named_modules()'
             )
-        plain.update(id(m) for _, module in matches for m in module.modules())
-    for _, module in named:
-        if any(callable(getattr(type(module), method, None)) for method in _SELF_FOLDING):
-            plain.update(id(m) for m in module.modules())
-    return plain, names
+        names.extend(matches)
+    return names
+
+
+def _plain_modules(model: nn.Module, skip_names: list[str]) -> dict[int, str]:
+    """Modules that stay plain whatever they are, by id, and why."""
+    plain: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not name:
+            continue
+        if any(fnmatchcase(name, pattern) for pattern in skip_names):
+            why = 'left out by skip'
+        elif any(callable(getattr(type(module), method, None)) for method in _SELF_FOLDING):
+            why = f'inside {type(module).__name__}, which re-parameterises itself'
+        else:
+            continue
+        for inside in module.modules():
+            plain.setdefault(id(inside), why)
+    return plain
 
 
 def _stems(model: nn.Module, conv_types: Iterable[type[nn.Module]]) -> set[int]:

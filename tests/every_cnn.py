@@ -1,0 +1,302 @@
+"""One architecture of every module of timm, converted, lifted and fused: the table every_cnn.csv.
+
+    python tests/every_cnn.py                  # writes the table anew
+    python tests/every_cnn.py resnet10t        # only these rows
+
+A row is one architecture and one variant. Everything is measured in evaluation mode and float64, on random weights and
+two images of 64 x 64 (of the model's own size where it takes no other); every BatchNorm, every zero-started tensor and
+every new parameter is random:
+
+    converted        convolutions that become the variant
+    plain            how many of the others stay plain, and why, as `plan_conversion` says
+    lift             the freshly converted model equals the stock one bit for bit (dyconv: each kernel that a sample
+                     sees equals the stock one bit for bit, and the outputs are equal to rounding)
+    fuse             the fused model equals the train-time one to 1e-10, and that differs clearly from the stock one
+    strict           the fused state dict loads strictly into the stock architecture, whose types of modules it has
+    reparameterize   timm's `reparameterize_model`, called instead of fuse_model or after it, keeps the function, too
+
+`-` stands where there is nothing to say: nothing is converted, or no stock form exists (dyconv).
+"""
+
+import argparse
+import copy
+import csv
+import gc
+import os
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import timm
+import torch
+from stand_in import random_model
+from timm.models import model_entrypoint
+from timm.utils import reparameterize_model
+from torch import nn
+
+from timm_reparam import DynamicConv2d, ReparamError, convert_model, fuse_model, is_variant, plan_conversion
+from timm_reparam.convert import VARIANTS
+
+TABLE = Path(__file__).with_suffix('.csv')
+COLUMNS = ('module', 'architecture', 'variant', 'converted', 'plain', 'lift', 'fuse', 'strict', 'reparameterize')
+# What the smallest of a module lacks: blocks that re-parameterise themselves, SAME padding, other types.
+ALSO = (
+    'ghostnetv3_050',
+    'levit_conv_128s',
+    'mixnet_s',
+    'mobileone_s0',
+    'repvgg_a0',
+    'resnetv2_50x1_bit',
+    'tf_efficientnet_cc_b0_4e',
+    'tf_mixnet_s',
+)
+SMALL = 64
+ALGEBRA = 1e-10  # the largest relative difference that float64 algebra may leave
+CLEARLY = 1e-3  # the least by which a randomised variant differs from the stock model
+
+
+def timm_modules() -> list[str]:
+    """timm's own modules, without the families that are registered here."""
+    return [name for name in timm.list_modules() if f'timm.models.{name}' in sys.modules]
+
+
+def smallest(module: str) -> str:
+    """The architecture of a module with the fewest parameters, without those that exist for timm's own tests."""
+    sizes = []
+    for name in timm.list_models(module=module):
+        if not name.startswith('test_') and model_entrypoint(name).__module__ == f'timm.models.{module}':
+            with torch.device('meta'):
+                sizes.append((sum(p.numel() for p in timm.create_model(name).parameters()), name))
+    return min(sizes)[1]
+
+
+def architectures() -> list[str]:
+    """What the table holds: the smallest of every module, and ALSO."""
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        return [*pool.map(smallest, timm_modules()), *ALSO]
+
+
+@contextmanager
+def float64() -> Iterator[None]:
+    """float64 by default, for modules that make tensors of their own; no gradients, one thread (far faster here)."""
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
+
+
+def random_stock(architecture: str) -> tuple[nn.Module, torch.Tensor]:
+    """A stock model with random weights, and images for it.
+
+    No scale of a channel and no zero-started tensor is left at rest, and the statistics of every BatchNorm are random
+    ones around those of the images: with others the signal fades from layer to layer, and the output shows nothing.
+    """
+    model = random_model(architecture)
+    disturb(model, [name for name, tensor in model.named_parameters() if tensor.ndim > 1 and is_vector(tensor)])
+    x = images(model)
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    run(model, x)
+    generator = torch.Generator().manual_seed(0)
+    for norm, momentum in zip(norms, momenta):
+        norm.eval()
+        norm.momentum = momentum
+        noise = torch.randn(norm.running_mean.shape, generator=generator)
+        norm.running_mean += 0.1 * noise * norm.running_var.sqrt()
+        norm.running_var *= torch.rand(norm.running_var.shape, generator=generator) + 0.5
+    return model, x
+
+
+def is_vector(tensor: torch.Tensor) -> bool:
+    """Whether only the first dimension of a tensor is longer than 1."""
+    return tensor.ndim > 0 and tensor.numel() == len(tensor)
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference over the largest magnitude."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def run(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The output of a model in one tensor."""
+    y = model(x)
+    return y if isinstance(y, torch.Tensor) else torch.cat([part.flatten(1) for part in y], 1)
+
+
+def images(model: nn.Module) -> torch.Tensor:
+    """Two seeded images, small ones where the model takes them."""
+    channels, *native = model.pretrained_cfg['input_size']
+    generator = torch.Generator().manual_seed(0)
+    small = torch.randn(2, channels, SMALL, SMALL, generator=generator)
+    if not model.pretrained_cfg.get('fixed_input_size'):
+        try:
+            run(model, small)
+            return small
+        except (AssertionError, RuntimeError, ValueError):  # each architecture refuses in its own way
+            pass
+    return torch.randn(2, channels, *native, generator=generator)
+
+
+def disturb(model: nn.Module, names: Iterable[str]) -> None:
+    """Randomise the parameters and buffers of these names, in place; the temperature is on its way to 1."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name in names:
+        tensor = tensors[name]
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        if name.endswith('temperature_position'):
+            tensor.fill_(4_000)
+        elif tensor.is_floating_point() and is_vector(tensor):
+            tensor.uniform_(0.5, 1.5, generator=generator)
+        elif tensor.is_floating_point():
+            tensor.normal_(0.0, 0.5 * tensor[0].numel() ** -0.5, generator=generator)
+
+
+def same_state(model: nn.Module, other: nn.Module) -> bool:
+    """Whether two models have equal state dicts."""
+    state, expected = model.state_dict(), other.state_dict()
+    return state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in state)
+
+
+def lifted_kernels_are_exact(model: nn.Module, x: torch.Tensor) -> bool:
+    """Whether every kernel that a sample sees in a model with dynamic convolutions is the mean kernel bit for bit."""
+    exact = []
+
+    def look(layer: DynamicConv2d, inputs: tuple[torch.Tensor]) -> None:
+        exact.append(all(torch.equal(kernel, layer.weight) for kernel in layer.sample_kernels(inputs[0])))
+
+    hooks = [layer.register_forward_pre_hook(look) for layer in model.modules() if isinstance(layer, DynamicConv2d)]
+    run(model, x)
+    for hook in hooks:
+        hook.remove()
+    return bool(exact) and all(exact)
+
+
+def rows(architecture: str, variants: Iterable[str] = tuple(VARIANTS)) -> list[dict[str, str]]:
+    """The rows of one architecture; what does not hold is in them with the figure, or with the error's text."""
+    with float64():
+        stock, x = random_stock(architecture)
+        expected = run(stock, x)
+        if not expected.isfinite().all() or not expected.any():
+            raise ValueError(f'{architecture}: an output without finite values other than 0 shows nothing')
+        with torch.device('meta'):
+            blank = timm.create_model(architecture)
+        module = model_entrypoint(architecture).__module__.rpartition('.')[2]
+        found = []
+        for variant in variants:
+            row = dict(module=module, architecture=architecture, variant=variant)
+            plan = plan_conversion(stock, variant)
+            row['converted'] = str(sum(not why_plain for why_plain in plan.values()))
+            reasons = Counter(why_plain for why_plain in plan.values() if why_plain)
+            row['plain'] = '; '.join(f'{number} {why_plain}' for why_plain, number in sorted(reasons.items()))
+            if not plan:
+                row['plain'] = 'holds no convolution'
+            verdicts = (
+                checks(stock, blank, variant, x, expected) if row['converted'] != '0' else nothing(stock, variant)
+            )
+            found.append(row | verdicts)
+            gc.collect()
+        return found
+
+
+def nothing(stock: nn.Module, variant: str) -> dict[str, str]:
+    """The verdicts where nothing is converted: convert_model says so."""
+    try:
+        convert_model(stock, variant)
+    except ReparamError as error:
+        if 'nothing to convert' in str(error):
+            return dict.fromkeys(COLUMNS[5:], '-')
+    raise AssertionError('convert_model converts what plan_conversion leaves plain')
+
+
+def checks(stock: nn.Module, blank: nn.Module, variant: str, x: torch.Tensor, expected: torch.Tensor) -> dict[str, str]:
+    """The verdicts on one variant.
+
+    Args:
+        stock: The stock model.
+        blank: The same architecture on the meta device.
+        variant: Name of the variant.
+        x: Images.
+        expected: What the stock model makes of them.
+    """
+
+    def equal(found: torch.Tensor, reference: torch.Tensor) -> str:
+        figure = difference(found, reference)
+        return 'exact' if figure <= ALGEBRA else f'differs by {figure:.0e}'
+
+    static = variant != 'dyconv'
+    model = convert_model(copy.deepcopy(stock), variant)
+    row = {}
+    if static:
+        lifted = run(model, x)
+        row['lift'] = 'exact' if torch.equal(lifted, expected) else f'differs by {difference(lifted, expected):.0e}'
+    elif lifted_kernels_are_exact(model, x):
+        row['lift'] = equal(run(model, x), expected)
+    else:
+        row['lift'] = 'kernels differ'
+    # RefConv's base is a buffer, and the stock kernel all the same
+    stock_names = dict(stock.named_parameters()) | dict(stock.named_buffers())
+    disturb(model, dict(model.state_dict()).keys() - stock_names.keys())
+    trained = run(model, x)
+    clearly = difference(trained, expected)
+    if not clearly >= CLEARLY:
+        row.update(dict.fromkeys(COLUMNS[6:], f'shows nothing: the variant differs from stock by {clearly:.0e}'))
+        return row
+    fused = fuse_model(model)
+    row['fuse'] = equal(run(fused, x), trained)
+    row['strict'] = '-'
+    if static:
+        try:
+            blank.load_state_dict(fused.state_dict(), assign=True)
+            same_types = [type(module) for module in fused.modules()] == [type(module) for module in blank.modules()]
+            row['strict'] = 'loads' if same_types and not any(map(is_variant, fused.modules())) else 'other modules'
+        except RuntimeError as error:
+            row['strict'] = str(error)
+    deployed = reparameterize_model(model, inplace=True)
+    if same_state(deployed, fused):
+        row['reparameterize'] = row['fuse']  # nothing else to re-parameterise
+    else:
+        after = equal(run(reparameterize_model(fused, inplace=True), x), trained)
+        row['reparameterize'] = after if after != 'exact' else equal(run(deployed, x), trained)
+    return row
+
+
+def read() -> dict[tuple[str, str], dict[str, str]]:
+    """The table, by architecture and variant."""
+    with TABLE.open(newline='') as file:
+        return {(row['architecture'], row['variant']): row for row in csv.DictReader(file)}
+
+
+def write(table: dict[tuple[str, str], dict[str, str]]) -> None:
+    """Save the table, sorted by module, architecture and variant."""
+    with TABLE.open('w', newline='') as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(sorted(table.values(), key=lambda row: [row[column] for column in COLUMNS[:3]]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description='Write tests/every_cnn.csv anew.')
+    parser.add_argument('architectures', nargs='*', help='only the rows of these; default: the whole table')
+    chosen = parser.parse_args().architectures
+    table = read() if chosen else {}
+    for architecture in chosen or architectures():
+        for row in rows(architecture):
+            table[row['architecture'], row['variant']] = row
+            print(*row.values(), sep=' | ', flush=True)
+        write(table)
+
+
+if __name__ == '__main__':
+    main()

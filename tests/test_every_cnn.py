@@ -1,0 +1,50 @@
+"""Every architecture family of timm against the table tests/every_cnn.csv, which `python tests/every_cnn.py` writes."""
+
+import every_cnn
+import pytest
+
+from timm_reparam.convert import VARIANTS
+
+TABLE = every_cnn.read()
+ARCHITECTURES = sorted({architecture for architecture, _ in TABLE})
+# even kernels, blocks that fold themselves (all of the convolutions, or some), SAME padding, other types, none at all
+FEW = ('convnext_zepto_rms', 'levit_128s', 'fastvit_t8', 'tf_mixnet_s', 'tf_efficientnet_cc_b0_4e', 'gmlp_ti16_224')
+
+
+def check(architecture: str) -> None:
+    expected = [row for (name, _), row in TABLE.items() if name == architecture]
+    assert every_cnn.rows(architecture) == expected
+
+
+def test_the_table_names_every_module_of_timm_and_every_variant() -> None:
+    assert {row['module'] for row in TABLE.values()} == set(every_cnn.timm_modules())
+    assert TABLE.keys() == {(architecture, variant) for architecture in ARCHITECTURES for variant in VARIANTS}
+    assert set(every_cnn.ALSO) < set(ARCHITECTURES)
+
+
+def test_nothing_fails_and_what_stays_plain_is_explained() -> None:
+    for key, row in TABLE.items():
+        assert int(row['converted']) or row['plain'], key
+        verdicts = [row[column] for column in ('lift', 'fuse', 'strict', 'reparameterize')]
+        if row['converted'] == '0':
+            assert verdicts == ['-', '-', '-', '-'], key
+        else:
+            assert verdicts == ['exact', 'exact', '-' if row['variant'] == 'dyconv' else 'loads', 'exact'], key
+
+
+@pytest.mark.parametrize('architecture', FEW)
+def test_a_few_rows_are_what_they_were(architecture: str) -> None:
+    check(architecture)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+def test_every_row_is_what_it_was(architecture: str) -> None:
+    check(architecture)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_table_holds_the_smallest_of_every_module() -> None:
+    assert ARCHITECTURES == sorted(every_cnn.architectures())
