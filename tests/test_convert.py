@@ -223,7 +223,7 @@ def test_weight_standardised_convolutions_are_left_alone() -> None:
 
 def test_every_convolution_that_stays_plain_has_a_reason() -> None:
     def net() -> nn.Module:
-        sizes = {'even': 2, 'long': (1, 3), 'point': 1, 'square': 5, 'large': 7}
+        sizes = {'long': (1, 3), 'point': 1, 'square': 5, 'large': 7}
         convs = nn.ModuleDict({name: nn.Conv2d(8, 8, size) for name, size in sizes.items()})
         convs['stem'], convs['up'] = nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 8, 2)
         convs['std'], convs['cond'] = StdConv2d(8, 8, 3), CondConv2d(8, 8, 3)
@@ -231,14 +231,14 @@ def test_every_convolution_that_stays_plain_has_a_reason() -> None:
         convs.pretrained_cfg = dict(first_conv='stem')
         return convs
 
-    own = {'even': 'with a 2x2 kernel', 'long': 'with a 1x3 kernel', 'point': 'with a 1x1 kernel'}
+    own = {'long': 'with a 1x3 kernel', 'point': 'with a 1x1 kernel'}
     for variant, rule in (
         ('doconv', {'point': own['point']}),
         ('refconv', {'point': own['point']}),
         ('acconv', own | {'large': 'with a 7x7 kernel', 'up': 'of type ConvTranspose2d'}),
         ('dyconv', {'stem': 'which sees the image', 'up': 'of type ConvTranspose2d'}),
     ):
-        expected = dict.fromkeys(['even', 'long', 'point', 'square', 'large', 'stem', 'up'], '') | rule
+        expected = dict.fromkeys(['long', 'point', 'square', 'large', 'stem', 'up'], '') | rule
         expected |= {'std': 'of type StdConv2d', 'cond': 'of type CondConv2d', 'skipped.0': 'left out by skip'}
         expected |= {'folding.0.conv': 'inside Folding, which re-parameterises itself'}
         model = net()
@@ -273,9 +273,9 @@ REFUSED = [
     (lambda: (Net(), 'doconv'), {'skip': 3 * (4,)}, 'skip: expected a module name, a pattern or a type, got 4'),
     (lambda: (Net(), 'doconv'), {'skip': None}, 'skip: expected a module name, a pattern or a type, got None'),
     (
-        lambda: (nn.Sequential(nn.Conv2d(3, 3, 2)), 'acconv'),
+        lambda: (nn.Sequential(nn.Conv2d(3, 3, 2), nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 2)), 'acconv'),
         {},
-        r'0: ACConv2d needs odd .* sides, got \(2, 2\); .*skip=',
+        r'0, 2: ACConv2d needs odd .* sides, got \(2, 2\); .*skip=',
     ),
     (lambda: (nn.Conv2d(3, 3, 3), 'doconv'), {}, r'itself a convolution.*DOConv2d.from_conv'),
     (lambda: (nn.Sequential(nn.Linear(3, 3)), 'refconv'), {}, 'nothing to convert to refconv: looked for Conv2d'),

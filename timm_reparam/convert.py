@@ -122,6 +122,7 @@ def convert_model(model: nn.Module, variant: str, *, skip: Skip = (), init: str 
     skip_names = _skip_names(model, skip)
     plan = plan_conversion(model, variant, skip=skip_names)
     replacements: dict[int, nn.Module] = {}
+    refusals: dict[str, list[str]] = {}
     for name, why_plain in plan.items():
         if why_plain:
             continue
@@ -129,7 +130,9 @@ def convert_model(model: nn.Module, variant: str, *, skip: Skip = (), init: str 
         try:
             replacements[id(conv)] = layers[type(conv)].from_conv(conv, init=init, **options)
         except ReparamError as e:
-            raise ReparamError(f'{name}: {e}') from None
+            refusals.setdefault(str(e), []).append(name)
+    if refusals:
+        raise ReparamError('\n'.join(f'{", ".join(names)}: {refusal}' for refusal, names in refusals.items()))
     if not replacements:
         reasons = ', '.join(f'{number} {reason}' for reason, number in Counter(plan.values()).items())
         raise ReparamError(
@@ -158,7 +161,8 @@ def plan_conversion(model: nn.Module, variant: str, *, skip: Skip = ()) -> dict[
     Returns:
         The convolutions by name, in the order of the modules, each with the reason why it stays plain: it is left out
         by skip, inside a block that re-parameterises itself, of a type that the method does not take, of a kernel size
-        that it does not take, or it sees the image. Those that become a variant have the empty string.
+        that it does not take, or it sees the image. Those that become a variant have the empty string, and so do those
+        that the layer refuses (even kernels under acconv), which `convert_model` asks to be left out by skip.
 
     Raises:
         ReparamError: the variant is unknown, or an entry of `skip` matches nothing.
@@ -173,7 +177,7 @@ def plan_conversion(model: nn.Module, variant: str, *, skip: Skip = ()) -> dict[
         layer = layers.get(type(conv))
         if id(conv) in plain:
             plan[name] = plain[id(conv)]
-        elif layer is None:
+        elif layer is None or not isinstance(conv, _ConvNd):
             plan[name] = f'of type {type(conv).__name__}'
         elif layer.selects(conv, is_stem=id(conv) in stems):
             plan[name] = ''
