@@ -265,9 +265,9 @@ REFUSED = [
     (
         lambda: (Net(), 'doconv'),
         {'depth': 3},
-        'stem: DOConv2d: unknown option depth; its options are: depth_multiplier',
+        'stem, .*: DOConv2d: unknown option depth; its options are: depth_multiplier',
     ),
-    (lambda: (Net(), 'doconv'), {'depth_multiplier': 8}, 'stem: DOConv2d: depth_multiplier .* at least 9'),
+    (lambda: (Net(), 'doconv'), {'depth_multiplier': 8}, 'stem, .*: DOConv2d: depth_multiplier .* at least 9'),
     (lambda: (Net(), 'doconv'), {'skip': 'layer9'}, "skip: 'layer9' matches no module"),
     (lambda: (Net(), 'doconv'), {'skip': nn.Conv3d}, 'skip: .*Conv3d.* matches no module'),
     (lambda: (Net(), 'doconv'), {'skip': 3 * (4,)}, 'skip: expected a module name, a pattern or a type, got 4'),
