@@ -19,6 +19,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from timm_reparam import convert_model, fuse_model
 from timm_reparam.convert import VARIANTS
+from timm_reparam.layers import DynamicConv2d
 
 ALGEBRA = 1e-10
 STEPS = 5
@@ -83,7 +84,7 @@ def build(variant: str, form: str = 'train_time', dtype: torch.dtype = torch.flo
 def attention_varies(model: nn.Module) -> bool:
     """Whether the dynamic layers give the samples clearly different kernels."""
     inputs = {}
-    layers = [m for m in model.modules() if hasattr(m, 'sample_kernels')]
+    layers = [m for m in model.modules() if isinstance(m, DynamicConv2d)]
     hooks = [m.register_forward_pre_hook(lambda m, args: inputs.update({m: args[0]})) for m in layers]
     model(images(4).to(model.head.weight.dtype))
     for hook in hooks:
@@ -185,6 +186,17 @@ def test_exported_with_a_static_graph() -> None:
     with set_exportable(True):
         model = build('dyconv')
     assert_equal_on_other_batches(export(model).module(), build('dyconv'), 1e-5)
+
+
+def test_models_created_exportable_have_a_static_graph() -> None:
+    """timm sets its configuration only while the model is created; the layers, and the fused ones, remember."""
+    options = dict(num_classes=5, stem_width=4, channels=(8, 12, 16, 24))
+    model = disturbed(random_model('resnet10t_dyconv', **options, exportable=True))
+    other = random_model('resnet10t_dyconv', **options)
+    other.load_state_dict(model.state_dict())
+    for module, expected in ((model, True), (fuse_model(model), True), (other, False), (fuse_model(other), False)):
+        assert {m.exportable for m in module.modules() if isinstance(m, DynamicConv2d)} == {expected}
+    assert_equal_on_other_batches(fuse_model(model), other, 1e-5, size=32)
 
 
 @pytest.mark.parametrize('variant', ['acconv', 'dyconv'])
