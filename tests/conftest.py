@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from hub_server import HubServer, client_environment
 
 if 'huggingface_hub' in sys.modules:
@@ -33,6 +34,12 @@ def pytest_report_header() -> str:
 def pytest_unconfigure() -> None:
     _hub.stop()
     _home.cleanup()
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """The same random start for every test, whatever ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope='session')
