@@ -292,8 +292,6 @@ REFUSED = [
 ]
 
 
-@pytest.mark.filterwarnings('ignore:.*weight_norm.*:FutureWarning')
-@pytest.mark.filterwarnings('ignore:.*torch.jit.*:FutureWarning')
 @pytest.mark.parametrize('build, options, message', REFUSED)
 def test_what_is_refused_leaves_the_model_alone(build, options, message: str) -> None:
     model, variant = build()

@@ -635,7 +635,6 @@ MANY_FLAGS = {
 }
 
 
-@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning')
 @pytest.mark.parametrize('extra', MANY_FLAGS.values(), ids=MANY_FLAGS.keys())
 def test_many_flags(extra, flags, tmp_path):
     assert train.main(flags(*extra.split())) == 0
@@ -644,7 +643,6 @@ def test_many_flags(extra, flags, tmp_path):
     assert not any(isinstance(module, DOConv2d) for module in fused.modules())
 
 
-@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning')
 @pytest.mark.parametrize('wrapper', [['--torchscript'], ['--torchcompile', 'eager']], ids=['script', 'compile'])
 @pytest.mark.parametrize('model', ['resnet18_acconv', 'resnet18_dyconv'])
 def test_what_trains_shares_its_state_with_what_is_saved(wrapper, model, flags):
@@ -954,7 +952,6 @@ def test_resuming_after_a_kill_is_exact(model, extra, file, flags, tmp_path):
     assert_same_run(folder, folder.with_name('whole'))
 
 
-@pytest.mark.filterwarnings('ignore::FutureWarning')
 @pytest.mark.parametrize(
     'model, extra',
     [

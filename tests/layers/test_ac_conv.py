@@ -340,7 +340,6 @@ def test_block_gradients_and_round_trips(options: dict) -> None:
     assert torch.equal(fresh.eval()(x), block.eval()(x))
 
 
-@pytest.mark.filterwarnings('ignore:.*torch.jit.*:FutureWarning', 'ignore:.*torch.jit.*:DeprecationWarning')
 @pytest.mark.parametrize('last_norm', [False, True], ids=['sum', 'last_norm'])
 @both_modes
 def test_scripted_block_equals_eager(training: bool, last_norm: bool) -> None:

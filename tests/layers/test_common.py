@@ -40,9 +40,6 @@ from .cases import (
     unit_roundoff,
 )
 
-# torch's own remark that 'same' padding of an even side copies the input.
-pytestmark = pytest.mark.filterwarnings('ignore:Using padding=.same. with even kernel:UserWarning')
-
 every_layer = pytest.mark.parametrize('method', METHODS, ids=identifier)
 every_static_layer = pytest.mark.parametrize('method', STATIC_METHODS, ids=identifier)
 everything = pytest.mark.parametrize('method, case', products(METHODS, CASES), ids=identifier)
@@ -447,7 +444,6 @@ def test_round_trips(method: Method, case: Case, dtype: torch.dtype, round_trip)
         assert not other_tensors & {tensor.data_ptr() for tensor in layer.state_dict().values()}
 
 
-@pytest.mark.filterwarnings('ignore:.*torch.jit.*:FutureWarning', 'ignore:.*torch.jit.*:DeprecationWarning')
 @a_few_cases
 @both_modes
 def test_scripted_layer_equals_eager(method: Method, case: Case, training: bool) -> None:

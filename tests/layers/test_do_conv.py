@@ -21,8 +21,6 @@ from .cases import (
     relative_difference,
 )
 
-pytestmark = pytest.mark.filterwarnings('ignore:Using padding=.same. with even kernel:UserWarning')
-
 DO_METHODS = tuple(method for method in METHODS if method.cls is DOConv2d)
 
 

@@ -38,8 +38,6 @@ from .cases import (
     unit_roundoff,
 )
 
-pytestmark = pytest.mark.filterwarnings('ignore:Using padding=.same. with even kernel:UserWarning')
-
 DYNAMIC_METHODS = tuple(method for method in METHODS if method.dynamic)
 BIASED = Case('biased', 3, padding=1, bias=True)
 POINTWISE = Case('pointwise', 1, bias=True)

@@ -26,8 +26,6 @@ from .cases import (
     state,
 )
 
-pytestmark = pytest.mark.filterwarnings('ignore:Using padding=.same. with even kernel:UserWarning')
-
 REF_METHODS = (
     *(method for method in METHODS if method.cls is RefConv2d),
     Method('refconv_map_5', RefConv2d, lambda case: {'map_kernel_size': 5}),

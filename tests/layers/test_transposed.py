@@ -144,7 +144,6 @@ def test_round_trips(method: Method, case: TransposedCase) -> None:
         assert torch.equal(other(x), layer(x))
 
 
-@pytest.mark.filterwarnings('ignore:.*torch.jit.*:FutureWarning', 'ignore:.*torch.jit.*:DeprecationWarning')
 @every_layer
 @both_modes
 def test_scripted_layer_equals_eager(method: Method, training: bool) -> None:
