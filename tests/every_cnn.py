@@ -1,6 +1,6 @@
 """One architecture of every module of timm, converted, lifted and fused: the table every_cnn.csv.
 
-    python tests/every_cnn.py                  # writes the table anew (up to 19 GB of memory, for vgg11)
+    python tests/every_cnn.py                  # writes the table anew (up to 16 GB of memory, for vgg11)
     python tests/every_cnn.py resnet10t        # only these rows
 
 A row is one architecture and one variant. Everything is measured in evaluation mode and float64, on random weights and
