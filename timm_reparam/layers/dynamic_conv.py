@@ -417,9 +417,10 @@ class DynamicConv2d(ReparamConv2d):
         biases = self.residual_bias
         if biases is not None:
             biases = biases.unflatten(0, (self.num_kernels - 1, self.out_channels))
+        coefficients = coefficients.to(y.dtype)[:, :, None, None, None]
         for k in range(self.num_kernels - 1):
             change = self._convolve(x, residuals[k], None if biases is None else biases[k])
-            y = y + coefficients[:, k].to(y.dtype)[:, None, None, None] * change
+            y = y + coefficients[:, k] * change
         return y
 
     def _mix_kernels(self, x: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
