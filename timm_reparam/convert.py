@@ -232,7 +232,7 @@ class FusionReport:
         algebra: Between the model in float64 and its fusion in float64; at most 1e-10 when the algebra is right.
         stored: Between the fused model in its own dtype and the train-time model in float64.
         own: Between the train-time model in its own dtype and the same in float64: its own rounding.
-        bound: What `stored` may be at most: twice `own`, or a few units in the last place.
+        bound: What `stored` may be at most: twice `own`, or a few units in the last place (in float64, as `algebra`).
         top1_agreement: Share of inputs that both models, in their own dtype, put into the same class; None when the
             output is not one batch of logits.
         num_inputs: Number of inputs compared.
@@ -349,7 +349,7 @@ def verify_fusion(
         algebra=largest['algebra'] / scale,
         stored=largest['stored'] / scale,
         own=own,
-        bound=max(2 * own, _ALWAYS_ALLOWED_ULPS * torch.finfo(fused_dtype).eps),
+        bound=max(2 * own, _ALWAYS_ALLOWED_ULPS * torch.finfo(fused_dtype).eps, FusionReport.ALGEBRA_BOUND),
         top1_agreement=agreeing / num_inputs if classifies else None,
         num_inputs=num_inputs,
     )
