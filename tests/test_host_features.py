@@ -312,7 +312,13 @@ def test_layer_decay(variant: str, stock: str, options: dict) -> None:
 
 
 @variants
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=['bfloat16', 'float16'])
+@pytest.mark.parametrize(
+    'dtype',
+    [
+        pytest.param(torch.bfloat16, id='bfloat16'),
+        pytest.param(torch.float16, id='float16', marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize('channels_last', [False, True], ids=['contiguous', 'channels_last'])
 def test_training_under_autocast(variant: str, dtype: torch.dtype, channels_last: bool) -> None:
     """Outputs and states near those of float64, every gradient there and finite."""
