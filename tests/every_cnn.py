@@ -99,7 +99,8 @@ def random_stock(architecture: str) -> tuple[nn.Module, torch.Tensor]:
     """A stock model with random weights, and images for it.
 
     No scale of a channel and no zero-started tensor is left at rest, and the statistics of every BatchNorm are random
-    ones around those of the images: with others the signal fades from layer to layer, and the output shows nothing.
+    ones close to those of the images: with others the signal fades from layer to layer, and the output shows nothing,
+    or it grows, and rounding errors with it.
     """
     model = random_model(architecture)
     disturb(model, [name for name, tensor in model.named_parameters() if tensor.ndim > 1 and is_vector(tensor)])
@@ -120,7 +121,7 @@ def random_stock(architecture: str) -> tuple[nn.Module, torch.Tensor]:
         norm.running_mean += 0.1 * noise * norm.running_var.sqrt()
         # a channel of two images may hardly vary: divided by that, rounding errors would grow as much as the signal
         norm.running_var.clamp_(min=0.1 * norm.running_var.mean())
-        norm.running_var *= torch.rand(norm.running_var.shape, generator=generator) + 0.5
+        norm.running_var *= 0.2 * torch.rand(norm.running_var.shape, generator=generator) + 0.9
     return model, x
 
 
