@@ -72,16 +72,22 @@ def _thin_conv(
     return F.conv2d(x, weight, None, stride, (max(padding[0], 0), max(padding[1], 0)), dilation, groups)
 
 
-def _norm_scale_shift(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+def _scale_shift(
+    mean: torch.Tensor, variance: torch.Tensor, gamma: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A BatchNorm in evaluation as (scale, shift), each (channels,)."""
-    assert norm.running_mean is not None and norm.running_var is not None  # ACBlock2d's norms track them
-    scale = torch.rsqrt(norm.running_var + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    shift = -norm.running_mean * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias
+    scale = torch.rsqrt(variance + eps)
+    if gamma is not None:
+        scale = scale * gamma
+    shift = -mean * scale
+    if bias is not None:
+        shift = shift + bias
     return scale, shift
+
+
+def _norm_scale_shift(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+    assert norm.running_mean is not None and norm.running_var is not None  # ACBlock2d's norms track them
+    return _scale_shift(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
 
 
 class _Norm:
@@ -97,8 +103,8 @@ class _Norm:
         self.mean = entries.pop(f'{prefix}running_mean').double()
         self.variance = entries.pop(f'{prefix}running_var').double()
         self.gamma = entries.pop(f'{prefix}weight', torch.ones_like(self.mean)).double()
-        self.scale = self.gamma * torch.rsqrt(self.variance + eps)
-        self.shift = entries.pop(f'{prefix}bias', torch.zeros_like(self.mean)).double() - self.mean * self.scale
+        bias = entries.pop(f'{prefix}bias', torch.zeros_like(self.mean)).double()
+        self.scale, self.shift = _scale_shift(self.mean, self.variance, self.gamma, bias, eps)
 
 
 def _add_skeleton(
