@@ -105,7 +105,7 @@ def convert_model(model: nn.Module, variant: str, *, skip: Skip = (), init: str 
         ReparamError: the variant or an option is unknown, the model is converted already, an entry of `skip` matches
             nothing, a layer cannot take a convolution, or there is nothing to convert. The model is unchanged.
     """
-    layers = _layers(variant)
+    layers = layers_of(variant)
     check_init(f"convert_model('{variant}')", init)
     _refuse_wrapped(model, 'convert_model')
     if type(model) in layers:
@@ -120,7 +120,7 @@ def convert_model(model: nn.Module, variant: str, *, skip: Skip = (), init: str 
             'a stock model, or fuse_model() this one first'
         )
     skip_names = _skip_names(model, skip)
-    plan = plan_conversion(model, variant, skip=skip_names)
+    plan = _plan(model, layers, skip_names)
     replacements: dict[int, nn.Module] = {}
     refusals: dict[str, list[str]] = {}
     for name, why_plain in plan.items():
@@ -134,10 +134,11 @@ def convert_model(model: nn.Module, variant: str, *, skip: Skip = (), init: str 
     if refusals:
         raise ReparamError('\n'.join(f'{", ".join(names)}: {refusal}' for refusal, names in refusals.items()))
     if not replacements:
+        expected = ' or '.join(t.__name__ for t in layers)
         reasons = ', '.join(f'{number} {reason}' for reason, number in Counter(plan.values()).items())
         raise ReparamError(
-            f'nothing to convert to {variant}: looked for {_type_names(layers)} of the kernel sizes that the method '
-            f'takes; {type(model).__name__} holds {len(plan)} convolutions{reasons and f": {reasons}"}'
+            f'nothing to convert to {variant}: looked for {expected} of the kernel sizes that the method takes; '
+            f'{type(model).__name__} holds {len(plan)} convolutions{reasons and f": {reasons}"}'
         )
     for module in list(model.modules()):
         # _modules, because named_children leaves out a child's second name
@@ -167,8 +168,11 @@ def plan_conversion(model: nn.Module, variant: str, *, skip: Skip = ()) -> dict[
     Raises:
         ReparamError: the variant is unknown, or an entry of `skip` matches nothing.
     """
-    layers = _layers(variant)
-    plain = _plain_modules(model, _skip_names(model, skip))
+    return _plan(model, layers_of(variant), _skip_names(model, skip))
+
+
+def _plan(model: nn.Module, layers: dict[type[nn.Module], type[ReparamLayer]], skip_names: list[str]) -> dict[str, str]:
+    plain = _plain_modules(model, skip_names)
     stems = _stems(model, layers)
     plan = {}
     for name, conv in model.named_modules():
@@ -386,10 +390,9 @@ def lift_state_dict(
     for name in set(stems) & layers.keys():
         weight = state_dict.get(f'{name}.weight')
         if not lifted and weight is not None and weight.shape[1] != layers[name].weight.shape[1]:
-            prefix = f'{name}.'
-            entries = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+            entries = entries_by_module(state_dict, [name])[name]
             state_dict[f'{name}.weight'] = _fold_entries(name, layers[name], entries)
-            lifted = {key for key in added if key.startswith(prefix)}
+            lifted = {key for key in added if key.startswith(f'{name}.')}
     if lifted and not_lifted is not None:
         raise not_lifted
     state_dict.update((key, own[key].detach().clone()) for key in lifted)
@@ -418,6 +421,18 @@ def lift_state_dict(
             'load it into the architecture and with the conv_options that it was made with'
         )
     return state_dict
+
+
+def entries_by_module(state_dict: dict[str, torch.Tensor], names: Iterable[str]) -> dict[str, dict[str, torch.Tensor]]:
+    """What a checkpoint holds of each of these modules, under keys without the module's name."""
+    entries: dict[str, dict[str, torch.Tensor]] = {name: {} for name in names}
+    for key, value in state_dict.items():
+        parts = key.split('.')
+        for length in range(len(parts)):
+            name = '.'.join(parts[:length])
+            if name in entries:
+                entries[name]['.'.join(parts[length:])] = value
+    return entries
 
 
 def listed_problems(problems: dict[str, list[str]]) -> str:
@@ -500,15 +515,11 @@ def _unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def _layers(variant: str) -> dict[type[nn.Module], type[ReparamLayer]]:
-    """The layers of a variant, by the exact type of convolution that they replace."""
+def layers_of(variant: str) -> dict[type[nn.Module], type[ReparamLayer]]:
+    """The layers of a variant, by the exact type of convolution that they replace; ReparamError if it is unknown."""
     if variant not in VARIANTS:
         raise ReparamError(f'unknown variant {variant!r}; the variants are: {", ".join(sorted(VARIANTS))}')
     return {conv_type: layer for layer in VARIANTS[variant] for conv_type in layer.conv_types}
-
-
-def _type_names(types: Iterable[type]) -> str:
-    return ' or '.join(t.__name__ for t in types)
 
 
 def _skip_names(model: nn.Module, skip: Skip) -> list[str]:

@@ -13,7 +13,7 @@ import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from .convert import VARIANTS, fresh_layer, is_variant, listed_problems
+from .convert import VARIANTS, entries_by_module, fresh_layer, is_variant, listed_problems
 from .errors import ReparamError
 from .layers import ReparamLayer
 from .layers.base import Imported, conv_arguments
@@ -48,8 +48,9 @@ def import_state_dict(state_dict: dict[str, torch.Tensor], model: nn.Module) -> 
     translated = dict(state_dict)
     imported: dict[str, Imported] = {}
     missing = []
-    for name, conv in _convolutions(model):
-        entries = _entries(state_dict, name)
+    convolutions = dict(_convolutions(model))
+    for name, given in entries_by_module(state_dict, convolutions).items():
+        conv, entries = convolutions[name], dict(given)
         method = _method_of(conv, entries)
         if method is None:
             continue
@@ -60,7 +61,7 @@ def import_state_dict(state_dict: dict[str, torch.Tensor], model: nn.Module) -> 
             continue
         except ReparamError as error:
             raise ReparamError(f'{name or "the model"}: {error}') from None
-        for key in _entries(state_dict, name).keys() - entries.keys():
+        for key in given.keys() - entries.keys():
             del translated[_key(name, key)]
         translated.update(_prefixed(name, imported[name].entries))
     if missing:
@@ -72,8 +73,8 @@ def import_state_dict(state_dict: dict[str, torch.Tensor], model: nn.Module) -> 
     _place_constants(translated, imported, model)
     # What the checkpoint has plain, or as a kernel only, starts as in a lift.
     composed = []
-    for name, layer in _convolutions(model):
-        entries = _entries(translated, name)
+    for name, entries in entries_by_module(translated, convolutions).items():
+        layer = convolutions[name]
         if is_variant(layer) and 'weight' in entries and entries.keys() <= {'weight', 'bias'}:
             composed += [name] if name in imported else []
             translated.update(_prefixed(name, {**fresh_layer(layer, entries['weight']).state_dict(), **entries}))
@@ -119,11 +120,6 @@ def _convolutions(model: nn.Module) -> Iterator[tuple[str, _ConvNd]]:
             yield name, module
 
 
-def _entries(state_dict: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
-    prefix = f'{name}.' if name else ''
-    return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-
-
 def _key(name: str, key: str) -> str:
     return f'{name}.{key}' if name else key
 
@@ -150,7 +146,7 @@ def _translate(conv: _ConvNd, method: type[ReparamLayer], entries: dict[str, tor
             'choose the model and its skip= as the checkpoint was made'
         )
     # a stand-in of that method, of which the kernel is taken
-    layer = method.from_conv(nn.Conv2d(**conv_arguments(conv)))
+    layer = method.from_conv(nn.Conv2d(**conv_arguments(conv), device='meta'))
     found = layer.from_foreign(entries)
     layer = fresh_layer(layer, found.entries['weight'])
     try:
