@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from layers.cases import assert_same_state, state
 from stand_in import random_model, randomise
 from timm.layers import CondConv2d, Conv2dSame, StdConv2d
 from timm.utils import ModelEmaV3, reparameterize_model
@@ -56,17 +57,6 @@ class Folding(nn.Module):
 
 def images(*size: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
-
-
-def state(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def assert_same_state(model: nn.Module, expected: dict[str, torch.Tensor]) -> None:
-    found = model.state_dict()
-    assert list(found) == list(expected)
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
 
 
 def disturbed(model: nn.Module, seed: int = 3) -> nn.Module:

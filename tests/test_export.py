@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layers.cases import relative_difference
 from stand_in import random_model, randomise
 from timm.layers import Conv2dSame, create_feature_extractor, set_exportable
 from torch import nn
@@ -98,11 +99,6 @@ def attention_varies(model: nn.Module) -> bool:
         hook.remove()
     kernels = [layer.sample_kernels(inputs[layer]) for layer in layers]
     return bool(layers) and all((k.std(0).max() > 1e-2 * k.abs().max()) for k in kernels)
-
-
-def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    assert found.shape == expected.shape
-    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 def assert_equal_on_other_batches(function: Callable, model: nn.Module, bound: float, size: int = 16) -> None:

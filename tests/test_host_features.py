@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import timm
 import torch
+from layers.cases import assert_same_state, relative_difference, state
 from stand_in import random_model, randomise
 from timm.layers import convert_sync_batchnorm, set_reentrant_ckpt, use_reentrant_ckpt
 from timm.optim import create_optimizer_v2
@@ -49,21 +50,6 @@ def build(variant: str, dtype: torch.dtype = torch.float32, **options) -> nn.Mod
     """A narrow ResNet as a variant, everything randomised, in eval mode."""
     model = random_model('resnet10t', **NARROW)
     return disturbed(convert_model(model, variant, **options)).to(dtype)
-
-
-def state(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_same_state(found: nn.Module, expected: dict[str, torch.Tensor]) -> None:
-    found_state = found.state_dict()
-    assert list(found_state) == list(expected)
-    for name, tensor in expected.items():
-        assert torch.equal(found_state[name], tensor), name
-
-
-def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 def step(model: nn.Module, x: torch.Tensor, lr: float = 0.01) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ import timm
 import torch
 from hub_server import HubServer
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from layers.cases import relative_difference
 from safetensors.torch import save_file
 from stand_in import add_stock, random_model
 from timm.models import save_for_hf
@@ -94,10 +95,6 @@ def variant_layers(model: nn.Module, variant: str) -> dict[str, nn.Module]:
 def assert_same_function(model: nn.Module, expected: nn.Module, channels: int = 3, method: str = '__call__') -> None:
     x = images(channels)
     torch.testing.assert_close(getattr(model, method)(x), getattr(expected, method)(x), rtol=0, atol=0)
-
-
-def relative_difference(value: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((value - expected).abs().max() / expected.abs().max()).item()
 
 
 # Stock checkpoints, lifted -------------------------------------------------------------------------------------------
