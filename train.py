@@ -86,9 +86,9 @@ from timm_reparam import (
     verify_fusion,
 )
 from timm_reparam.convert import VARIANTS, variant_of
-from timm_reparam.hub import base_model_facts, publish
+from timm_reparam.hub import publish
 from timm_reparam.hub.checkpoint import check_pair, check_tag, folder_name, save_checkpoint, save_pair
-from timm_reparam.hub.training import PRIVATE_SETTINGS, read_training
+from timm_reparam.hub.training import PRIVATE_SETTINGS, base_model_facts, read_training
 from timm_reparam.profile import compare_profiles, format_comparison, format_profiles
 
 _logger = logging.getLogger('train')
@@ -2072,15 +2072,10 @@ def training_facts(
     """What the saved folders tell of this training."""
     args = run.args
     forms = ('train_time', 'fused')
-    base: dict[str, Any] | None = None
     cfg: Any = run.form.pretrained_cfg
-    if args.pretrained_path or args.initial_checkpoint:
-        base = dict(id=None, revision=None, license=None)
-    elif args.pretrained:
-        base = base_model_facts(cfg)
     names = class_names(run.datasets[0])
     return dict(
-        base_model=base,
+        base_model=base_model_facts(vars(args), cfg),
         dataset=dict(
             name=args.dataset or Path(args.data_dir).resolve().name,
             split=args.val_split or None,

@@ -2,7 +2,6 @@
 
 from .cards import check_facts, render_card
 from .checkpoint import (
-    base_model_facts,
     check_pair,
     check_tag,
     convert_checkpoint,
@@ -16,6 +15,7 @@ from .checkpoint import (
 from .publish import RepoResult, SyncReport, publish, self_check
 from .pull import VerifyReport, pull, verify
 from .sync import sync
+from .training import base_model_facts
 
 __all__ = [
     'RepoResult',

@@ -24,7 +24,6 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
-from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from timm.models import get_model_args, load_state_dict
 from timm.models._hub import load_model_config_from_path, save_config_for_hf
@@ -34,7 +33,7 @@ from torch import nn
 from ..convert import FusionReport, fuse_model, is_variant, stock_architecture, variant_of, verify_fusion
 from ..errors import ReparamError
 from ..layers import DynamicConv2d
-from ..models._registry import is_variant_name
+from ..models._registry import cfg_with_weights, is_variant_name
 from .cards import (
     CARD_NAME,
     CONFIG_NAME,
@@ -54,7 +53,6 @@ except ImportError:  # only POSIX has it; elsewhere two saves into one folder at
     fcntl = None  # type: ignore[assignment]  # a module's name cannot be declared optional
 
 __all__ = [
-    'base_model_facts',
     'check_pair',
     'check_tag',
     'convert_checkpoint',
@@ -118,23 +116,6 @@ def check_tag(tag: str, model_name: str = 'model') -> str:
         except HFValidationError as error:
             raise ReparamError(f'tag: {tag!r} makes no legal repo name ({error}); give another --tag') from error
     return tag
-
-
-def base_model_facts(pretrained_cfg: Mapping[str, Any]) -> dict[str, str | None]:
-    """Return the fact ``base_model`` of a training that started from the published weights of a configuration.
-
-    Args:
-        pretrained_cfg: The ``pretrained_cfg`` of a model that was created with ``pretrained=True``.
-
-    Returns:
-        id: Repo of the weights; None if they came from elsewhere.
-        revision: Commit that they were fetched by, where the client's cache tells it.
-        license: Their licence, if it is known.
-    """
-    repo_id, _, revision = (pretrained_cfg.get('hf_hub_id') or '').partition('@')
-    path = try_to_load_from_cache(repo_id, WEIGHTS_NAME, revision=revision or None) if repo_id else None
-    commit = Path(path).parent.name if isinstance(path, str) else None
-    return dict(id=repo_id or None, revision=commit or revision or None, license=pretrained_cfg.get('license'))
 
 
 def save_checkpoint(
@@ -361,9 +342,7 @@ def convert_checkpoint(
         cfg, model_args, facts = _described_by(source, model_name, model_args)
     state = _read_weights(source / WEIGHTS_NAME if source.is_dir() else source)
     skeleton = _on_meta(model_name, model_args)
-    cfg = {**(skeleton.pretrained_cfg if cfg is None else cfg), 'architecture': model_name, 'state_dict': state}
-    for key in ('source', 'url', 'file', 'hf_hub_id', 'hf_hub_filename', 'label_offset'):
-        cfg.pop(key, None)
+    cfg = {**cfg_with_weights(skeleton.pretrained_cfg if cfg is None else cfg, state), 'architecture': model_name}
     classifiers = cfg.get('classifier') or skeleton.pretrained_cfg.get('classifier') or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
     heads = [state[f'{name}.weight'] for name in classifiers if f'{name}.weight' in state]

@@ -3,18 +3,21 @@
 import argparse
 import pickle
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from huggingface_hub import try_to_load_from_cache
 from timm.data import resolve_input_data_config
 from timm.models import clean_state_dict
 from torch import nn
 
 from ..errors import ReparamError
+from .cards import WEIGHTS_NAME
 
-__all__ = ['PRIVATE_SETTINGS', 'load_training', 'read_training']
+__all__ = ['PRIVATE_SETTINGS', 'base_model_facts', 'load_training', 'read_training']
 
 # Settings that tell of a machine or an account, not of a training.
 PRIVATE_SETTINGS = (
@@ -47,6 +50,30 @@ def read_training(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or 'state_dict' not in checkpoint:
         raise ReparamError(f'{path}: not a training checkpoint; weights alone are for --initial-checkpoint of train.py')
     return checkpoint
+
+
+def base_model_facts(settings: Mapping[str, Any], pretrained_cfg: Mapping[str, Any]) -> dict[str, str | None] | None:
+    """Return the fact ``base_model`` of a training: the weights that it started from.
+
+    Args:
+        settings: The settings of the run.
+        pretrained_cfg: The ``pretrained_cfg`` of its model.
+
+    Returns:
+        None if it started from random weights, otherwise
+
+        id: Repo of the weights; None if they came from elsewhere.
+        revision: Commit that they were fetched by, where the client's cache tells it.
+        license: Their licence, if it is known.
+    """
+    if settings.get('pretrained_path') or settings.get('initial_checkpoint'):
+        return dict(id=None, revision=None, license=None)
+    if not settings.get('pretrained'):
+        return None
+    repo_id, _, revision = (pretrained_cfg.get('hf_hub_id') or '').partition('@')
+    path = try_to_load_from_cache(repo_id, WEIGHTS_NAME, revision=revision or None) if repo_id else None
+    commit = Path(path).parent.name if isinstance(path, str) else None
+    return dict(id=repo_id or None, revision=commit or revision or None, license=pretrained_cfg.get('license'))
 
 
 def load_training(path: str | Path) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
@@ -96,12 +123,10 @@ def _model_arguments(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _facts(checkpoint: dict[str, Any], settings: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    base: dict[str, Any] | None = None
-    if settings.get('pretrained_path') or settings.get('initial_checkpoint'):
-        base = dict(id=None, revision=None, license=None)
-    elif settings.get('pretrained'):
-        cfg: Any = model.pretrained_cfg
-        base = dict(id=cfg.get('hf_hub_id'), revision=None, license=cfg.get('license'))
+    cfg: Any = model.pretrained_cfg
+    base = base_model_facts(settings, cfg)
+    if base is not None:
+        base['revision'] = None  # the client's cache may hold a later commit than the one that the run started from
     data = settings.get('data_dir') or settings.get('data')
     metric, metric_name = checkpoint.get('metric'), settings.get('eval_metric')
     return dict(

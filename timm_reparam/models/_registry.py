@@ -8,7 +8,7 @@ import sys
 import types
 import warnings
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from timm.models import (
 )
 from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureHookNet
 
-from ..convert import VARIANTS, convert_model, lift_state_dict
+from ..convert import VARIANTS, convert_model, layers_of, lift_state_dict
 from ..errors import ReparamError
 from ..importers import import_state_dict
 
@@ -57,8 +57,7 @@ def register_variant(stock_name: str, variant: str) -> str:
     Raises:
         ReparamError: the architecture or the variant is unknown, or the name exists.
     """
-    if variant not in VARIANTS:
-        raise ReparamError(f'unknown variant {variant!r}; the variants are: {", ".join(sorted(VARIANTS))}')
+    layers_of(variant)  # refuses what is none
     if not is_model(stock_name):
         raise ReparamError(f'{stock_name!r} is no architecture of timm; see timm.list_models(), and leave out the tag')
     if is_variant_name(stock_name):
@@ -71,6 +70,12 @@ def register_variant(stock_name: str, variant: str) -> str:
         vars(module).update(default_cfgs={}, __all__=[])
         sys.modules[module_name] = module
     return _register(module, stock_name, variant)
+
+
+def cfg_with_weights(pretrained_cfg: Mapping[str, Any], state_dict: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """A pretrained_cfg from which timm loads these weights into any architecture, whatever its own ones were."""
+    sources = ('source', 'url', 'file', 'hf_hub_id', 'hf_hub_filename', 'architecture', 'label_offset')
+    return {key: value for key, value in pretrained_cfg.items() if key not in sources} | {'state_dict': state_dict}
 
 
 def is_variant_name(name: str) -> bool:
@@ -168,11 +173,9 @@ class _Loader:
         self, state_dict: dict[str, torch.Tensor], pretrained_cfg: dict[str, Any]
     ) -> dict[str, torch.Tensor] | None:
         """A checkpoint as the stock entrypoint's own filter reads it, or None if it cannot."""
-        sources = ('source', 'url', 'file', 'hf_hub_id', 'hf_hub_filename', 'architecture', 'label_offset')
-        cfg = {key: value for key, value in pretrained_cfg.items() if key not in sources}
+        cfg = cfg_with_weights(pretrained_cfg, state_dict)
         # as many classes and channels as the checkpoint has: adapting them is left to the load that is under way
         cfg['num_classes'] = cfg.get('num_classes', 1000) + (pretrained_cfg.get('label_offset') or 0)
-        cfg['state_dict'] = state_dict
         kwargs = dict(self.model_kwargs, num_classes=cfg['num_classes'], in_chans=cfg.get('input_size', (3,))[0])
         try:
             stock = model_entrypoint(self.stock_name)(pretrained=True, pretrained_cfg=cfg, **kwargs)
