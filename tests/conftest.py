@@ -24,7 +24,8 @@ for _name in os.environ.keys() - _environment.keys():
     del os.environ[_name]
 os.environ.update(_environment)
 if 'PYTEST_XDIST_WORKER' in os.environ:
-    os.environ.setdefault('OMP_NUM_THREADS', '1')  # the workers share the cores already
+    # the workers share the cores already: two threads each would wait for one another most of the time
+    torch.set_num_threads(int(os.environ.setdefault('OMP_NUM_THREADS', '1')))  # torch read the variable at its import
 
 
 def pytest_report_header() -> str:
