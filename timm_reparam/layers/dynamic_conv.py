@@ -359,7 +359,8 @@ class DynamicConv2d(ReparamConv2d):
         """pi_k - pi_K, (batch, num_kernels - 1), in the parameters' dtype."""
         logits = self.attention(x.mean((2, 3), dtype=self.weight.dtype))
         attention = (logits / temperature).softmax(1)
-        return attention[:, :-1] - attention[:, -1:]
+        others, last = attention.split([self.num_kernels - 1, 1], dim=1)
+        return others - last
 
     def _mix(self, coefficients: torch.Tensor, mean: torch.Tensor, residuals: torch.Tensor) -> torch.Tensor:
         """mean + sum_k coefficients_k residuals_k for each sample, (batch, *mean.shape)."""
