@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn as nn
 
 from timm_reparam import ReparamError
 from timm_reparam.layers import ACBlock2d, ACConv2d
+from timm_reparam.layers.ac_conv import _Variance
 
 from . import oracles
 from .cases import (
@@ -206,6 +208,57 @@ def test_lift_starts_with_fresh_side_kernels_and_gamma_zero() -> None:
         assert (getattr(layer, f'{side}_gamma').grad != 0).all()
 
 
+def kept_for_backward(function: Callable, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Output of a function, and what autograd keeps of it for the backward pass."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        return function(x), kept
+
+
+def test_variance_is_torchs() -> None:
+    x = (3 + torch.randn(2, 3, 4, 5, generator=generator(1))).to(torch.float64).requires_grad_()
+    for values, dims in ((x, (0, 2, 3)), (x[0], (1, 2))):
+        assert relative_difference(_Variance.apply(values), values.var(dims, unbiased=False)) <= ALGEBRA
+        assert torch.autograd.gradcheck(_Variance.apply, values)
+        assert torch.autograd.gradgradcheck(_Variance.apply, values)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_variance_of_a_low_precision_is_taken_in_float32_and_keeps_no_copy(dtype: torch.dtype) -> None:
+    x = (3 + torch.randn(2, 3, 8, 8, generator=generator(1))).to(dtype).requires_grad_()
+    variance, kept = kept_for_backward(_Variance.apply, x)
+    assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr()]
+    variance.sum().backward()
+    exact = x.detach().double().requires_grad_()
+    expected = exact.var((0, 2, 3), unbiased=False)
+    expected.sum().backward()
+    assert variance.dtype == torch.float32
+    assert relative_difference(variance.double(), expected) <= 1e-5
+    assert relative_difference(x.grad.double(), exact.grad) <= 4 * unit_roundoff(dtype)
+
+
+@every_case
+def test_recomputed_branches_are_the_kept_ones(case: Case) -> None:
+    layers = [randomised(case, recompute=recompute).train() for recompute in (False, True)]
+    outputs, inputs, sizes = [], [], []
+    for layer in layers:
+        x = case.input(batch=8).requires_grad_()
+        y, kept = kept_for_backward(layer, x)
+        y.square().sum().backward()
+        outputs.append(y)
+        inputs.append(x.grad)
+        kept = {tensor.untyped_storage().data_ptr(): tensor.numel() for tensor in kept}
+        own = {value.untyped_storage().data_ptr() for value in (*layer.parameters(), x)}
+        sizes.append(sum(numel for pointer, numel in kept.items() if pointer not in own))
+    assert relative_difference(*outputs) <= ALGEBRA
+    assert relative_difference(*inputs) <= ALGEBRA
+    if case.padding_mode == 'zeros' and not case.same:  # elsewhere the padded input is kept, too
+        assert sizes[0] - sizes[1] >= 2 * outputs[0].numel()
+    for (name, kept), (_, recomputed) in zip(layers[0].named_parameters(), layers[1].named_parameters(), strict=True):
+        assert relative_difference(kept.grad, recomputed.grad) <= ALGEBRA, name
+    assert_same_state(layers[0], state(layers[1]))  # the running variances moved once
+
+
 # The plain form -------------------------------------------------------------------------------------------------------
 
 
@@ -394,6 +447,7 @@ BAD_LIFT_OPTIONS = [
     ({'branch_norm': 'none', 'scale': 0.0}, ['scale', '0.0', 'scratch']),
 ]
 BAD_OPTIONS = [
+    ({'branch_norm': 'none', 'recompute': True}, ["branch_norm='none'", 'recompute=True']),
     ({'branch_norm': 'layer'}, ['branch_norm', "'layer'", 'batch', 'none']),
     ({'branch_norm': None}, ['branch_norm', 'None', 'batch']),
     ({'branch_norm': 'none', 'gamma_init': 1.0}, ['gamma_init', 'branch_norm']),

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from timm.layers import to_2tuple
 from timm.layers.padding import pad_same
 from torch.nn.modules.conv import _ConvNd
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import ReparamError
 from .base import Imported, Method, PaddingMode, ReparamConv2d, autocast_disabled, conv_arguments, exact_copy
@@ -111,12 +112,48 @@ def _add_skeleton(
     square: torch.Tensor, vertical: torch.Tensor, horizontal: torch.Tensor, kernel_size: tuple[int, int]
 ) -> torch.Tensor:
     """Add a kh x 1 and a 1 x kw kernel to the middle column and row of a kh x kw one."""
-    # not F.pad, after which the legacy ONNX exporter does not know the kernel's shape
     down, across = kernel_size[0] // 2, kernel_size[1] // 2
-    left, middle, right = square.split([across, 1, across], dim=3)
-    square = torch.cat([left, middle + vertical, right], dim=3)
-    top, middle, bottom = square.split([down, 1, down], dim=2)
-    return torch.cat([top, middle + horizontal, bottom], dim=2)
+    vertical = F.pad(vertical, [across, across, 0, 0])
+    horizontal = F.pad(horizontal, [0, 0, down, down])
+    kernel = square + vertical + horizontal
+    return kernel.view(square.shape)  # the legacy ONNX exporter does not know the shape after a pad
+
+
+def _variance(values: torch.Tensor) -> torch.Tensor:
+    """Biased variance of each channel of (batch, channels, height, width), the batch left out or not, in float32."""
+    values = _widened(values)
+    dims = [0, 2, 3] if values.dim() == 4 else [1, 2]
+    if values.numel() == 0:  # an empty batch has none
+        return values.sum(dims)
+    if values.device.type != 'cpu':
+        return torch.var(values, dims, unbiased=False)
+    # on the CPU torch.var takes several times as long, forward and backward
+    centred = values - values.mean(dims, keepdim=True)
+    return (centred * centred).mean(dims)
+
+
+def _widened(values: torch.Tensor) -> torch.Tensor:
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+class _Variance(torch.autograd.Function):
+    """:func:`_variance`, keeping its input for the backward pass and nothing else, in the input's own dtype."""
+
+    @staticmethod
+    def forward(values: torch.Tensor) -> torch.Tensor:
+        return _variance(values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        (values,), (gradient,) = ctx.saved_tensors, gradients
+        wide = _widened(values)
+        mean = wide.mean([0, 2, 3] if wide.dim() == 4 else [1, 2], keepdim=True)
+        factor = (gradient * (2 * gradient.numel() / max(values.numel(), 1))).view(-1, 1, 1)
+        return torch.addcmul(-factor * mean, factor, wide).to(values.dtype)
 
 
 class ACConv2d(ReparamConv2d):
@@ -157,6 +194,8 @@ class ACConv2d(ReparamConv2d):
         scale: Factor on the sum of the kernels; 'none' only.
         eps: Added to the variance; 'batch' only.
         momentum: Weight of the newest batch in the running variance; 'batch' only.
+        recompute: Whether the branches' outputs are computed again in the backward pass instead of kept, which costs
+            their two convolutions and saves two tensors of the output's size; 'batch' only.
 
     Raises:
         ReparamError: an even kernel side, an unknown branch_norm, or an option that belongs to the other branch_norm.
@@ -188,6 +227,7 @@ class ACConv2d(ReparamConv2d):
         scale: float = 1.0,
         eps: float = _EPS,
         momentum: float = _MOMENTUM,
+        recompute: bool = False,
     ) -> None:
         _check_odd('ACConv2d', to_2tuple(kernel_size))
         if branch_norm not in ('batch', 'none'):
@@ -200,6 +240,10 @@ class ACConv2d(ReparamConv2d):
             raise ReparamError(
                 f"ACConv2d: branch_norm='none' has no norm, got eps={eps} and momentum={momentum}; leave them out"
             )
+        if branch_norm == 'none' and recompute:
+            raise ReparamError(
+                f"ACConv2d: branch_norm='none' keeps no branches to recompute, got recompute={recompute}; leave it out"
+            )
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
@@ -209,6 +253,7 @@ class ACConv2d(ReparamConv2d):
         self.scale = float(scale)
         self.eps = eps
         self.momentum = momentum
+        self.recompute = recompute
         shape = self.weight.shape
         self.vertical_weight = nn.Parameter(torch.empty(*shape[:3], 1, **factory))
         self.horizontal_weight = nn.Parameter(torch.empty(*shape[:2], 1, shape[3], **factory))
@@ -297,7 +342,8 @@ class ACConv2d(ReparamConv2d):
     def _compose(self) -> torch.Tensor:
         vertical, horizontal = self.vertical_weight, self.horizontal_weight
         if self.vertical_gamma is None:
-            return self.scale * _add_skeleton(self.weight, vertical, horizontal, self.kernel_size)
+            kernel = _add_skeleton(self.weight, vertical, horizontal, self.kernel_size)
+            return kernel if self.scale == 1 else self.scale * kernel
         vertical_scale = self.vertical_gamma * torch.rsqrt(self.vertical_running_var + self.eps)
         horizontal_scale = self.horizontal_gamma * torch.rsqrt(self.horizontal_running_var + self.eps)
         scaled_vertical = vertical_scale.view(-1, 1, 1, 1) * vertical
@@ -320,23 +366,55 @@ class ACConv2d(ReparamConv2d):
             # left and right, top and bottom are equal: sides are odd
             padding = (self._reversed_padding_repeated_twice[2], self._reversed_padding_repeated_twice[0])
         vertical_padding, horizontal_padding = _thin_padding(self.kernel_size, padding, self.dilation)
-        vertical = _thin_conv(x, self.vertical_weight, self.stride, vertical_padding, self.dilation, self.groups)
-        vertical_scale = self._branch_scale(vertical, self.vertical_gamma, self.vertical_running_var)
-        horizontal = _thin_conv(x, self.horizontal_weight, self.stride, horizontal_padding, self.dilation, self.groups)
-        horizontal_scale = self._branch_scale(horizontal, self.horizontal_gamma, self.horizontal_running_var)
-        return y + vertical_scale * vertical + horizontal_scale * horizontal
+        y = self._add_branch(
+            y, x, self.vertical_weight, vertical_padding, self.vertical_gamma, self.vertical_running_var
+        )
+        return self._add_branch(
+            y, x, self.horizontal_weight, horizontal_padding, self.horizontal_gamma, self.horizontal_running_var
+        )
 
-    def _branch_scale(self, branch: torch.Tensor, gamma: torch.Tensor, running_var: torch.Tensor) -> torch.Tensor:
-        """gamma over the standard deviation of a branch's output, (out_channels, 1, 1); moves the running variance."""
-        if branch.numel() == 0:  # an empty batch has no variance
-            return torch.zeros_like(gamma).view(-1, 1, 1)
-        values = branch.float() if branch.dtype in (torch.float16, torch.bfloat16) else branch
-        dims = [0, 2, 3] if values.dim() == 4 else [1, 2]
-        variance = torch.var(values, dims, unbiased=False)
-        count = values.numel() // max(values.shape[-3], 1)
-        unbiased = variance.detach() * (count / max(count - 1, 1))
-        running_var.lerp_(unbiased.to(running_var.dtype), self.momentum)
-        return (gamma * torch.rsqrt(variance + self.eps)).to(branch.dtype).view(-1, 1, 1)
+    def _add_branch(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        padding: tuple[int, int],
+        gamma: torch.Tensor,
+        running_var: torch.Tensor,
+    ) -> torch.Tensor:
+        """Add a branch's scaled output to y; moves the running variance."""
+        if torch.jit.is_scripting() or not self.recompute:
+            branch, scale, variance = self._branch(x, weight, padding, gamma)
+            y = torch.addcmul(y, scale, branch)
+        else:
+            change, variance = checkpoint(
+                self._scaled_branch, x, weight, padding, gamma, use_reentrant=False, preserve_rng_state=False
+            )
+            y = y + change
+        count = y.numel() // max(self.out_channels, 1)
+        if count > 0:
+            unbiased = variance.detach() * (count / max(count - 1, 1))
+            running_var.lerp_(unbiased.to(running_var.dtype), self.momentum)
+        return y
+
+    def _branch(
+        self, x: torch.Tensor, weight: torch.Tensor, padding: tuple[int, int], gamma: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Output of a branch, its scale (out_channels, 1, 1), gamma over the standard deviation, and its variance."""
+        branch = _thin_conv(x, weight, self.stride, padding, self.dilation, self.groups)
+        if torch.jit.is_scripting() or torch.jit.is_tracing():
+            variance = _variance(branch)
+        else:
+            variance = _Variance.apply(branch)
+        scale = gamma * torch.rsqrt(variance + self.eps)
+        return branch, scale.to(branch.dtype).view(-1, 1, 1), variance
+
+    @torch.jit.unused
+    def _scaled_branch(
+        self, x: torch.Tensor, weight: torch.Tensor, padding: tuple[int, int], gamma: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        branch, scale, variance = self._branch(x, weight, padding, gamma)
+        return scale * branch, variance
 
     def extra_repr(self) -> str:
         options = f", branch_norm='{self.branch_norm}'"
