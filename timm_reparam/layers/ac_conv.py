@@ -22,7 +22,16 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import ReparamError
-from .base import Imported, Method, PaddingMode, ReparamConv2d, autocast_disabled, conv_arguments, exact_copy
+from .base import (
+    Imported,
+    Method,
+    PaddingMode,
+    ReparamConv2d,
+    autocast_disabled,
+    conv_arguments,
+    exact_copy,
+    is_recorded,
+)
 
 __all__ = ['ACConv2d', 'ACBlock2d']
 
@@ -113,10 +122,37 @@ def _add_skeleton(
 ) -> torch.Tensor:
     """Add a kh x 1 and a 1 x kw kernel to the middle column and row of a kh x kw one."""
     down, across = kernel_size[0] // 2, kernel_size[1] // 2
+    if not torch.jit.is_scripting() and not is_recorded():
+        return _AddSkeleton.apply(square, vertical, horizontal)
     vertical = F.pad(vertical, [across, across, 0, 0])
     horizontal = F.pad(horizontal, [0, 0, down, down])
     kernel = square + vertical + horizontal
     return kernel.view(square.shape)  # the legacy ONNX exporter does not know the shape after a pad
+
+
+class _AddSkeleton(torch.autograd.Function):
+    """:func:`_add_skeleton` in one copy of the square kernel, and gradients that are views."""
+
+    @staticmethod
+    def forward(square: torch.Tensor, vertical: torch.Tensor, horizontal: torch.Tensor) -> torch.Tensor:
+        kernel = square.clone()
+        column, row = _AddSkeleton.middle(kernel)
+        column += vertical
+        row += horizontal
+        return kernel
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        """Nothing is needed for the backward pass."""
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return gradients[0], *_AddSkeleton.middle(gradients[0])
+
+    @staticmethod
+    def middle(kernel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The middle column (.., kh, 1) and the middle row (.., 1, kw)."""
+        return kernel.narrow(3, kernel.shape[3] // 2, 1), kernel.narrow(2, kernel.shape[2] // 2, 1)
 
 
 def _variance(values: torch.Tensor) -> torch.Tensor:
@@ -402,7 +438,7 @@ class ACConv2d(ReparamConv2d):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Output of a branch, its scale (out_channels, 1, 1), gamma over the standard deviation, and its variance."""
         branch = _thin_conv(x, weight, self.stride, padding, self.dilation, self.groups)
-        if torch.jit.is_scripting() or torch.jit.is_tracing():
+        if torch.jit.is_scripting() or is_recorded():
             variance = _variance(branch)
         else:
             variance = _Variance.apply(branch)

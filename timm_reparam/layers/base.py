@@ -32,6 +32,7 @@ __all__ = [
     'check_init',
     'conv_arguments',
     'exact_copy',
+    'is_recorded',
 ]
 
 PaddingMode = Literal['zeros', 'reflect', 'replicate', 'circular']
@@ -53,6 +54,11 @@ _HOOKS = (
 def autocast_disabled(device_type: str) -> AbstractContextManager:
     """A context in which autocast is off on `device_type` (nothing to switch off on the meta device)."""
     return nullcontext() if device_type == 'meta' else torch.autocast(device_type, enabled=False)
+
+
+def is_recorded() -> bool:
+    """Whether operations are being recorded (traced, compiled, exported): by torch's own, then, not by faster ones."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 def check_init(owner: str, init: str) -> None:
