@@ -81,7 +81,7 @@ def test_formula(method: Method, case: Case) -> None:
     assert relative_difference(layer(x), after) <= ALGEBRA
 
 
-@pytest.mark.parametrize('batch', [1, 2, 5])
+@pytest.mark.parametrize('batch', [1, 2, 9])
 @pytest.mark.parametrize('case', [BIASED, POINTWISE, DEPTHWISE], ids=identifier)
 @pytest.mark.parametrize('size', [(1, 1), (3, 2), (16, 17)], ids=str)
 def test_formula_over_batches_and_sizes(case: Case, batch: int, size: tuple[int, int]) -> None:
@@ -96,6 +96,65 @@ def test_formula_over_batches_and_sizes(case: Case, batch: int, size: tuple[int,
     assert relative_difference(layer.fuse()(x), expected) <= ALGEBRA
     with torch.no_grad():
         assert relative_difference(layer(x), expected) <= ALGEBRA
+
+
+WAYS = (DynamicConv2d._mix_kernels, DynamicConv2d._mix_outputs, DynamicConv2d._mix_outputs_1x1)
+
+
+@everything
+def test_every_way_of_computing_is_the_same_function(method: Method, case: Case) -> None:
+    """Output and gradients, with enough samples for all ways."""
+    results = []
+    for way in WAYS if case.area == 1 and case.groups == 1 and case.padding == 0 else WAYS[:2]:
+        layer, x = randomised(method, case), case.input(batch=9).requires_grad_()
+        coefficients = normal((9, layer.num_kernels - 1), generator(3)).requires_grad_()
+        y = way(layer, x, coefficients)
+        (y * normal(y.shape, generator(4))).sum().backward()
+        gradients = [value.grad for value in (x, coefficients, layer.weight, layer.residual_weight)]
+        if layer.bias is not None:
+            gradients += [layer.bias.grad, layer.residual_bias.grad]
+        results.append([y, *gradients])
+    for other in results[1:]:
+        for found, expected in zip(other, results[0], strict=True):
+            assert relative_difference(found, expected) <= ALGEBRA
+
+
+@pytest.mark.parametrize(
+    'case, positions, few',
+    [
+        (POINTWISE, (3, 4), True),
+        (POINTWISE, (4, 4), False),
+        (Case('strided', 1, stride=2), (6, 8), True),
+        (BIASED, (4, 8), True),
+        (BIASED, (6, 6), False),
+        (DEPTHWISE, (1, 1), False),
+    ],
+    ids=str,
+)
+def test_outputs_are_mixed_where_they_are_few(case: Case, positions: tuple[int, int], few: bool) -> None:
+    layer = DynamicConv2d.from_conv(case.conv())
+    assert layer._has_few_positions(torch.empty(2, 4, *positions)) == few
+
+
+def test_pooling_does_not_overflow_in_float16() -> None:
+    layer = DynamicConv2d.from_conv(POINTWISE.conv(torch.float16))
+    randomise(layer, generator(2))
+    assert layer(torch.full((1, 4, 64, 64), 60.0, dtype=torch.float16)).isfinite().all()
+
+
+@pytest.mark.parametrize('batch', [2, 9])
+def test_mix(batch: int) -> None:
+    layer = DynamicConv2d(1, 1, 1, num_kernels=4)
+    inputs = [normal(shape, generator(i)).requires_grad_() for i, shape in enumerate([(batch, 3), (2, 3), (6, 3)])]
+    expected = inputs[1] + torch.einsum('bk,koi->boi', inputs[0], inputs[2].view(3, 2, 3))
+    assert relative_difference(layer._mix(*inputs), expected) <= ALGEBRA
+    assert torch.autograd.gradcheck(layer._mix, inputs)
+    assert torch.autograd.gradgradcheck(layer._mix, inputs)
+    coefficients, mean, residuals = (value.detach() for value in inputs)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        mean, residuals = mean.to(dtype), residuals.to(dtype)
+        uniform = layer._mix(torch.zeros_like(coefficients, dtype=dtype), mean, residuals)
+        assert torch.equal(uniform, mean.expand(batch, 2, 3))
 
 
 @pytest.mark.parametrize('num_kernels', [2, 3, 4, 8])

@@ -21,7 +21,16 @@ from timm.layers.padding import pad_same
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import ReparamError
-from .base import Imported, Method, PaddingMode, ReparamConv2d, autocast_disabled, conv_arguments, exact_copy
+from .base import (
+    Imported,
+    Method,
+    PaddingMode,
+    ReparamConv2d,
+    autocast_disabled,
+    conv_arguments,
+    exact_copy,
+    is_recorded,
+)
 
 __all__ = ['DynamicConv2d', 'KernelAttention']
 
@@ -96,6 +105,37 @@ class KernelAttention(nn.Module):
         return self.fc2(F.relu(self.fc1(pooled)))
 
 
+class _Mix(torch.autograd.Function):
+    """``mean + coefficients @ residuals``, (batch, elements), as one product with fewer passes over the result.
+
+    The products with coefficients of 1 and 0 are exact in float32 on the CPU, though not in TF32 on a GPU.
+    """
+
+    @staticmethod
+    def is_faster(coefficients: torch.Tensor) -> bool:
+        """Whether there are enough samples to make up for a copy of the K kernels."""
+        return coefficients.device.type == 'cpu' and not is_recorded() and len(coefficients) >= 8
+
+    @staticmethod
+    def forward(coefficients: torch.Tensor, mean: torch.Tensor, residuals: torch.Tensor) -> torch.Tensor:
+        return torch.mm(_with_ones(coefficients), torch.cat([mean, residuals]))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        coefficients, _, residuals = inputs
+        ctx.save_for_backward(coefficients, residuals)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        (gradient,), (coefficients, residuals) = gradients, ctx.saved_tensors
+        for_kernels = torch.mm(_with_ones(coefficients).t(), gradient)
+        return torch.mm(gradient, residuals.t()), for_kernels[:1], for_kernels[1:]
+
+
+def _with_ones(coefficients: torch.Tensor) -> torch.Tensor:
+    return F.pad(coefficients, (1, 0), value=1.0)
+
+
 class DynamicConv2d(ReparamConv2d):
     """Dynamic convolution, ``y_b = (sum_k pi_k(x_b) W_k) * x_b + sum_k pi_k(x_b) b_k`` for each sample b.
 
@@ -112,9 +152,12 @@ class DynamicConv2d(ReparamConv2d):
 
     The kernel depends on the input, so there is no equivalent kernel; :meth:`fuse` gives the form for inference.
 
-    Each sample is convolved with a kernel of its own, whose number is that of the batch. Built under timm's
-    ``set_exportable(True)`` (``create_model(..., exportable=True)``), and in any export to ONNX, the layer instead runs
-    K convolutions and sums their outputs: the same function as a graph of fixed shape, at K times the arithmetic.
+    There are two ways to compute it. Either each sample is convolved with its own mix of the kernels: by a matrix
+    product for each sample where kernels are 1x1, elsewhere by one convolution with batch * groups groups. Or the
+    outputs of K convolutions are mixed: K times the arithmetic, but no kernel for each sample, which is less where
+    there are few output positions. Built under timm's ``set_exportable(True)``
+    (``create_model(..., exportable=True)``), and in any export to ONNX, the layer always mixes outputs, which is a
+    graph of fixed shape.
 
     Paper: `Dynamic Convolution: Attention over Convolution Kernels` - https://arxiv.org/abs/1912.03458
 
@@ -357,15 +400,22 @@ class DynamicConv2d(ReparamConv2d):
 
     def _coefficients(self, x: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
         """pi_k - pi_K, (batch, num_kernels - 1), in the parameters' dtype."""
-        logits = self.attention(x.mean((2, 3), dtype=self.weight.dtype))
+        # not x.mean, whose gradient is a tensor of the input's size; in float32 at least, float16 is soon too small
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        pooled = x.sum((2, 3), dtype=wide) / (x.shape[2] * x.shape[3])
+        logits = self.attention(pooled.to(self.weight.dtype))
         attention = (logits / temperature).softmax(1)
         others, last = attention.split([self.num_kernels - 1, 1], dim=1)
         return others - last
 
     def _mix(self, coefficients: torch.Tensor, mean: torch.Tensor, residuals: torch.Tensor) -> torch.Tensor:
         """mean + sum_k coefficients_k residuals_k for each sample, (batch, *mean.shape)."""
-        mixed = torch.matmul(coefficients, residuals.reshape(self.num_kernels - 1, -1))
-        return mean + mixed.unflatten(1, mean.shape)
+        flat, residuals = mean.reshape(1, -1), residuals.reshape(self.num_kernels - 1, -1)
+        if torch.jit.is_scripting() or not _Mix.is_faster(coefficients):
+            mixed = flat + torch.matmul(coefficients, residuals)
+        else:
+            mixed = _Mix.apply(coefficients, flat, residuals)
+        return mixed.unflatten(1, mean.shape)
 
     def sample_kernels(self, x: torch.Tensor) -> torch.Tensor:
         """The kernel of each sample at the current temperature; the schedule is not advanced.
@@ -402,7 +452,14 @@ class DynamicConv2d(ReparamConv2d):
         else:
             with autocast_disabled(self.weight.device.type):
                 coefficients = self._coefficients(x, temperature)
-        y = self._sum_convolutions(x, coefficients) if self._is_static() else self._mix_kernels(x, coefficients)
+        if self._is_static():
+            y = self._mix_outputs(x, coefficients)
+        elif not self._has_few_positions(x):
+            y = self._mix_kernels(x, coefficients)
+        elif self.kernel_size == (1, 1) and self._is_unpadded() and self.groups == 1:
+            y = self._mix_outputs_1x1(x, coefficients)
+        else:
+            y = self._mix_outputs(x, coefficients)
         return y.squeeze(0) if unbatched else y
 
     def _is_static(self) -> bool:
@@ -411,18 +468,46 @@ class DynamicConv2d(ReparamConv2d):
             return self.exportable
         return self.exportable or torch.onnx.is_in_onnx_export()
 
-    def _sum_convolutions(self, x: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
-        """Mix the outputs: K convolutions of the whole batch."""
+    def _is_unpadded(self) -> bool:
+        return max(self._reversed_padding_repeated_twice) == 0
+
+    def _has_few_positions(self, x: torch.Tensor) -> bool:
+        """Whether it takes less time to mix outputs than kernels.
+
+        Kernels for each sample cost time for each of their elements, K outputs for each element and output position.
+        """
+        if self.groups == self.in_channels:  # depthwise kernels have few elements
+            return False
+        positions = (x.shape[2] // self.stride[0]) * (x.shape[3] // self.stride[1])
+        # measured by tests/benchmarks/dynamic_conv.py; a kernel larger than 1x1 costs more for each sample
+        return positions <= (12 if self.kernel_size == (1, 1) else 32)
+
+    def _mix_outputs(self, x: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+        """K convolutions of the whole batch, the K-1 with the residuals as one."""
         y = self._convolve(x, self.weight, self.bias)
-        residuals = self.residual_weight.unflatten(0, (self.num_kernels - 1, self.out_channels))
+        # (groups, K-1, output channels of a group, ..), the order of the groups of a convolution; a view if it has one
+        order = (self.num_kernels - 1, self.groups, self.out_channels // self.groups)
+        residuals = self.residual_weight.unflatten(0, order).transpose(0, 1).flatten(0, 2)
         biases = self.residual_bias
         if biases is not None:
-            biases = biases.unflatten(0, (self.num_kernels - 1, self.out_channels))
-        coefficients = coefficients.to(y.dtype)[:, :, None, None, None]
-        for k in range(self.num_kernels - 1):
-            change = self._convolve(x, residuals[k], None if biases is None else biases[k])
-            y = y + coefficients[:, k] * change
-        return y
+            biases = biases.unflatten(0, order).transpose(0, 1).flatten()
+        changes = self._convolve(x, residuals, biases)
+        height, width = y.shape[2], y.shape[3]
+        changes = changes.unflatten(1, (order[1], order[0], order[2])).flatten(3)
+        change = torch.matmul(coefficients.to(y.dtype)[:, None, None, :], changes)
+        return y + change.view(-1, self.out_channels, height, width)
+
+    def _mix_outputs_1x1(self, x: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+        """The same with matrix products of all positions, for 1x1 kernels without groups."""
+        x = x[:, :, :: self.stride[0], :: self.stride[1]]
+        batch_size, in_channels, height, width = x.shape
+        x = x.flatten(2).transpose(1, 2).reshape(-1, in_channels)
+        y = F.linear(x, self.weight.flatten(1), self.bias)
+        changes = F.linear(x, self.residual_weight.flatten(1), self.residual_bias)
+        changes = changes.view(-1, self.num_kernels - 1, self.out_channels)
+        coefficients = coefficients.to(y.dtype).repeat_interleave(height * width, dim=0)
+        y = torch.baddbmm(y.unsqueeze(1), coefficients.unsqueeze(1), changes)
+        return y.view(batch_size, -1, self.out_channels).transpose(1, 2).reshape(batch_size, -1, height, width)
 
     def _mix_kernels(self, x: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
         """Mix the kernels: one convolution with a kernel for each sample."""
@@ -444,17 +529,20 @@ class DynamicConv2d(ReparamConv2d):
 
     def _convolve_samples(self, x: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
         """Convolve sample b of x with kernels[b]."""
+        left, right, top, bottom = self._reversed_padding_repeated_twice
+        padding = (top, left)
         if self.tf_same:
             # timm declares lists
             x = pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
-        elif self.padding_mode != 'zeros':
-            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-        else:
-            x = F.pad(x, self._reversed_padding_repeated_twice)
+            padding = (0, 0)
+        elif self.padding_mode != 'zeros' or (left, top) != (right, bottom):
+            mode = 'constant' if self.padding_mode == 'zeros' else self.padding_mode
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
+            padding = (0, 0)
         batch_size, in_channels, height, width = x.shape
         if batch_size == 0:
-            return F.conv2d(x, self.weight, None, self.stride, 0, self.dilation, self.groups)
-        if self.kernel_size == (1, 1):
+            return F.conv2d(x, self.weight, None, self.stride, padding, self.dilation, self.groups)
+        if self.kernel_size == (1, 1) and padding == (0, 0):  # padded above, if at all
             # a matrix product for each sample, much faster than a convolution of batch * groups groups
             x = x[:, :, :: self.stride[0], :: self.stride[1]]
             height, width = x.shape[2], x.shape[3]
@@ -464,7 +552,7 @@ class DynamicConv2d(ReparamConv2d):
         # the samples side by side as groups of one convolution
         x = x.reshape(1, batch_size * in_channels, height, width)
         kernels = kernels.flatten(0, 1)
-        y = F.conv2d(x, kernels, None, self.stride, 0, self.dilation, batch_size * self.groups)
+        y = F.conv2d(x, kernels, None, self.stride, padding, self.dilation, batch_size * self.groups)
         return y.view(batch_size, self.out_channels, y.shape[2], y.shape[3])
 
     @torch.no_grad()
