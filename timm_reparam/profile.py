@@ -53,7 +53,7 @@ class Profile:
         precision: How it was run: the dtype, or 'amp' or 'amp_bfloat16' for weights in float32 under autocast.
         channels_last: Whether weights and input were laid out channels last on request.
         torchcompile: Backend that it was compiled with; None if it was not.
-        reference: Name of the model that the ratios are to; None if nothing was timed.
+        reference: Name of the model that the ratios are to; None if nothing was run.
         latency_ratio: Median, over the rounds, of the latency divided by the reference's in the same round.
         latency_ratio_spread: Interquartile range of the same ratios.
         step_ms: Median time of one training step of the whole batch (forward, loss, backward, SGD with momentum);
@@ -187,7 +187,7 @@ def compare_profiles(
                 precision=precision or dtype,
                 channels_last=channels_last,
                 torchcompile=torchcompile,
-                reference=names[reference] if runs else None,
+                reference=names[reference] if runs or train else None,
                 **figures,
             )
         )
