@@ -1,5 +1,6 @@
 """The command line: what it prints, its exit status, and one line for every error."""
 
+import csv
 import json
 import os
 import subprocess
@@ -52,20 +53,22 @@ def test_list_pretrained(capsys: pytest.CaptureFixture):
 
 
 def test_profile(capsys: pytest.CaptureFixture, pair: tuple[Path, Path]):
-    assert (
-        main(['profile', 'resnet18', 'resnet18_doconv', str(pair[0]), '--input-size', '3', '32', '32', '--runs', '1'])
-        == 0
-    )
-    header, _, *rows = capsys.readouterr().out.splitlines()
-    assert header.split() == ['model', 'input', 'parameters', 'trainable', 'MACs', 'latency']
+    """Each variant with its stock model and its fused form, once each; a folder's has the folder's sizes."""
+    models = ['resnet18', 'resnet18_doconv', str(pair[0])]
+    assert main(['profile', *models, '--input-size', '3', '32', '32', '--runs', '1']) == 0
+    header, _, *rows = capsys.readouterr().out.split('\n\n')[0].splitlines()
+    assert header.split() == ['model', 'input', 'parameters', 'trainable', 'MACs', 'latency', 'ratio']
     assert [row.split('  ')[0] for row in rows] == [
         'resnet18',
         'resnet18_doconv',
         'resnet18_doconv, fused',
+        f'{pair[0]}, stock',
         str(pair[0]),
         f'{pair[0]}, fused',
     ]
     assert '11.69 M' in rows[0] and '11.69 M' in rows[2] and '11.69 M' not in rows[1]
+    stock, train_time, fused = (row.rpartition(',')[2].split()[2:7] for row in rows[3:])
+    assert stock[-3:] == fused[-3:]
 
 
 def test_profile_with_other_channels(capsys: pytest.CaptureFixture):
@@ -73,6 +76,46 @@ def test_profile_with_other_channels(capsys: pytest.CaptureFixture):
         main(['profile', 'resnet10t_acconv', '--input-size', '1', '32', '32', '--runs', '0', '--batch-size', '2']) == 0
     )
     assert '2x1x32x32' in capsys.readouterr().out
+
+
+def test_profile_of_training(capsys: pytest.CaptureFixture, tmp_path: Path):
+    """Every figure is there, and the ratios are to the stock model of each variant."""
+    command = ['profile', 'resnet10t_doconv', 'mobilenetv2_035_dyconv', '--train', '-b', '2', '--num-classes', '5']
+    command += ['--input-size', '3', '32', '32', '--runs', '1', '--precision', 'amp_bfloat16', '--channels-last']
+    file = tmp_path / 'costs.json'
+    assert main([*command, '--format', 'json', '-o', str(file)]) == 0
+    assert capsys.readouterr().out == ''
+    rows = json.loads(file.read_text())
+    assert [row['reference'] for row in rows] == ['resnet10t'] * 3 + ['mobilenetv2_035'] * 3
+    for row in rows:
+        assert (row['precision'], row['dtype'], row['channels_last']) == ('amp_bfloat16', 'float32', True)
+        figures = ('step_ms', 'step_ratio', 'latency_ms', 'latency_ratio', 'activation_bytes', 'peak_bytes')
+        assert all(row[name] > 0 for name in figures)
+        if row['name'] == row['reference']:
+            assert row['step_ratio'] == row['latency_ratio'] == 1
+    assert rows[0]['parameters'] == rows[2]['parameters'] < rows[1]['parameters']
+    assert rows[0]['activation_bytes'] == rows[2]['activation_bytes']
+    assert rows[3]['activation_bytes'] < rows[4]['activation_bytes']
+    head = timm.create_model('resnet10t', num_classes=5)
+    assert rows[0]['parameters'] == sum(parameter.numel() for parameter in head.parameters())
+
+
+def test_profile_as_csv(capsys: pytest.CaptureFixture):
+    command = ['profile', 'resnet10t_doconv', '--input-size', '3', '32', '32', '--runs', '0', '--format', 'csv']
+    assert main(command) == 0
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert [row['name'] for row in rows] == ['resnet10t', 'resnet10t_doconv', 'resnet10t_doconv, fused']
+    assert rows[0]['macs'] == rows[2]['macs'] and rows[0]['latency_ms'] == ''
+
+
+def test_profile_plot(capsys: pytest.CaptureFixture, tmp_path: Path):
+    pytest.importorskip('matplotlib')
+    file = tmp_path / 'ratios.svg'
+    command = ['profile', 'resnet10t_doconv', '--input-size', '3', '32', '32', '--plot', str(file), '--runs']
+    assert main([*command, '0']) == 1 and '--runs' in capsys.readouterr().err
+    assert not file.exists()
+    assert main([*command, '1']) == 0 and 'resnet10t_doconv, fused' in capsys.readouterr().out
+    assert '<svg' in file.read_text()
 
 
 def test_fuse_and_verify(capsys: pytest.CaptureFixture, tmp_path: Path, pair: tuple[Path, Path]):
@@ -135,6 +178,9 @@ def test_tokens_stay_out_of_every_error(capsys: pytest.CaptureFixture, monkeypat
         (['profile', 'resnet_of_nobody'], 'resnet_of_nobody'),
         (['profile', 'resnet18', '--runs', '-1'], 'runs'),
         (['profile', 'resnet18', '--device', 'nonsense'], 'nonsense'),
+        (['profile', 'resnet18', '--precision', 'float8'], 'float8'),
+        (['profile', 'resnet18', '-o', 'no/costs.csv'], 'no/costs.csv'),
+        (['profile', 'resnet18', '--input-size', '3', '32', '32', '--torchcompile', 'nothing'], 'nothing'),
         (['fuse', 'missing', 'out'], 'config.json'),
         (['convert', 'missing', '--model', 'resnet18_doconv', '-o', 'out'], 'not found'),
         (['verify', 'missing'], 'config.json'),
@@ -155,7 +201,15 @@ def test_errors_are_one_line(capsys: pytest.CaptureFixture, tmp_path: Path, monk
 
 
 @pytest.mark.parametrize(
-    'args', [[], ['nonsense'], ['fuse', 'one'], ['profile'], ['profile', 'm', '--input-size', '3']]
+    'args',
+    [
+        [],
+        ['nonsense'],
+        ['fuse', 'one'],
+        ['profile'],
+        ['profile', 'm', '--input-size', '3'],
+        ['profile', 'm', '--format', 'xml'],
+    ],
 )
 def test_usage(capsys: pytest.CaptureFixture, args: list[str]):
     with pytest.raises(SystemExit) as exit_:

@@ -7,23 +7,26 @@ import runpy
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import timm
+from timm.models import get_model_args
 from timm.utils import ParseKwargs
+from torch import nn
 
-from .convert import VARIANTS, fuse_model, variant_of
+from .convert import VARIANTS, fuse_model, stock_architecture, variant_of
 from .errors import ReparamError
 from .hub import convert_checkpoint, fuse_checkpoint, load_checkpoint, publish, pull, sync, verify, verify_checkpoint
 from .hub.checkpoint import train_time_path
 from .hub.family_cards import check_cards, write_cards
 from .hub.transport import one_line, without_tokens
-from .profile import compare_profiles, format_profiles
+from .profile import check_plot, compare_profiles, format_csv, format_json, format_profiles, plot_profiles
 from .version import __version__
 
 __all__ = ['main']
+
+_PROFILE_FORMATS = {'text': format_profiles, 'csv': format_csv, 'json': format_json}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,14 +77,30 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         'profile',
         parents=[common],
-        help='measure parameters, MACs and latency, train-time form beside fused form',
-        description='Measure models side by side; a variant is measured in its train-time form and in its fused form.',
+        help='measure what models cost: stock, train-time form and fused form side by side',
+        description='Measure models side by side, in one interleaved run: of each variant the stock model, the'
+        ' train-time form and the fused form.',
     )
     command.add_argument('models', nargs='+', metavar='MODEL', help='architecture, or folder of a checkpoint')
+    command.add_argument('--train', action='store_true', help='a training step, too: activations, peak memory, time')
+    command.add_argument('-b', '--batch-size', type=int, default=1, metavar='N', help='images in a batch (default: 1)')
     command.add_argument('--input-size', nargs=3, type=int, metavar=('C', 'H', 'W'), help="default: the model's own")
-    command.add_argument('--batch-size', type=int, default=1, metavar='N', help='images in a batch (default: 1)')
+    command.add_argument('--num-classes', type=int, metavar='N', help="classes of architectures (default: the model's)")
     command.add_argument('--runs', type=int, default=20, metavar='N', help='timed runs, 0 for none (default: 20)')
     command.add_argument('--device', default='cpu', help='device to measure on (default: cpu)')
+    command.add_argument(
+        '--precision',
+        default='float32',
+        metavar='NAME',
+        help='float32, bfloat16, float16, amp (float16) or amp_bfloat16 (default: float32)',
+    )
+    command.add_argument('--channels-last', action='store_true', help='lay weights and images out channels last')
+    command.add_argument(
+        '--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile them (backend: inductor)'
+    )
+    command.add_argument('--format', choices=tuple(_PROFILE_FORMATS), default='text', help='(default: text)')
+    command.add_argument('-o', '--output', metavar='FILE', help='file to write that into (default: printed)')
+    command.add_argument('--plot', metavar='FILE', help='draw the ratios to stock, into an .svg or .png for instance')
     command.set_defaults(command=_profile)
 
     command = commands.add_parser(
@@ -217,24 +236,65 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _profile(args: argparse.Namespace) -> int:
-    names, models = [], []
+    if args.plot is not None:
+        check_plot(args.plot)
+        if args.runs == 0:
+            raise ReparamError('--plot: expected at least one run to draw, got --runs 0')
+    for path in (args.output, args.plot):
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise ReparamError(f'{path}: expected a file in a folder that exists')
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler behind the peak memory tells its inner life
+    names, models, references = _models_to_profile(args)
+    options = ('input_size', 'batch_size', 'runs', 'train', 'precision', 'channels_last', 'torchcompile')
+    profiles = compare_profiles(
+        *models, names=names, references=references, **{name: getattr(args, name) for name in options}
+    )
+    text = _PROFILE_FORMATS[args.format](profiles)
+    if args.output is None:
+        print(text)
+    else:
+        Path(args.output).write_text(f'{text}\n', encoding='utf-8')
+    if args.plot is not None:
+        plot_profiles(profiles, args.plot)
+    return 0
+
+
+def _models_to_profile(args: argparse.Namespace) -> tuple[list[str], list[nn.Module], list[int]]:
+    """The models by name, a variant as stock, train-time and fused form; for each, the index of its stock model."""
+    models: dict[str, nn.Module] = {}
+    stocks: dict[str, str] = {}
+    model_args = {'num_classes': args.num_classes} if args.num_classes is not None else {}
+    if args.input_size:
+        model_args['in_chans'] = args.input_size[0]
+
+    def add(name: str, model: nn.Module, stock: str) -> None:
+        models.setdefault(name, model.to(args.device).eval())
+        stocks.setdefault(name, stock)
+
     for name in args.models:
         if Path(name).is_dir():
             model = load_checkpoint(name)
+            stock, stock_args = f'{name}, stock', {'num_classes': model.num_classes, **get_model_args(model)}
+            stock_args.pop('conv_options', None)
         elif timm.is_model(name):
-            channels = {'in_chans': args.input_size[0]} if args.input_size else {}
-            model = timm.create_model(name, **channels)
+            model = timm.create_model(name, **model_args)
+            stock, stock_args = _stock_name(model), model_args
         else:
             raise ReparamError(f'{name}: neither an architecture that timm knows nor a folder; see timm-reparam list')
-        model = model.to(args.device).eval()
-        names.append(name)
-        models.append(model)
         if variant_of(model):
-            names.append(f'{name}, fused')
-            models.append(fuse_model(model))
-    profiles = compare_profiles(*models, input_size=args.input_size, batch_size=args.batch_size, runs=args.runs)
-    print(format_profiles([replace(profile, name=name) for profile, name in zip(profiles, names)]))
-    return 0
+            add(stock, timm.create_model(_stock_name(model), **stock_args), stock)
+            add(name, model, stock)
+            add(f'{name}, fused', fuse_model(model), stock)
+        else:
+            add(name, model, next(iter(models), name))
+    names = list(models)
+    return names, list(models.values()), [names.index(stocks[name]) for name in names]
+
+
+def _stock_name(model: nn.Module) -> str:
+    name = stock_architecture(model)
+    assert name is not None  # timm has created it under a name
+    return name
 
 
 def _fuse(args: argparse.Namespace) -> int:

@@ -1,25 +1,32 @@
-"""What a model costs: parameters, multiply-adds and latency, train-time form beside fused form."""
+"""What a model costs: parameters, multiply-adds, time and memory, train-time form beside fused form beside stock."""
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from statistics import median, quantiles
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ._measure import Runner, Setting, compiled_for, median_and_spread, synchronizer, time_interleaved
 from .errors import ReparamError
 
 __all__ = [
     'Profile',
+    'check_plot',
     'compare_profiles',
     'format_comparison',
     'format_count',
+    'format_csv',
+    'format_json',
     'format_profiles',
     'format_table',
+    'plot_profiles',
     'profile_model',
 ]
 
@@ -29,7 +36,7 @@ class Profile:
     """The cost of one model.
 
     Args:
-        name: Architecture of the model, or its class name if it carries none.
+        name: Architecture of the model, or its class name if it carries none, or the name it was given.
         parameters: All numbers the model computes with: its parameters, plus kernels that it keeps as buffers (the
             frozen base kernels of RefConv). Running statistics do not count. Shared tensors count once.
         trainable_parameters: The parameters that get a gradient.
@@ -43,6 +50,21 @@ class Profile:
         input_size: (channels, height, width) of one image.
         device: Where it was measured.
         dtype: Type of the input and of the first floating-point parameter.
+        precision: How it was run: the dtype, or 'amp' or 'amp_bfloat16' for weights in float32 under autocast.
+        channels_last: Whether weights and input were laid out channels last on request.
+        torchcompile: Backend that it was compiled with; None if it was not.
+        reference: Name of the model that the ratios are to; None if nothing was run.
+        latency_ratio: Median, over the rounds, of the latency divided by the reference's in the same round.
+        latency_ratio_spread: Interquartile range of the same ratios.
+        step_ms: Median time of one training step of the whole batch (forward, loss, backward, SGD with momentum);
+            None if it was not measured.
+        step_spread_ms: Interquartile range of the same steps.
+        step_ratio: As `latency_ratio`, of the training step.
+        step_ratio_spread: Interquartile range of the same ratios.
+        activation_bytes: What autograd keeps of one forward pass in training for the backward pass, without
+            parameters, buffers and the batch; None if it was not measured.
+        peak_bytes: Memory of a training step at its fullest: parameters, buffers, gradients, momentum, the batch,
+            activations and intermediate results; None if it was not measured or the device does not tell.
     """
 
     name: str
@@ -56,6 +78,18 @@ class Profile:
     input_size: tuple[int, int, int]
     device: str
     dtype: str
+    precision: str | None = None
+    channels_last: bool = False
+    torchcompile: str | None = None
+    reference: str | None = None
+    latency_ratio: float | None = None
+    latency_ratio_spread: float | None = None
+    step_ms: float | None = None
+    step_spread_ms: float | None = None
+    step_ratio: float | None = None
+    step_ratio_spread: float | None = None
+    activation_bytes: int | None = None
+    peak_bytes: int | None = None
 
     @property
     def flops(self) -> int:
@@ -67,80 +101,94 @@ class Profile:
         return {**asdict(self), 'input_size': list(self.input_size)}
 
 
-def profile_model(
-    model: nn.Module,
-    *,
-    input_size: Sequence[int] | None = None,
-    batch_size: int = 1,
-    runs: int = 20,
-    warmup: int = 3,
-) -> Profile:
+def profile_model(model: nn.Module, **options: Any) -> Profile:
     """Measure one model on the device and in the dtype it is in.
 
     Args:
-        model: Any model that takes a batch of images. Its training mode is restored, its buffers are not touched.
-        input_size: (channels, height, width); the model's own by default.
-        batch_size: Images in the batch.
-        runs: Timed forward passes; 0 measures no latency.
-        warmup: Forward passes before the first timed one.
+        model: Any model that takes a batch of images. It is left as it was.
+        **options: As in `compare_profiles`.
 
     Returns:
         The measured cost.
 
     Raises:
-        ReparamError: The model knows no input size and none is given, or a number is out of range.
+        ReparamError: The model knows no input size and none is given, or a setting is out of range.
     """
-    return compare_profiles(model, input_size=input_size, batch_size=batch_size, runs=runs, warmup=warmup)[0]
+    return compare_profiles(model, **options)[0]
 
 
 def compare_profiles(
     *models: nn.Module,
+    names: Sequence[str] | None = None,
+    references: Sequence[int] | None = None,
     input_size: Sequence[int] | None = None,
     batch_size: int = 1,
     runs: int = 20,
     warmup: int = 3,
+    train: bool = False,
+    precision: str | None = None,
+    channels_last: bool = False,
+    torchcompile: str | None = None,
 ) -> list[Profile]:
-    """Measure several models side by side, for instance the train-time form and the fused form.
+    """Measure several models side by side, for instance the stock model, the train-time form and the fused form.
 
-    The timed runs are interleaved (one of each model, then the next round), so that a busy moment of the machine does
-    not fall on one model alone.
+    The timed runs are interleaved: every round runs each model once, and begins with another one. So a busy moment of
+    the machine does not fall on one model alone, and the ratios, taken round by round, hardly feel it.
 
     Args:
-        *models: The models. Their training modes are restored, their buffers are not touched.
+        *models: The models. They are left as they were; what is timed or trained is a copy of each.
+        names: What to call them; their architectures by default.
+        references: For each model the index of the model that its ratios are to; the first one by default.
         input_size: (channels, height, width) for all of them; each model's own by default.
         batch_size: Images in the batch.
-        runs: Timed forward passes of each model; 0 measures no latency.
-        warmup: Forward passes of each model before the first timed one.
+        runs: Timed forward passes of each model, and training steps; 0 measures no time.
+        warmup: Forward passes of each model, and training steps, before the first timed one.
+        train: Whether to measure a training step, too: its time, its peak memory, its activations. The loss is
+            cross-entropy of logits, and the mean square of any other output.
+        precision: 'float32', 'bfloat16', 'float16', or with weights in float32 under autocast 'amp' (to float16) and
+            'amp_bfloat16'; by default each model's own dtype.
+        channels_last: Whether to lay weights and input out channels last.
+        torchcompile: Backend of torch.compile to run the models with, 'inductor' for instance.
 
     Returns:
         One profile a model, in the order given.
 
     Raises:
-        ReparamError: A model knows no input size and none is given, or a number is out of range.
+        ReparamError: A model knows no input size and none is given, or a setting is out of range.
     """
     for flag, value, least in (('batch_size', batch_size, 1), ('runs', runs, 0), ('warmup', warmup, 0)):
         if value < least:
             raise ReparamError(f'{flag}: expected at least {least}, got {value}')
+    setting = Setting(precision, channels_last, torchcompile)
+    names = names or [_name(model) for model in models]
+    references = references or [0] * len(models)
     batches = [_example_batch(model, input_size, batch_size) for model in models]
     with _evaluating(models), torch.no_grad():
         macs = [_count_macs(model, batch) for model, batch in zip(models, batches)]
-        timings = _time_interleaved(models, batches, runs, warmup)
+    measured: list[dict[str, Any]] = [{} for _ in models]
+    if runs or train:
+        measured = _run_models(models, batches, setting, references, runs, warmup, train)
     profiles = []
-    for model, batch, total, seconds in zip(models, batches, macs, timings):
+    for model, name, batch, total, reference, values in zip(models, names, batches, macs, references, measured):
         parameters, trainable = count_parameters(model)
+        dtype = _dtype_name(setting.place(batch[:0]))
+        figures = {'latency_ms': None, 'latency_spread_ms': None, **values}
         profiles.append(
             Profile(
-                name=_name(model),
+                name=name,
                 parameters=parameters,
                 trainable_parameters=trainable,
                 macs=round(total / batch_size),
-                latency_ms=1e3 * median(seconds) if seconds else None,
-                latency_spread_ms=1e3 * _interquartile_range(seconds) if seconds else None,
                 runs=runs,
                 batch_size=batch_size,
                 input_size=(batch.shape[1], batch.shape[2], batch.shape[3]),
                 device=str(batch.device),
-                dtype=str(batch.dtype).removeprefix('torch.'),
+                dtype=dtype,
+                precision=precision or dtype,
+                channels_last=channels_last,
+                torchcompile=torchcompile,
+                reference=names[reference] if runs or train else None,
+                **figures,
             )
         )
     return profiles
@@ -199,21 +247,92 @@ def format_profiles(profiles: Sequence[Profile]) -> str:
         profiles: The measured models.
 
     Returns:
-        A table of one line a model.
+        A table of one line a model, a second one of the training step if that was measured, and where there are
+        ratios a line that says what they are.
     """
-    rows = [('model', 'input', 'parameters', 'trainable', 'MACs', 'latency')]
+    compared = any(profile.reference not in (None, profile.name) for profile in profiles)
+    tables = [_cost_rows(profiles, compared)]
+    if any(profile.activation_bytes is not None for profile in profiles):
+        tables.append(_training_rows(profiles, compared))
+    parts = [format_table(rows) for rows in tables]
+    return '\n\n'.join(parts + [_conditions(profiles)] if compared else parts)
+
+
+def format_csv(profiles: Sequence[Profile]) -> str:
+    """Write profiles as comma-separated values.
+
+    Args:
+        profiles: The measured models.
+
+    Returns:
+        A header of the fields' names and one line a model; what was not measured is empty, the input size is written
+        ``3x224x224``.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Profile)], lineterminator='\n')
+    writer.writeheader()
     for profile in profiles:
-        rows.append(
-            (
-                profile.name,
-                'x'.join(str(side) for side in (profile.batch_size, *profile.input_size)),
-                format_count(profile.parameters),
-                format_count(profile.trainable_parameters),
-                format_count(profile.macs),
-                _format_latency(profile),
+        writer.writerow({**profile.to_dict(), 'input_size': 'x'.join(map(str, profile.input_size))})
+    return text.getvalue().rstrip('\n')
+
+
+def format_json(profiles: Sequence[Profile]) -> str:
+    """Write profiles as a json list of their fields."""
+    return json.dumps([profile.to_dict() for profile in profiles], indent=2)
+
+
+def check_plot(path: str | Path) -> None:
+    """Say before anything is measured whether `plot_profiles` could draw into a file.
+
+    Raises:
+        ReparamError: matplotlib is not installed, or it does not write such files.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ReparamError(f"{path}: drawing needs matplotlib; pip install 'timm-reparam[plot]'") from error
+    kinds = Figure().canvas.get_supported_filetypes()
+    if Path(path).suffix.removeprefix('.') not in kinds:
+        raise ReparamError(f'{path}: expected a name that ends in .svg, .png or another of {", ".join(sorted(kinds))}')
+
+
+def plot_profiles(profiles: Sequence[Profile], path: str | Path) -> None:
+    """Draw the ratios of latency and training step, a bar each, with the interquartile range as error bars.
+
+    Args:
+        profiles: The measured models.
+        path: File to write; its suffix says of which kind, .svg or .png for instance.
+
+    Raises:
+        ReparamError: matplotlib is not installed or does not write such files, or nothing was timed.
+    """
+    check_plot(path)
+    from matplotlib.figure import Figure
+
+    series = [('training step', 'step'), ('inference', 'latency')]
+    series = [(label, key) for label, key in series if any(getattr(p, f'{key}_ratio') is not None for p in profiles)]
+    if not series:
+        raise ReparamError(f'{path}: nothing was timed, so there is nothing to draw; expected at least one run')
+    figure = Figure(figsize=(8, 1.4 + 0.6 * len(profiles)), layout='constrained')
+    axes = figure.add_subplot()
+    height = 0.8 / len(series)
+    for place, (label, key) in enumerate(series):
+        ratios = [getattr(profile, f'{key}_ratio') for profile in profiles]
+        spreads = [getattr(profile, f'{key}_ratio_spread') / 2 for profile in profiles]
+        rows = [row + (place - (len(series) - 1) / 2) * height for row in range(len(profiles))]
+        axes.barh(rows, ratios, height, xerr=spreads, label=label, capsize=2)
+        for row, ratio, spread in zip(rows, ratios, spreads):
+            axes.annotate(
+                f'{ratio:.2f}', (ratio + spread, row), (4, 0), textcoords='offset points', va='center', fontsize='small'
             )
-        )
-    return format_table(rows)
+    axes.set_yticks(range(len(profiles)), [profile.name for profile in profiles])
+    axes.invert_yaxis()  # the first model on top
+    axes.axvline(1, color='0.3', linewidth=1, linestyle='--')
+    axes.margins(x=0.1)
+    axes.set_xlabel(f'ratio to {_reference_words(profiles)}')
+    axes.set_title(_setting_words(profiles), fontsize='small')
+    axes.legend(loc='lower center', bbox_to_anchor=(0.5, 1.08), ncols=2, frameon=False)
+    figure.savefig(path, dpi=150)
 
 
 def format_comparison(
@@ -246,16 +365,138 @@ def format_comparison(
     ):
         rows.append((label, format_count(getattr(train_time, field)), format_count(getattr(fused, field))))
     if train_time.latency_ms is not None and fused.latency_ms is not None:
-        rows.append(
-            (f'latency, batch of {fused.batch_size}', _format_latency(train_time), _format_latency(fused)),
-        )
+        latencies = [_format_time(form.latency_ms, form.latency_spread_ms) for form in (train_time, fused)]
+        rows.append((f'latency, batch of {fused.batch_size}', latencies[0], latencies[1]))
     return format_table(rows)
 
 
-def _format_latency(profile: Profile) -> str:
-    if profile.latency_ms is None or profile.latency_spread_ms is None:
+def _run_models(
+    models: Sequence[nn.Module],
+    batches: Sequence[torch.Tensor],
+    setting: Setting,
+    references: Sequence[int],
+    runs: int,
+    warmup: int,
+    train: bool,
+) -> list[dict[str, Any]]:
+    """What is measured by running copies of the models: fields of their profiles."""
+    wait = synchronizer(batch.device for batch in batches)
+    devices = {batch.device for batch in batches if batch.device.type == 'cuda'}
+    compiled = compiled_for(len(models)) if setting.torchcompile is not None else nullcontext()
+    with torch.random.fork_rng(devices=devices), compiled:
+        runners = [Runner(model, batch, setting) for model, batch in zip(models, batches)]
+        timings = time_interleaved([runner.infer for runner in runners], runs, warmup, synchronize=wait)
+        measured = summarize('latency', timings, references)
+        if train:
+            for runner, values in zip(runners, measured):
+                runner.start_training()
+                values |= {'activation_bytes': runner.activation_bytes(), 'peak_bytes': runner.peak_bytes()}
+            timings = time_interleaved([runner.step for runner in runners], runs, warmup, synchronize=wait)
+            for values, figures in zip(measured, summarize('step', timings, references)):
+                values |= figures
+    return measured
+
+
+def summarize(
+    what: str, timings: Sequence[Sequence[float]], references: Sequence[int]
+) -> list[dict[str, float | None]]:
+    """Condense interleaved timings.
+
+    Args:
+        what: 'latency' or 'step'.
+        timings: Seconds of every round, one list a model.
+        references: For each model the index of the one that its ratios are to.
+
+    Returns:
+        For each model the fields of `Profile` that begin with `what`.
+    """
+    summaries = []
+    for seconds, reference in zip(timings, references):
+        time, time_spread = median_and_spread([1e3 * value for value in seconds])
+        ratio, ratio_spread = median_and_spread([own / other for own, other in zip(seconds, timings[reference])])
+        summaries.append(
+            {
+                f'{what}_ms': time,
+                f'{what}_spread_ms': time_spread,
+                f'{what}_ratio': ratio,
+                f'{what}_ratio_spread': ratio_spread,
+            }
+        )
+    return summaries
+
+
+def _cost_rows(profiles: Sequence[Profile], compared: bool) -> list[list[str]]:
+    rows = [['model', 'input', 'parameters', 'trainable', 'MACs', 'latency', *(['ratio'] if compared else [])]]
+    for profile in profiles:
+        row = [
+            profile.name,
+            'x'.join(str(side) for side in (profile.batch_size, *profile.input_size)),
+            format_count(profile.parameters),
+            format_count(profile.trainable_parameters),
+            format_count(profile.macs),
+            _format_time(profile.latency_ms, profile.latency_spread_ms),
+        ]
+        row += [_format_ratio(profile.latency_ratio, profile.latency_ratio_spread)] if compared else []
+        rows.append(row)
+    return rows
+
+
+def _training_rows(profiles: Sequence[Profile], compared: bool) -> list[list[str]]:
+    ratio = ['ratio'] if compared else []
+    rows = [['model', 'activations', *ratio, 'peak memory', *ratio, 'training step', *ratio]]
+    by_name = {profile.name: profile for profile in profiles}
+    for profile in profiles:
+        reference = by_name.get(profile.reference or '')
+        row = [profile.name]
+        for field in ('activation_bytes', 'peak_bytes'):
+            row.append(_format_bytes(getattr(profile, field)))
+            row += [_format_ratio(_quotient(profile, reference, field))] if compared else []
+        row.append(_format_time(profile.step_ms, profile.step_spread_ms))
+        row += [_format_ratio(profile.step_ratio, profile.step_ratio_spread)] if compared else []
+        rows.append(row)
+    return rows
+
+
+def _format_time(milliseconds: float | None, spread: float | None) -> str:
+    if milliseconds is None or spread is None:
         return 'not measured'
-    return f'{profile.latency_ms:.2f} ± {profile.latency_spread_ms / 2:.2f} ms'
+    return f'{milliseconds:.2f} ± {spread / 2:.2f} ms'
+
+
+def _format_ratio(ratio: float | None, spread: float | None = None) -> str:
+    if ratio is None:
+        return ''
+    return f'{ratio:.2f}' if spread is None else f'{ratio:.2f} ± {spread / 2:.2f}'
+
+
+def _format_bytes(number: int | None) -> str:
+    return '' if number is None else f'{format_count(number)}B'
+
+
+def _quotient(profile: Profile, reference: Profile | None, field: str) -> float | None:
+    own, other = getattr(profile, field), getattr(reference, field, None)
+    return own / other if own is not None and other else None
+
+
+def _conditions(profiles: Sequence[Profile]) -> str:
+    ratio = f'ratio: to {_reference_words(profiles)} in the same round, median of all rounds'
+    return f'{_setting_words(profiles)}\n{ratio}; ±: half the interquartile range'
+
+
+def _reference_words(profiles: Sequence[Profile]) -> str:
+    references = {profile.reference for profile in profiles}
+    return str(references.pop()) if len(references) == 1 else 'its stock model'
+
+
+def _setting_words(profiles: Sequence[Profile]) -> str:
+    profile = profiles[0]
+    sizes = {profile.input_size for profile in profiles}
+    size = f' ({"x".join(map(str, profile.input_size))})' if len(sizes) == 1 else ''
+    words = [f'{profile.runs} runs', f'batch of {profile.batch_size}{size}', profile.device]
+    words.append(profile.precision or profile.dtype)
+    words += ['channels last'] if profile.channels_last else []
+    words += [f'torch.compile ({profile.torchcompile})'] if profile.torchcompile is not None else []
+    return ', '.join(words)
 
 
 def _name(model: nn.Module) -> str:
@@ -295,32 +536,5 @@ def _count_macs(model: nn.Module, batch: torch.Tensor) -> int:
     return counter.get_total_flops() // 2
 
 
-def _time_interleaved(
-    models: Sequence[nn.Module],
-    batches: Sequence[torch.Tensor],
-    runs: int,
-    warmup: int,
-) -> list[list[float]]:
-    timings: list[list[float]] = [[] for _ in models]
-    for round_ in range(warmup + runs if runs else 0):
-        for model, batch, seconds in zip(models, batches, timings):
-            synchronize = _synchronizer(batch.device)
-            synchronize()
-            start = time.perf_counter()
-            model(batch)
-            synchronize()
-            if round_ >= warmup:
-                seconds.append(time.perf_counter() - start)
-    return timings
-
-
-def _synchronizer(device: torch.device) -> Callable[[], None]:
-    synchronize = getattr(getattr(torch, device.type, None), 'synchronize', None)
-    return synchronize or (lambda: None)
-
-
-def _interquartile_range(seconds: Sequence[float]) -> float:
-    if len(seconds) < 2:
-        return 0.0
-    first, _, third = quantiles(seconds, n=4, method='inclusive')
-    return third - first
+def _dtype_name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix('torch.')

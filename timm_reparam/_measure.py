@@ -1,0 +1,264 @@
+"""What running a model costs: time of interleaved runs, and the memory of a training step."""
+
+import copy
+import json
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._pytree import tree_flatten
+
+from .errors import ReparamError
+
+# name: dtype of the weights and the input, dtype of autocast; as in timm's benchmark.py
+PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
+    'float32': (torch.float32, None),
+    'bfloat16': (torch.bfloat16, None),
+    'float16': (torch.float16, None),
+    'amp': (torch.float32, torch.float16),
+    'amp_bfloat16': (torch.float32, torch.bfloat16),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the models are run.
+
+    Args:
+        precision: One of `PRECISIONS`; None leaves each model in the dtype it is in.
+        channels_last: Whether weights and input are laid out channels last; otherwise they stay as they are.
+        torchcompile: Backend of torch.compile; None runs the models as they are.
+    """
+
+    precision: str | None = None
+    channels_last: bool = False
+    torchcompile: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision is not None and self.precision not in PRECISIONS:
+            raise ReparamError(f'precision: expected one of {", ".join(PRECISIONS)}, got {self.precision!r}')
+
+    def place(self, value: Any) -> Any:
+        """Bring a module or a batch of images into the dtype and the layout."""
+        if self.precision is not None:
+            value = value.to(PRECISIONS[self.precision][0])
+        return value.to(memory_format=torch.channels_last) if self.channels_last else value
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """The context of a forward pass."""
+        dtype = PRECISIONS[self.precision][1] if self.precision is not None else None
+        return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+class Runner:
+    """Runs a copy of a model, so that the model stays as it is.
+
+    Args:
+        model: Any model that takes a batch of images.
+        batch: The batch, on the model's device.
+        setting: How it is run.
+    """
+
+    def __init__(self, model: nn.Module, batch: torch.Tensor, setting: Setting):
+        self.model = setting.place(copy.deepcopy(model)).eval()
+        self.batch = setting.place(batch)
+        self.call: Callable[[torch.Tensor], Any] = self.model
+        if setting.torchcompile is not None:
+            self.call = torch.compile(self.model, backend=setting.torchcompile)
+        self._setting = setting
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    @torch.no_grad()
+    def infer(self) -> None:
+        """Run one forward pass without gradients."""
+        with self._setting.autocast(self.batch.device):
+            self.call(self.batch)
+
+    def start_training(self) -> None:
+        """Switch to training mode and take the first step, after which the optimizer holds its state."""
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if not trainable:
+            raise ReparamError(f'{type(self.model).__name__}: it has no trainable parameter; measure it without train')
+        self.model.train()
+        self._optimizer = torch.optim.SGD(trainable, lr=1e-6, momentum=0.9)
+        self.step()
+
+    def step(self) -> None:
+        """Train on the batch once: forward, loss, backward, optimizer."""
+        assert self._optimizer is not None
+        self._optimizer.zero_grad()
+        with self._setting.autocast(self.batch.device):
+            loss = _loss(self.call(self.batch))
+        loss.backward()
+        self._optimizer.step()
+
+    def activation_bytes(self) -> int | None:
+        """Count what autograd keeps of one forward pass in training mode for the backward pass.
+
+        Returns:
+            Bytes of the distinct storages, without those of parameters, buffers and the batch; None on the meta
+            device, where nothing is stored.
+        """
+        if self.batch.is_meta:
+            return None
+        kept: weakref.WeakSet[_Kept] = weakref.WeakSet()  # what a finished part of the graph let go of is not in it
+
+        def keep(tensor: torch.Tensor) -> _Kept:
+            held = _Kept(tensor)
+            kept.add(held)
+            return held
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda held: held.tensor):
+            with self._setting.autocast(self.batch.device):
+                output = self.call(self.batch)
+            storages = _storages(held.tensor for held in kept)
+            del output  # only now: it is what holds the graph
+        own = _storages([*self.model.parameters(), *self.model.buffers(), self.batch])
+        return sum(size for place, size in storages.items() if place not in own)
+
+    def peak_bytes(self) -> int | None:
+        """Measure the memory of one training step at its fullest.
+
+        Returns:
+            Bytes that the model, the optimizer's state and the batch take, and what the step allocates on top of them;
+            None on a device that does not tell.
+        """
+        assert self._optimizer is not None
+        self._optimizer.zero_grad()  # a step frees the old gradients before anything else
+        rise = _allocation_peak(self.step, self.batch.device)
+        if rise is None:
+            return None
+        state = tree_flatten(self._optimizer.state_dict()['state'])[0]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *state, self.batch]
+        standing = _storages(tensor for tensor in tensors if isinstance(tensor, torch.Tensor))
+        return sum(standing.values()) + rise
+
+
+class _Kept:
+    """A saved tensor in a box of its own, which lives as long as autograd keeps it."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+
+
+def time_interleaved(
+    calls: Sequence[Callable[[], object]],
+    runs: int,
+    warmup: int,
+    *,
+    synchronize: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[list[float]]:
+    """Time several functions side by side.
+
+    Every round runs each of them once, so that a busy moment of the machine does not fall on one of them alone, and
+    each round begins with another one.
+
+    Args:
+        calls: The functions.
+        runs: Timed rounds.
+        warmup: Rounds before the first timed one, if there is any.
+        synchronize: Waits until the devices have finished.
+        clock: Tells the seconds.
+
+    Returns:
+        The seconds of each timed round, in the order of the rounds, one list a function.
+    """
+    timings: list[list[float]] = [[] for _ in calls]
+    for round_ in range(warmup + runs if runs else 0):
+        for turn in range(len(calls)):
+            index = (round_ + turn) % len(calls)
+            synchronize()
+            start = clock()
+            calls[index]()
+            synchronize()
+            if round_ >= warmup:
+                timings[index].append(clock() - start)
+    return timings
+
+
+def median_and_spread(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
+    """Return the median and the interquartile range, None for both if there is no value."""
+    if not values:
+        return None, None
+    if len(values) == 1:
+        return values[0], 0.0
+    first, _, third = quantiles(values, n=4, method='inclusive')
+    return median(values), third - first
+
+
+def synchronizer(devices: Iterable[torch.device]) -> Callable[[], None]:
+    """Return a function that waits for those of the devices that work on while Python goes on."""
+    accelerators = {device for device in devices if device.type not in ('cpu', 'meta')}
+
+    def synchronize() -> None:
+        for device in accelerators:
+            torch.accelerator.synchronize(device)
+
+    return synchronize
+
+
+@contextmanager
+def compiled_for(models: int) -> Iterator[None]:
+    """Let torch.compile hold a graph for each mode of several models of the same class.
+
+    Beyond its limit (8) it would run the next model uncompiled, and not say so.
+    """
+    import torch._dynamo.config as config  # only here: it takes a second
+
+    limit = 'recompile_limit' if hasattr(config, 'recompile_limit') else 'cache_size_limit'
+    with config.patch({limit: max(getattr(config, limit), 8 * models)}):
+        yield
+
+
+def _loss(output: Any) -> torch.Tensor:
+    """Cross-entropy of a batch of logits, the mean square of any other output."""
+    if isinstance(output, torch.Tensor) and output.ndim == 2:
+        return F.cross_entropy(output, torch.zeros(len(output), dtype=torch.long, device=output.device))
+    values = [value for value in tree_flatten(output)[0] if isinstance(value, torch.Tensor) and value.requires_grad]
+    return torch.stack([value.float().square().mean() for value in values]).sum()
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Bytes of the distinct storages, by their place in memory."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def _allocation_peak(call: Callable[[], object], device: torch.device) -> int | None:
+    """The most that a function allocates beyond what is allocated before it, in bytes; None where nothing tells."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type == 'cpu':
+        return _cpu_allocation_peak(call)
+    return None
+
+
+def _cpu_allocation_peak(call: Callable[[], object]) -> int:
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / 'trace.json'
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_bytes())['traceEvents']
+    changes = [event for event in events if event.get('name') == '[memory]' and event['args']['Device Type'] == 0]
+    level = peak = 0
+    for event in sorted(changes, key=lambda event: event['ts']):
+        level += event['args']['Bytes']
+        peak = max(peak, level)
+    return peak
