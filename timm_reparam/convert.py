@@ -19,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_flatten
 
 from .errors import ReparamError
+from .fold import fold_norms
 from .layers import (
     ACConv2d,
     DOConv2d,
@@ -28,7 +29,7 @@ from .layers import (
     RefConvTranspose2d,
     ReparamLayer,
 )
-from .layers.base import autocast_disabled, check_init, conv_arguments
+from .layers.base import autocast_disabled, check_init, conv_arguments, exact_copy
 
 __all__ = [
     'VARIANTS',
@@ -192,30 +193,48 @@ def _plan(model: nn.Module, layers: dict[type[nn.Module], type[ReparamLayer]], s
     return plan
 
 
-def fuse_model(model: nn.Module) -> nn.Module:
+def fuse_model(model: nn.Module, *, fold_bn: bool = False) -> nn.Module:
     """Fold a converted model into the stock architecture.
+
+    With `fold_bn` each BatchNorm that alone takes the output of one convolution is folded into it, too, dynamic ones
+    included: faster, the same function in evaluation, and for inference only. Where the norms were, identities are
+    left, or their activations, and the convolutions have biases, so the keys are not the stock ones: it is no form to
+    save as a checkpoint of the architecture, and the Hub functions refuse it. How many norms were folded is its
+    attribute `folded_norms`. Blocks that re-parameterise themselves keep theirs: timm's ``reparameterize_model`` folds
+    them, before or after.
 
     Args:
         model: A converted model, left as it was. DistributedDataParallel, torch.compile and weight-averaging wrappers
             are taken off.
+        fold_bn: Whether to fold the BatchNorms, for deployment.
 
     Returns:
         A new model with plain convolutions: the stock keys and shapes, and on a timm model the stock architecture's
         name and arguments. Dynamic convolutions cannot become plain ones: they come back in their form for inference.
+        With `fold_bn` it is in evaluation mode, and of the same module classes otherwise.
 
     Raises:
-        ReparamError: the model holds no variant layer, or is scripted.
+        ReparamError: the model holds no variant layer, or is scripted; or its norms are to be folded and torch.fx
+            cannot trace it.
     """
     model = _unwrap(model)
     variant = variant_of(model)
     if variant is None:
         raise ReparamError(f'{type(model).__name__} holds no over-parameterised convolution: there is nothing to fuse')
     if is_variant(model):
-        return model.fuse()
+        return model.fuse().eval() if fold_bn else model.fuse()
+    layers = [module for module in model.modules() if is_variant(module)]
+    # in float64 until the norms are folded, so that they are rounded once
+    fused_layers = [(exact_copy(layer) if fold_bn else layer).fuse() for layer in layers]
     # Deep-copying with the fused layers already in the memo puts them wherever the model refers to the old ones, so
     # what was shared stays shared, and nothing else is special.
-    memo = {id(module): module.fuse() for module in model.modules() if is_variant(module)}
-    fused = copy.deepcopy(model, memo)
+    fused: Any = copy.deepcopy(model, {id(layer): fused_layer for layer, fused_layer in zip(layers, fused_layers)})
+    if fold_bn:
+        number = fold_norms(fused.eval(), keep=_plain_modules(fused, []).keys())
+        _logger.info('%d BatchNorms are folded into the convolutions before them', number)
+        fused.folded_norms = getattr(model, 'folded_norms', 0) + number
+        for layer, fused_layer in zip(layers, fused_layers):
+            fused_layer.to(layer.weight.device, layer.weight.dtype)
     remaining = [module for module in fused.modules() if is_variant(module)]
     if remaining:
         _logger.info('%d dynamic convolutions depend on their input and stay, in inference form', len(remaining))
@@ -549,7 +568,7 @@ def _plain_modules(model: nn.Module, skip_names: list[str]) -> dict[int, str]:
             continue
         if any(fnmatchcase(name, pattern) for pattern in skip_names):
             why = 'left out by skip'
-        elif any(callable(getattr(type(module), method, None)) for method in _SELF_FOLDING):
+        elif not is_variant(module) and any(callable(getattr(type(module), method, None)) for method in _SELF_FOLDING):
             why = f'inside {type(module).__name__}, which re-parameterises itself'
         else:
             continue
