@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, TypeGuard
@@ -217,24 +217,10 @@ def fuse_model(model: nn.Module, *, fold_bn: bool = False) -> nn.Module:
         ReparamError: the model holds no variant layer, or is scripted; or its norms are to be folded and torch.fx
             cannot trace it.
     """
-    model = _unwrap(model)
-    variant = variant_of(model)
-    if variant is None:
-        raise ReparamError(f'{type(model).__name__} holds no over-parameterised convolution: there is nothing to fuse')
+    model = _unwrap_converted(model)
     if is_variant(model):
         return model.fuse().eval() if fold_bn else model.fuse()
-    layers = [module for module in model.modules() if is_variant(module)]
-    # in float64 until the norms are folded, so that they are rounded once
-    fused_layers = [(exact_copy(layer) if fold_bn else layer).fuse() for layer in layers]
-    # Deep-copying with the fused layers already in the memo puts them wherever the model refers to the old ones, so
-    # what was shared stays shared, and nothing else is special.
-    fused: Any = copy.deepcopy(model, {id(layer): fused_layer for layer, fused_layer in zip(layers, fused_layers)})
-    if fold_bn:
-        number = fold_norms(fused.eval(), keep=_plain_modules(fused, []).keys())
-        _logger.info('%d BatchNorms are folded into the convolutions before them', number)
-        fused.folded_norms = getattr(model, 'folded_norms', 0) + number
-        for layer, fused_layer in zip(layers, fused_layers):
-            fused_layer.to(layer.weight.device, layer.weight.dtype)
+    fused: Any = _fold_norms(model) if fold_bn else _with_fused_layers(model)
     remaining = [module for module in fused.modules() if is_variant(module)]
     if remaining:
         _logger.info('%d dynamic convolutions depend on their input and stay, in inference form', len(remaining))
@@ -245,6 +231,28 @@ def fuse_model(model: nn.Module, *, fold_bn: bool = False) -> nn.Module:
     else:
         _rename(fused, stock_architecture(model), {})
     return fused
+
+
+def _with_fused_layers(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
+    """A deep copy of a model with its variant layers fused; what is in the memo is not copied."""
+    # Deep-copying with the fused layers already in the memo puts them wherever the model refers to the old ones, so
+    # what was shared stays shared, and nothing else is special.
+    fused = {id(module): module.fuse() for module in model.modules() if is_variant(module)}
+    return copy.deepcopy(model, {**(memo or {}), **fused})
+
+
+def _fold_norms(model: nn.Module) -> nn.Module:
+    """As `_with_fused_layers`, in evaluation mode and with the BatchNorms folded, too."""
+    layers = {id(module): module for module in model.modules() if is_variant(module)}
+    # in float64 until the norms are folded, so that they are rounded once
+    fused = {number: exact_copy(layer).fuse() for number, layer in layers.items()}
+    folded: Any = copy.deepcopy(model, dict(fused)).eval()
+    count = fold_norms(folded, keep=_plain_modules(folded, []).keys())
+    for number, layer in layers.items():
+        fused[number].to(layer.weight.device, layer.weight.dtype)
+    _logger.info('%d BatchNorms are folded into the convolutions before them', count)
+    folded.folded_norms = getattr(model, 'folded_norms', 0) + count
+    return folded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,7 +316,8 @@ def verify_fusion(
     Args:
         model: The converted model.
         fused: Its fusion, as it will be saved; fused here when None.
-        inputs: A batch, or an iterable of batches; None takes 64 seeded random images of the model's own input size.
+        inputs: A batch, or an iterable of batches, taken one at a time and not kept; None takes 64 seeded random images
+            of the model's own input size.
 
     Returns:
         The figures; whether they are good enough is the report's `passed`.
@@ -317,13 +326,14 @@ def verify_fusion(
         ReparamError: the model holds no variant layer, no input size is known, there are no inputs or they are no
             tensors, or there are no outputs to compare, or others than the model's.
     """
-    model = _unwrap(model)
+    model = _unwrap_converted(model)
     fused = fuse_model(model) if fused is None else _unwrap(fused)
     parameter = next(model.parameters())
     device = parameter.device
     exact_device = torch.device('cpu') if device.type == 'mps' else device
-    exact = copy.deepcopy(model).to(exact_device, torch.float64).eval()
-    exact_fused = fuse_model(exact)
+    exact = exact_copy(model).eval()
+    # The two share what fusing leaves as it is: nothing is trained here.
+    exact_fused = _with_fused_layers(exact, {id(t): t for t in (*exact.parameters(), *exact.buffers())})
     batches = _seeded_images(model).split(_VERIFY_BATCH) if inputs is None else inputs
     if isinstance(batches, torch.Tensor):
         batches = (batches,)
@@ -364,6 +374,7 @@ def verify_fusion(
             classifies = classifies and len(reference) == 1 and reference[0].dim() == 2
             if classifies:
                 agreeing += int((outputs['own'][0].argmax(1).cpu() == outputs['stored'][0].argmax(1).cpu()).sum())
+            del batch  # gone before the next one is made
     if not num_inputs:
         raise ReparamError('verify_fusion: expected at least one input, got none; pass a batch as inputs=')
     scale = largest['logit'] or 1.0
@@ -393,7 +404,7 @@ def lift_state_dict(
         not_lifted: Why the model could not be converted with init='lift', if so; raised if a lift is needed.
 
     Returns:
-        A new state dict with the keys of the model.
+        A new state dict with the keys of the model, in which what the method adds are the model's own tensors.
 
     Raises:
         ReparamError: keys are missing or unexpected, or shapes differ, the classifier's and the stem's aside.
@@ -414,7 +425,7 @@ def lift_state_dict(
             lifted = {key for key in added if key.startswith(f'{name}.')}
     if lifted and not_lifted is not None:
         raise not_lifted
-    state_dict.update((key, own[key].detach().clone()) for key in lifted)
+    state_dict.update((key, own[key].detach()) for key in lifted)
 
     classifiers = tuple(f'{name}.' for name in _as_tuple(cfg.get('classifier') or ()))
     free = {key for key in own.keys() | state_dict.keys() if key.startswith(classifiers)} if classifiers else set()
@@ -531,6 +542,13 @@ def _unwrap(model: nn.Module) -> nn.Module:
     while (inner := _inner(model)) is not None:
         model = inner
     _refuse_wrapped(model, 'fuse_model')
+    return model
+
+
+def _unwrap_converted(model: nn.Module) -> nn.Module:
+    model = _unwrap(model)
+    if variant_of(model) is None:
+        raise ReparamError(f'{type(model).__name__} holds no over-parameterised convolution: there is nothing to fuse')
     return model
 
 
