@@ -9,8 +9,8 @@ convert     convert_model on the CPU and on the meta device, beside making the s
 verify      verify_fusion of two images, beside a pass of the stock model; and the most memory that it takes
 fold        inference of the fused model, and of the one with folded BatchNorms, beside the stock model
 
-Stock and variant take turns, and the ratio is the median of the turns' ratios, so that a machine that is shared by others
-tells the same. Memory is counted by torch's profiler, as multiples of the fused model's weights.
+Stock and variant take turns, and the ratio is the median of the turns' ratios, so that a machine that is shared by
+others tells the same. Memory is counted by torch's profiler, as multiples of the fused model's weights.
 """
 
 import argparse
