@@ -1,7 +1,10 @@
 """convert_model, fuse_model and verify_fusion on whole models, timm's and others."""
 
 import copy
+import itertools
 import logging
+import weakref
+from collections.abc import Callable, Iterator
 
 import pytest
 import timm
@@ -364,8 +367,47 @@ def test_verify_fusion_makes_its_own_inputs() -> None:
         verify_fusion(convert_model(Net(), 'doconv'))
     with pytest.raises(ReparamError, match='at least one input'):
         verify_fusion(model, inputs=[])
-    with pytest.raises(ReparamError, match='nothing to fuse'):
-        verify_fusion(fuse_model(model))
+    for fused in (None, model):
+        with pytest.raises(ReparamError, match='nothing to fuse'):
+            verify_fusion(fuse_model(model), fused)
+
+
+def test_verify_fusion_holds_one_batch_at_a_time() -> None:
+    model = disturbed(convert_model(Net(), 'doconv'))
+    batches: list[weakref.ref] = []
+
+    def stream() -> Iterator[torch.Tensor]:
+        for seed in range(3):
+            assert all(batch() is None for batch in batches)
+            batch = images(2, 3, 9, 11, seed=seed)
+            batches.append(weakref.ref(batch))
+            yield batch
+            del batch
+
+    assert verify_fusion(model, inputs=stream()).num_inputs == 6 and len(batches) == 3
+
+
+def allocated(function: Callable[[], nn.Module]) -> tuple[nn.Module, int, int]:
+    """What a function returns, the bytes of tensors that it has left allocated, and the most that there were."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = function()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == '[memory]']
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return result, sum(sizes), max(itertools.accumulate(sizes))
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_fusing_allocates_the_fused_weights_and_one_layer_in_float64(variant: str) -> None:
+    extra = set()
+    for depth in (4, 8):
+        model = convert_model(nn.Sequential(*(nn.Conv2d(32, 32, 3, padding=1) for _ in range(depth))), variant)
+        model(images(1, 32, 5, 5)).sum().backward()  # gradients are none of the weights
+        fused, left, most = allocated(lambda model=model: fuse_model(model))
+        weights = sum(tensor.nbytes for tensor in state(fused).values())
+        assert left == weights
+        extra.add(most - weights)
+    assert len(extra) == 1, 'whatever the depth'
+    assert extra.pop() < 10 * model[1].double().weight.nbytes
 
 
 def test_verify_fusion_takes_any_outputs() -> None:

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, TypeGuard
@@ -19,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_flatten
 
 from .errors import ReparamError
+from .fold import fold_norms
 from .layers import (
     ACConv2d,
     DOConv2d,
@@ -28,7 +29,7 @@ from .layers import (
     RefConvTranspose2d,
     ReparamLayer,
 )
-from .layers.base import autocast_disabled, check_init, conv_arguments
+from .layers.base import autocast_disabled, check_init, conv_arguments, exact_copy
 
 __all__ = [
     'VARIANTS',
@@ -192,30 +193,34 @@ def _plan(model: nn.Module, layers: dict[type[nn.Module], type[ReparamLayer]], s
     return plan
 
 
-def fuse_model(model: nn.Module) -> nn.Module:
+def fuse_model(model: nn.Module, *, fold_bn: bool = False) -> nn.Module:
     """Fold a converted model into the stock architecture.
+
+    With `fold_bn` each BatchNorm that alone takes the output of one convolution is folded into it, too, dynamic ones
+    included: faster, the same function in evaluation, and for inference only. Where the norms were, identities are
+    left, or their activations, and the convolutions have biases, so the keys are not the stock ones: it is no form to
+    save as a checkpoint of the architecture, and the Hub functions refuse it. How many norms were folded is its
+    attribute `folded_norms`. Blocks that re-parameterise themselves keep theirs: timm's ``reparameterize_model`` folds
+    them, before or after.
 
     Args:
         model: A converted model, left as it was. DistributedDataParallel, torch.compile and weight-averaging wrappers
             are taken off.
+        fold_bn: Whether to fold the BatchNorms, for deployment.
 
     Returns:
         A new model with plain convolutions: the stock keys and shapes, and on a timm model the stock architecture's
         name and arguments. Dynamic convolutions cannot become plain ones: they come back in their form for inference.
+        With `fold_bn` it is in evaluation mode, and of the same module classes otherwise.
 
     Raises:
-        ReparamError: the model holds no variant layer, or is scripted.
+        ReparamError: the model holds no variant layer, or is scripted; or its norms are to be folded and torch.fx
+            cannot trace it.
     """
-    model = _unwrap(model)
-    variant = variant_of(model)
-    if variant is None:
-        raise ReparamError(f'{type(model).__name__} holds no over-parameterised convolution: there is nothing to fuse')
+    model = _unwrap_converted(model)
     if is_variant(model):
-        return model.fuse()
-    # Deep-copying with the fused layers already in the memo puts them wherever the model refers to the old ones, so
-    # what was shared stays shared, and nothing else is special.
-    memo = {id(module): module.fuse() for module in model.modules() if is_variant(module)}
-    fused = copy.deepcopy(model, memo)
+        return model.fuse().eval() if fold_bn else model.fuse()
+    fused: Any = _fold_norms(model) if fold_bn else _with_fused_layers(model)
     remaining = [module for module in fused.modules() if is_variant(module)]
     if remaining:
         _logger.info('%d dynamic convolutions depend on their input and stay, in inference form', len(remaining))
@@ -226,6 +231,28 @@ def fuse_model(model: nn.Module) -> nn.Module:
     else:
         _rename(fused, stock_architecture(model), {})
     return fused
+
+
+def _with_fused_layers(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
+    """A deep copy of a model with its variant layers fused; what is in the memo is not copied."""
+    # Deep-copying with the fused layers already in the memo puts them wherever the model refers to the old ones, so
+    # what was shared stays shared, and nothing else is special.
+    fused = {id(module): module.fuse() for module in model.modules() if is_variant(module)}
+    return copy.deepcopy(model, {**(memo or {}), **fused})
+
+
+def _fold_norms(model: nn.Module) -> nn.Module:
+    """As `_with_fused_layers`, in evaluation mode and with the BatchNorms folded, too."""
+    layers = {id(module): module for module in model.modules() if is_variant(module)}
+    # in float64 until the norms are folded, so that they are rounded once
+    fused = {number: exact_copy(layer).fuse() for number, layer in layers.items()}
+    folded: Any = copy.deepcopy(model, dict(fused)).eval()
+    count = fold_norms(folded, keep=_plain_modules(folded, []).keys())
+    for number, layer in layers.items():
+        fused[number].to(layer.weight.device, layer.weight.dtype)
+    _logger.info('%d BatchNorms are folded into the convolutions before them', count)
+    folded.folded_norms = getattr(model, 'folded_norms', 0) + count
+    return folded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,7 +316,8 @@ def verify_fusion(
     Args:
         model: The converted model.
         fused: Its fusion, as it will be saved; fused here when None.
-        inputs: A batch, or an iterable of batches; None takes 64 seeded random images of the model's own input size.
+        inputs: A batch, or an iterable of batches, taken one at a time and not kept; None takes 64 seeded random images
+            of the model's own input size.
 
     Returns:
         The figures; whether they are good enough is the report's `passed`.
@@ -298,13 +326,14 @@ def verify_fusion(
         ReparamError: the model holds no variant layer, no input size is known, there are no inputs or they are no
             tensors, or there are no outputs to compare, or others than the model's.
     """
-    model = _unwrap(model)
+    model = _unwrap_converted(model)
     fused = fuse_model(model) if fused is None else _unwrap(fused)
     parameter = next(model.parameters())
     device = parameter.device
     exact_device = torch.device('cpu') if device.type == 'mps' else device
-    exact = copy.deepcopy(model).to(exact_device, torch.float64).eval()
-    exact_fused = fuse_model(exact)
+    exact = exact_copy(model).eval()
+    # The two share what fusing leaves as it is: nothing is trained here.
+    exact_fused = _with_fused_layers(exact, {id(t): t for t in (*exact.parameters(), *exact.buffers())})
     batches = _seeded_images(model).split(_VERIFY_BATCH) if inputs is None else inputs
     if isinstance(batches, torch.Tensor):
         batches = (batches,)
@@ -345,6 +374,7 @@ def verify_fusion(
             classifies = classifies and len(reference) == 1 and reference[0].dim() == 2
             if classifies:
                 agreeing += int((outputs['own'][0].argmax(1).cpu() == outputs['stored'][0].argmax(1).cpu()).sum())
+            del batch  # gone before the next one is made
     if not num_inputs:
         raise ReparamError('verify_fusion: expected at least one input, got none; pass a batch as inputs=')
     scale = largest['logit'] or 1.0
@@ -374,7 +404,7 @@ def lift_state_dict(
         not_lifted: Why the model could not be converted with init='lift', if so; raised if a lift is needed.
 
     Returns:
-        A new state dict with the keys of the model.
+        A new state dict with the keys of the model, in which what the method adds are the model's own tensors.
 
     Raises:
         ReparamError: keys are missing or unexpected, or shapes differ, the classifier's and the stem's aside.
@@ -395,7 +425,7 @@ def lift_state_dict(
             lifted = {key for key in added if key.startswith(f'{name}.')}
     if lifted and not_lifted is not None:
         raise not_lifted
-    state_dict.update((key, own[key].detach().clone()) for key in lifted)
+    state_dict.update((key, own[key].detach()) for key in lifted)
 
     classifiers = tuple(f'{name}.' for name in _as_tuple(cfg.get('classifier') or ()))
     free = {key for key in own.keys() | state_dict.keys() if key.startswith(classifiers)} if classifiers else set()
@@ -515,6 +545,13 @@ def _unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def _unwrap_converted(model: nn.Module) -> nn.Module:
+    model = _unwrap(model)
+    if variant_of(model) is None:
+        raise ReparamError(f'{type(model).__name__} holds no over-parameterised convolution: there is nothing to fuse')
+    return model
+
+
 def layers_of(variant: str) -> dict[type[nn.Module], type[ReparamLayer]]:
     """The layers of a variant, by the exact type of convolution that they replace; ReparamError if it is unknown."""
     if variant not in VARIANTS:
@@ -549,7 +586,7 @@ def _plain_modules(model: nn.Module, skip_names: list[str]) -> dict[int, str]:
             continue
         if any(fnmatchcase(name, pattern) for pattern in skip_names):
             why = 'left out by skip'
-        elif any(callable(getattr(type(module), method, None)) for method in _SELF_FOLDING):
+        elif not is_variant(module) and any(callable(getattr(type(module), method, None)) for method in _SELF_FOLDING):
             why = f'inside {type(module).__name__}, which re-parameterises itself'
         else:
             continue

@@ -579,11 +579,18 @@ class _Copy:
 
 
 def _architecture(model: nn.Module) -> str:
-    cfg = getattr(unwrap_model(model), 'pretrained_cfg', None)
+    """The name a model is saved under; ReparamError if it has none, or is not what the name stands for."""
+    model = unwrap_model(model)
+    cfg = getattr(model, 'pretrained_cfg', None)
     architecture = cfg.get('architecture') if isinstance(cfg, dict) else None
     if not architecture:
         raise ReparamError(
             f'{type(model).__name__}: expected a model of timm.create_model, got one without pretrained_cfg'
+        )
+    if getattr(model, 'folded_norms', 0):
+        raise ReparamError(
+            f'{architecture}: expected the keys of the architecture, got a model whose BatchNorms are folded, which is '
+            'for inference only; save the train-time model, or what fuse_model makes of it without fold_bn'
         )
     return architecture
 

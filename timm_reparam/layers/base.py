@@ -8,6 +8,7 @@ this one: a class that derives from :class:`ReparamLayer` and the torch layer, a
 
 import copy
 import dataclasses
+import functools
 import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -124,6 +125,7 @@ class ReparamLayer(_ConvNd):
     needs_trained_weights: ClassVar[bool] = False
 
     @classmethod
+    @functools.cache
     def option_names(cls) -> tuple[str, ...]:
         """Names of the method's own options: the keyword-only arguments of the constructor."""
         parameters = inspect.signature(cls.__init__).parameters.values()
@@ -228,7 +230,7 @@ class ReparamLayer(_ConvNd):
         layer = cls(**conv_arguments(conv), device='meta', dtype=conv.weight.dtype, **options)
         layer.to_empty(device=conv.weight.device)
         layer._adopt(conv, init)
-        layer._init_variant(init)
+        layer._start(init)
         for parameter_name, parameter in layer.named_parameters():
             if parameter_name not in ('weight', 'bias'):
                 parameter.requires_grad_(conv.weight.requires_grad)
@@ -247,12 +249,18 @@ class ReparamLayer(_ConvNd):
         """The kernel this layer stands for, from its parameters and buffers in their own dtype."""
         raise NotImplementedError
 
+    def _start(self, init: str) -> None:
+        # what has no values needs none, and random ones take long there: torch goes through Python
+        if not self.weight.is_meta:
+            self._init_variant(init)
+
     def reset_parameters(self) -> None:
         """Draw a new start, as the constructor does: torch's for `weight` and `bias`, the method's for the rest."""
-        super().reset_parameters()
+        if not self.weight.is_meta:
+            super().reset_parameters()
         # torch's constructor calls this before the method has added anything
         if getattr(self, '_complete', False):
-            self._init_variant('scratch')
+            self._start('scratch')
 
     def equivalent_kernel(self) -> torch.Tensor:
         """The kernel of the one plain convolution that this layer equals in evaluation mode.
@@ -298,7 +306,14 @@ class ReparamLayer(_ConvNd):
 def exact_copy(module: _Module) -> _Module:
     """A float64 copy of a module, on the CPU where the device has no float64."""
     device = 'cpu' if next(module.parameters()).device.type == 'mps' else None
-    return copy.deepcopy(module).to(device=device, dtype=torch.float64)
+    # Deep-copying with the converted tensors already in the memo makes no copy of them in their own dtype first.
+    memo: dict[int, torch.Tensor] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        dtype = torch.float64 if tensor.is_floating_point() else tensor.dtype
+        memo[id(tensor)] = exact = tensor.detach().to(device=device, dtype=dtype, copy=True)
+        if isinstance(tensor, nn.Parameter):
+            memo[id(tensor)] = nn.Parameter(exact, tensor.requires_grad)
+    return copy.deepcopy(module, memo)
 
 
 def conv_arguments(conv: _ConvNd) -> dict[str, Any]:

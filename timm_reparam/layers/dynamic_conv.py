@@ -581,6 +581,32 @@ class DynamicConv2d(ReparamConv2d):
             new.requires_grad_(old.requires_grad)
         return layer.train(self.training)
 
+    @torch.no_grad()
+    def scale_outputs(self, scale: torch.Tensor, shift: torch.Tensor) -> None:
+        """Make the layer give ``scale * y + shift``, as a BatchNorm in evaluation makes of y; rounded once.
+
+        Every kernel and every bias is scaled, and the shift, which is the same for all kernels since the attention sums
+        to one, goes into the mean bias. The parameters become new ones.
+
+        Args:
+            scale: Scale of each output channel, (out_channels,), in float64.
+            shift: What is added to each output channel, likewise.
+        """
+
+        def new(value: torch.Tensor) -> nn.Parameter:
+            weight = self.weight
+            return nn.Parameter(value.to(weight.device, weight.dtype), weight.requires_grad)
+
+        zeros = torch.zeros_like(shift)
+        mean_bias = zeros if self.bias is None else self.bias.to(scale)
+        residuals = self.num_kernels - 1
+        residual_bias = zeros.repeat(residuals) if self.residual_bias is None else self.residual_bias.to(scale)
+        scales = scale.repeat(residuals)
+        self.residual_bias = new(residual_bias * scales)
+        self.residual_weight = new(self.residual_weight.to(scale) * scales[:, None, None, None])
+        self.bias = new(mean_bias * scale + shift)
+        self.weight = new(self.weight.to(scale) * scale[:, None, None, None])
+
     def extra_repr(self) -> str:
         schedule = 'None' if self.temperature is None else f'{self.temperature:g}'
         options = f'num_kernels={self.num_kernels}, reduction={self.reduction}, temperature={schedule}'
