@@ -301,7 +301,7 @@ class ACConv2d(ReparamConv2d):
             running_var = torch.empty(out_channels, **factory) if normed else None
             self.register_buffer(f'{branch}_running_var', running_var)
         self._complete = True
-        self._init_variant('scratch')
+        self._start('scratch')
 
     @classmethod
     def selects(cls, conv: _ConvNd, is_stem: bool) -> bool:

@@ -6,14 +6,14 @@ Official code: https://github.com/yangyanli/DO-Conv (this is an implementation o
 
 import math
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import ReparamError
-from .base import Imported, Method, PaddingMode, ReparamConv2d, ReparamConvTranspose2d, ReparamLayer, is_recorded
+from .base import Imported, Method, PaddingMode, ReparamConv2d, ReparamConvTranspose2d, ReparamLayer
 
 __all__ = ['DOConv2d', 'DOConvTranspose2d']
 
@@ -126,41 +126,6 @@ def _block_diagonal(depthwise: torch.Tensor, b: int) -> torch.Tensor:
     return (depthwise.view(-1, b, area, 1, num_columns) * eye).reshape(-1, b * area, b * num_columns)
 
 
-class _AddTransformed(torch.autograd.Function):
-    """``W + D W`` of W (out_channels, in_channels, m) and D (in_channels, m, m), written where it is to stay.
-
-    The products that autograd would make have another order of axes, which takes as long to put right.
-    """
-
-    @staticmethod
-    def forward(weight: torch.Tensor, depthwise: torch.Tensor) -> torch.Tensor:
-        b = _channels_of_a_block(weight.shape[1])
-        result = torch.empty_like(weight)
-        columns = _AddTransformed.by_block(weight, b)
-        blocks = _block_diagonal(depthwise, b).transpose(1, 2)
-        torch.baddbmm(columns, columns, blocks, out=_AddTransformed.by_block(result, b))
-        return result
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        weight, depthwise = ctx.saved_tensors
-        gradient = gradients[0].contiguous()
-        area, b = weight.shape[2], _channels_of_a_block(weight.shape[1])
-        columns, change = _AddTransformed.by_block(weight, b), _AddTransformed.by_block(gradient, b)
-        products = torch.bmm(change.transpose(1, 2), columns).view(-1, b, area, b, area)
-        for_depthwise = products.diagonal(dim1=1, dim2=3).movedim(3, 1).reshape(depthwise.shape)
-        return _AddTransformed.apply(gradient, depthwise.transpose(1, 2)), for_depthwise
-
-    @staticmethod
-    def by_block(kernels: torch.Tensor, b: int) -> torch.Tensor:
-        """(out_channels, in_channels, m) seen as (in_channels / b, out_channels, b * m)."""
-        return kernels.view(kernels.shape[0], -1, b * kernels.shape[2]).transpose(0, 1)
-
-
 class DOConv2d(_DepthwiseOverParameterised, ReparamConv2d):
     """Depthwise over-parameterised convolution, ``K[o, i, m] = sum_s (E[m, s] + D[i, m, s]) W[o, i, s]``.
 
@@ -214,7 +179,7 @@ class DOConv2d(_DepthwiseOverParameterised, ReparamConv2d):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
         self._add_depthwise(depth_multiplier, device, dtype)
-        self._init_variant('scratch')
+        self._start('scratch')
 
     @classmethod
     def is_foreign(cls, entries: dict[str, torch.Tensor]) -> bool:
@@ -242,15 +207,12 @@ class DOConv2d(_DepthwiseOverParameterised, ReparamConv2d):
         return Imported({'weight': kernels.to(columns.dtype).reshape(shape)})
 
     def _add_transformed(self, kernel: torch.Tensor, depthwise: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting() and not is_recorded() and self.groups == 1 and self.surplus_weight is None:
-            return _AddTransformed.apply(kernel, depthwise)
         group_channels = self.in_channels // self.groups  # a number, where a shape is not one while a trace runs
         area, num_columns, b = kernel.shape[2], columns.shape[2], _channels_of_a_block(group_channels)
         blocks = _block_diagonal(depthwise, b).view(self.groups, -1, b * area, b * num_columns)
-        columns = columns.view(self.groups, -1, group_channels // b, b * num_columns).transpose(1, 2)
-        kernel = kernel.view(self.groups, -1, group_channels // b, b * area).transpose(1, 2)
-        result = torch.baddbmm(kernel.flatten(0, 1), columns.flatten(0, 1), blocks.flatten(0, 1).transpose(1, 2))
-        return result.unflatten(0, (self.groups, -1)).transpose(1, 2)
+        columns = columns.view(self.groups, -1, group_channels // b, b * num_columns)
+        kernel = kernel.view(self.groups, -1, group_channels // b, b * area)
+        return kernel + torch.matmul(columns.transpose(1, 2), blocks.transpose(2, 3)).transpose(1, 2)
 
 
 class DOConvTranspose2d(_DepthwiseOverParameterised, ReparamConvTranspose2d):
@@ -298,7 +260,7 @@ class DOConvTranspose2d(_DepthwiseOverParameterised, ReparamConvTranspose2d):
         geometry = (kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode)
         super().__init__(in_channels, out_channels, *geometry, device, dtype)
         self._add_depthwise(depth_multiplier, device, dtype)
-        self._init_variant('scratch')
+        self._start('scratch')
 
     def _add_transformed(self, kernel: torch.Tensor, depthwise: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         return kernel + torch.einsum('ios,ims->iom', columns, depthwise)

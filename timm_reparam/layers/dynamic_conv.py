@@ -242,7 +242,7 @@ class DynamicConv2d(ReparamConv2d):
         self.register_buffer('temperature_steps', torch.zeros((), **schedule) if scheduled else None)
         self._first_length = temperature_steps
         self._complete = True
-        self._init_variant('scratch')
+        self._start('scratch')
 
     @classmethod
     def selects(cls, conv: _ConvNd, is_stem: bool) -> bool:
@@ -562,10 +562,11 @@ class DynamicConv2d(ReparamConv2d):
         Returns:
             A fresh DynamicConv2d without a schedule, with the same device, dtype and mode.
         """
-        exact = exact_copy(self)
-        temperature = exact.current_temperature()
-        exact.attention.fc2.weight.div_(temperature)
-        exact.attention.fc2.bias.div_(temperature)
+        # all that fusing changes; the kernels, which are many, are copied as they are
+        fc2 = exact_copy(self.attention.fc2)
+        temperature = self.current_temperature().to(fc2.weight.device)
+        fc2.weight.div_(temperature)
+        fc2.bias.div_(temperature)
         layer = type(self)(
             **conv_arguments(self),
             device='meta',
@@ -576,7 +577,9 @@ class DynamicConv2d(ReparamConv2d):
         ).to_empty(device=self.weight.device)
         layer.tf_same = self.tf_same
         layer.exportable = self.exportable
-        layer.load_state_dict({name: value for name, value in exact.state_dict().items() if name not in _SCHEDULE})
+        state = {name: value for name, value in self.state_dict().items() if name not in _SCHEDULE}
+        state.update({f'attention.fc2.{name}': value for name, value in fc2.state_dict().items()})
+        layer.load_state_dict(state)
         for (_, new), (_, old) in zip(layer.named_parameters(), self.named_parameters()):
             new.requires_grad_(old.requires_grad)
         return layer.train(self.training)

@@ -151,7 +151,7 @@ class RefConv2d(_Refocusing, ReparamConv2d):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
         self._add_map(map_kernel_size, device, dtype)
-        self._init_variant('scratch')
+        self._start('scratch')
 
     @classmethod
     def is_foreign(cls, entries: dict[str, torch.Tensor]) -> bool:
@@ -207,4 +207,4 @@ class RefConvTranspose2d(_Refocusing, ReparamConvTranspose2d):
         geometry = (kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode)
         super().__init__(in_channels, out_channels, *geometry, device, dtype)
         self._add_map(map_kernel_size, device, dtype)
-        self._init_variant('scratch')
+        self._start('scratch')
