@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from timm_reparam import ReparamError
 from timm_reparam.layers import DynamicConv2d
+from timm_reparam.layers.base import draw_small
 
 from . import oracles
 from .cases import (
@@ -657,3 +658,21 @@ def test_reset_temperature_refuses_the_same_lengths(steps: object) -> None:
         layer.reset_temperature(steps=steps)
     assert repr(steps) in str(error.value)
     assert_same_state(layer, before)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+def test_small_random_starts(dtype: torch.dtype) -> None:
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        values = torch.empty(3, 5, 7001, dtype=dtype)
+        draw_small(values, 0.25)
+        drawn.append(values)
+    assert torch.equal(*drawn)
+    values = drawn[0].double()
+    assert values.abs().max() <= 0.25
+    assert abs(values.mean()) < 0.002
+    assert values.std() == pytest.approx(0.25 / math.sqrt(3), rel=0.02)
+    assert (torch.corrcoef(values.flatten(1)) - torch.eye(3)).abs().max() < 0.03
+    following = torch.corrcoef(torch.stack([values.flatten()[:-1], values.flatten()[1:]]))
+    assert following[0, 1].abs() < 0.02

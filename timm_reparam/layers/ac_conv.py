@@ -29,6 +29,7 @@ from .base import (
     ReparamConv2d,
     autocast_disabled,
     conv_arguments,
+    draw_small,
     exact_copy,
     is_recorded,
 )
@@ -325,8 +326,11 @@ class ACConv2d(ReparamConv2d):
             self.vertical_weight.zero_()
             self.horizontal_weight.zero_()
             return
-        nn.init.kaiming_uniform_(self.vertical_weight, a=math.sqrt(5))
-        nn.init.kaiming_uniform_(self.horizontal_weight, a=math.sqrt(5))
+        for weight in (self.vertical_weight, self.horizontal_weight):
+            if init == 'lift':  # gamma is 0: what they are now does not matter yet
+                draw_small(weight, 1 / math.sqrt(weight[0].numel()))
+            else:
+                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
         if self.vertical_gamma is not None:
             gamma = 0.0 if init == 'lift' else 1.0 if self.gamma_init is None else self.gamma_init
             self.vertical_gamma.fill_(gamma)

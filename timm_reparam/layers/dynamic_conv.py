@@ -28,6 +28,7 @@ from .base import (
     ReparamConv2d,
     autocast_disabled,
     conv_arguments,
+    draw_small,
     exact_copy,
     is_recorded,
 )
@@ -337,9 +338,9 @@ class DynamicConv2d(ReparamConv2d):
             nn.init.zeros_(self.attention.fc2.weight)
             nn.init.zeros_(self.attention.fc2.bias)
             bound = _LIFT_RESIDUAL / self.weight[0].numel() ** 0.5
-            nn.init.uniform_(self.residual_weight, -bound, bound)
+            draw_small(self.residual_weight, bound)
             if self.residual_bias is not None:
-                nn.init.uniform_(self.residual_bias, -bound, bound)
+                draw_small(self.residual_bias, bound)
             return
         for parameter, residual in ((self.weight, self.residual_weight), (self.bias, self.residual_bias)):
             if parameter is not None and residual is not None:
