@@ -126,8 +126,8 @@ def test_every_way_of_computing_is_the_same_function(method: Method, case: Case)
         (POINTWISE, (3, 4), True),
         (POINTWISE, (4, 4), False),
         (Case('strided', 1, stride=2), (6, 8), True),
-        (BIASED, (4, 8), True),
-        (BIASED, (6, 6), False),
+        (BIASED, (7, 7), True),
+        (BIASED, (7, 8), False),
         (DEPTHWISE, (1, 1), False),
     ],
     ids=str,
@@ -135,6 +135,7 @@ def test_every_way_of_computing_is_the_same_function(method: Method, case: Case)
 def test_outputs_are_mixed_where_they_are_few(case: Case, positions: tuple[int, int], few: bool) -> None:
     layer = DynamicConv2d.from_conv(case.conv())
     assert layer._has_few_positions(torch.empty(2, 4, *positions)) == few
+    assert not layer._has_few_positions(torch.empty(1, 4, *positions))
 
 
 def test_pooling_does_not_overflow_in_float16() -> None:

@@ -477,11 +477,11 @@ class DynamicConv2d(ReparamConv2d):
 
         Kernels for each sample cost time for each of their elements, K outputs for each element and output position.
         """
-        if self.groups == self.in_channels:  # depthwise kernels have few elements
+        if x.shape[0] == 1 or self.groups == self.in_channels:  # one kernel, or kernels of few elements
             return False
         positions = (x.shape[2] // self.stride[0]) * (x.shape[3] // self.stride[1])
         # measured by tests/benchmarks/dynamic_conv.py; a kernel larger than 1x1 costs more for each sample
-        return positions <= (12 if self.kernel_size == (1, 1) else 32)
+        return positions <= (12 if self.kernel_size == (1, 1) else 49)
 
     def _mix_outputs(self, x: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
         """K convolutions of the whole batch, the K-1 with the residuals as one."""
