@@ -13,7 +13,8 @@ there is left out.
 
 timm's own CondConv2d is always there, with four experts and a routing of its own for each layer, as the attention of
 dynamic convolution is. A reference takes the place of exactly those layers that the variant converts; all start at
-random. One that cannot run in a setting (channels last, say) is left out, and the results say why.
+random. One that cannot run in a setting (channels last, say) is left out, and the results say why. The plot shows the
+last setting.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from torch import nn
 
 import timm_reparam
 from timm_reparam import plan_conversion
-from timm_reparam.profile import Profile, compare_profiles, format_profiles
+from timm_reparam.profile import Profile, check_plot, compare_profiles, format_profiles, plot_profiles
 
 # backbone: names of our variants with their options, names of the references
 ROWS: dict[str, tuple[list[tuple[str, dict[str, Any]]], list[str]]] = {
@@ -216,15 +217,19 @@ def main() -> None:
     parser.add_argument('--precision', default='float32', help='as of timm-reparam profile (default: float32)')
     parser.add_argument('--channels-last', action='store_true')
     parser.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND')
-    parser.add_argument('-o', '--output', type=Path, metavar='NAME', help='write NAME.json and NAME.txt')
+    parser.add_argument('-o', '--output', type=Path, metavar='NAME', help='write NAME.json, .txt, .svg')
     args = parser.parse_args()
     for folder in args.reference:
         if not folder.is_dir():
             parser.error(f'{folder}: expected a folder')
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler behind the peak memory tells its inner life
 
+    if args.output is not None:
+        check_plot(f'{args.output}.svg')
+
     found = find_references(args.reference)
     facts = environment(args.device)
+    drawn: list[Profile] = []
     texts, rows, left_out = ['\n'.join(f'{key}: {value}' for key, value in facts.items() if value is not None)], [], []
     for backbone in args.backbone:
         for batch_size, pixels in args.setting:
@@ -234,6 +239,8 @@ def main() -> None:
                 torchcompile=args.torchcompile,
             )  # fmt: skip
             rows += [profile.to_dict() for profile in profiles]
+            if (batch_size, pixels) == args.setting[-1]:
+                drawn += profiles[1:]  # the stock model is the one of the ratios
             left_out += [{'name': name, 'batch_size': batch_size, 'error': why} for name, why in failures.items()]
             texts += [format_profiles(profiles), *(f'left out: {name}: {why}' for name, why in failures.items())]
             print('\n\n'.join(texts[-1 - len(failures) :]), end='\n\n', flush=True)
@@ -241,6 +248,7 @@ def main() -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         results = {**facts, 'left_out': left_out, 'profiles': rows}
         Path(f'{args.output}.json').write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
+        plot_profiles(drawn, f'{args.output}.svg')
         Path(f'{args.output}.txt').write_text('\n\n'.join(texts) + '\n', encoding='utf-8')
 
 
