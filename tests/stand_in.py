@@ -31,6 +31,20 @@ def randomise(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
+def disturbed(model: nn.Module, seed: int = 3) -> nn.Module:
+    """Moves away everything that starts at zero or one, and the temperature's position, in place."""
+    randomise(model, seed)
+    for name, buffer in model.named_buffers():
+        if name.endswith('temperature_position'):
+            buffer.fill_(4_000)
+    return model
+
+
+def images(*size: int, seed: int = 0) -> torch.Tensor:
+    """Seeded random numbers of a size."""
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
+
+
 def random_model(name: str, seed: int | None = None, **options) -> nn.Module:
     """A model with seeded random weights and statistics, in eval mode; options are those of timm.create_model.
 

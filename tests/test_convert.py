@@ -4,20 +4,21 @@ import copy
 import itertools
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from layers.cases import assert_same_state, state
-from stand_in import random_model, randomise
+from stand_in import disturbed, images, random_model, randomise
 from timm.layers import CondConv2d, Conv2dSame, StdConv2d
 from timm.utils import ModelEmaV3, reparameterize_model
 from torch import nn
 
 import timm_reparam
 from timm_reparam import ReparamError, convert_model, fuse_model, is_variant, verify_fusion
+from timm_reparam._measure import cpu_allocations
 from timm_reparam.convert import VARIANTS, lift_state_dict
 
 STATIC = ('acconv', 'doconv', 'refconv')
@@ -56,19 +57,6 @@ class Folding(nn.Module):
 
     def fuse(self) -> nn.Module:
         return self.conv
-
-
-def images(*size: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
-
-
-def disturbed(model: nn.Module, seed: int = 3) -> nn.Module:
-    """Everything that starts at zero or one, and the temperature's position, moved away."""
-    randomise(model, seed)
-    for name, buffer in model.named_buffers():
-        if name.endswith('temperature_position'):
-            buffer.fill_(4_000)
-    return model
 
 
 def converted(stock: str, variant: str, **options) -> nn.Module:
@@ -387,22 +375,17 @@ def test_verify_fusion_holds_one_batch_at_a_time() -> None:
     assert verify_fusion(model, inputs=stream()).num_inputs == 6 and len(batches) == 3
 
 
-def allocated(function: Callable[[], nn.Module]) -> tuple[nn.Module, int, int]:
-    """What a function returns, the bytes of tensors that it has left allocated, and the most that there were."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        result = function()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == '[memory]']
-    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return result, sum(sizes), max(itertools.accumulate(sizes))
-
-
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_fusing_allocates_the_fused_weights_and_one_layer_in_float64(variant: str) -> None:
     extra = set()
     for depth in (4, 8):
         model = convert_model(nn.Sequential(*(nn.Conv2d(32, 32, 3, padding=1) for _ in range(depth))), variant)
         model(images(1, 32, 5, 5)).sum().backward()  # gradients are none of the weights
-        fused, left, most = allocated(lambda model=model: fuse_model(model))
+        made: list[nn.Module] = []
+        levels = list(
+            itertools.accumulate(cpu_allocations(lambda model=model, made=made: made.append(fuse_model(model))))
+        )
+        (fused,), left, most = made, levels[-1], max(levels)
         weights = sum(tensor.nbytes for tensor in state(fused).values())
         assert left == weights
         extra.add(most - weights)

@@ -7,8 +7,8 @@ import pickle
 import pytest
 import timm
 import torch
-from layers.cases import assert_same_state, state
-from stand_in import random_model, randomise
+from layers.cases import assert_same_state, relative_difference, state
+from stand_in import disturbed, images, random_model
 from timm.layers import BatchNormAct2d, Conv2dSame
 from timm.utils import reparameterize_model
 from timm.utils.model import freeze_batch_norm_2d
@@ -76,21 +76,8 @@ class Net(nn.Module):
         return x.mean((2, 3))
 
 
-def images(*size: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
-
-
-def disturbed(model: nn.Module) -> nn.Module:
-    """Everything that starts at zero or one, and the temperature's position, moved away; in evaluation mode."""
-    randomise(model, seed=3)
-    for name, buffer in model.named_buffers():
-        if name.endswith('temperature_position'):
-            buffer.fill_(4_000)
-    return model.eval()
-
-
 def converted(stock: str, variant: str, **options) -> nn.Module:
-    return disturbed(convert_model(random_model(stock, num_classes=10, **options), variant))
+    return disturbed(convert_model(random_model(stock, num_classes=10, **options), variant)).eval()
 
 
 def norms(model: nn.Module) -> list[nn.Module]:
@@ -100,9 +87,7 @@ def norms(model: nn.Module) -> list[nn.Module]:
 @torch.no_grad()
 def difference(model: nn.Module, other: nn.Module, x: torch.Tensor) -> float:
     """Largest difference of two models' outputs, relative to the largest output."""
-    expected, found = model(x), other(x)
-    assert found.shape == expected.shape
-    return float((found - expected).abs().max() / expected.abs().max())
+    return relative_difference(other(x), model(x))
 
 
 SLOW = [pytest.param(*model, marks=pytest.mark.slow) for model in MORE_MODELS]
@@ -152,7 +137,7 @@ def test_channels_last() -> None:
 
 @pytest.mark.parametrize('variant', ['doconv', 'dyconv'])
 def test_what_can_be_folded_is_and_nothing_else(variant: str, caplog: pytest.LogCaptureFixture) -> None:
-    model = disturbed(convert_model(Net(), variant)).double()
+    model = disturbed(convert_model(Net(), variant)).double().eval()
     for name in ('hooked_bn', 'inside'):
         model.kept[name].register_forward_hook(lambda module, inputs, output: None)
     with caplog.at_level(logging.INFO, logger='timm_reparam'):
@@ -176,8 +161,7 @@ def test_what_can_be_folded_is_and_nothing_else(variant: str, caplog: pytest.Log
         assert torch.equal(other(x), found(x)) and other.folded_norms == 5
         other.load_state_dict(found.state_dict())
     with torch.no_grad():
-        expected = model(x, 2.0)
-        assert (found(x, 2.0) - expected).abs().max() <= 1e-10 * expected.abs().max(), 'an argument still is one'
+        assert relative_difference(found(x, 2.0), model(x, 2.0)) <= 1e-10, 'an argument still is one'
 
 
 def test_frozen_norms_and_frozen_weights() -> None:
@@ -193,14 +177,14 @@ def test_frozen_norms_and_frozen_weights() -> None:
     'options', [dict(features_only=True), dict(num_classes=0), dict(num_classes=0, global_pool='')]
 )
 def test_models_without_a_classifier(options: dict) -> None:
-    model = disturbed(timm.create_model('resnet10t_doconv', **options)).double()
+    model = disturbed(timm.create_model('resnet10t_doconv', **options)).double().eval()
     found = fuse_model(model, fold_bn=True)
     x = images(2, 3, 32, 32).double()
     assert found.folded_norms == 14
     with torch.no_grad():
         expected, outputs = model(x), found(x)
     for a, b in zip(expected, outputs, strict=True):
-        assert (a - b).abs().max() <= 1e-10 * a.abs().max()
+        assert relative_difference(b, a) <= 1e-10
 
 
 def test_blocks_that_fold_themselves_may_do_so_before_or_after() -> None:

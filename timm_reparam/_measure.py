@@ -2,12 +2,14 @@
 
 import copy
 import json
+import os
 import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -244,11 +246,13 @@ def _allocation_peak(call: Callable[[], object], device: torch.device) -> int | 
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     if device.type == 'cpu':
-        return _cpu_allocation_peak(call)
+        return max(accumulate(cpu_allocations(call)), default=0)
     return None
 
 
-def _cpu_allocation_peak(call: Callable[[], object]) -> int:
+def cpu_allocations(call: Callable[[], object]) -> list[int]:
+    """Bytes of tensors that a function allocates on the CPU, and as negative numbers what it frees, in order."""
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler tells its inner life
     cpu = torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
         call()
@@ -257,8 +261,4 @@ def _cpu_allocation_peak(call: Callable[[], object]) -> int:
         profile.export_chrome_trace(str(trace))
         events = json.loads(trace.read_bytes())['traceEvents']
     changes = [event for event in events if event.get('name') == '[memory]' and event['args']['Device Type'] == 0]
-    level = peak = 0
-    for event in sorted(changes, key=lambda event: event['ts']):
-        level += event['args']['Bytes']
-        peak = max(peak, level)
-    return peak
+    return [event['args']['Bytes'] for event in sorted(changes, key=lambda event: event['ts'])]

@@ -243,7 +243,6 @@ def _profile(args: argparse.Namespace) -> int:
     for path in (args.output, args.plot):
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise ReparamError(f'{path}: expected a file in a folder that exists')
-    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler behind the peak memory tells its inner life
     names, models, references = _models_to_profile(args)
     options = ('input_size', 'batch_size', 'runs', 'train', 'precision', 'channels_last', 'torchcompile')
     profiles = compare_profiles(

@@ -330,8 +330,8 @@ def verify_fusion(
     fused = fuse_model(model) if fused is None else _unwrap(fused)
     parameter = next(model.parameters())
     device = parameter.device
-    exact_device = torch.device('cpu') if device.type == 'mps' else device
     exact = exact_copy(model).eval()
+    exact_device = next(exact.parameters()).device
     # The two share what fusing leaves as it is: nothing is trained here.
     exact_fused = _with_fused_layers(exact, {id(t): t for t in (*exact.parameters(), *exact.buffers())})
     batches = _seeded_images(model).split(_VERIFY_BATCH) if inputs is None else inputs

@@ -20,11 +20,11 @@ from timm.layers import (
     get_notrace_functions,
     get_notrace_modules,
 )
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from .errors import ReparamError
 from .layers import DynamicConv2d
+from .layers.base import exact, scale_shift
 
 __all__ = ['fold_norms']
 
@@ -131,18 +131,10 @@ def _holds(outer: str, inner: str) -> bool:
     return not outer or f'{inner}.'.startswith(f'{outer}.')
 
 
-def _exact(tensor: torch.Tensor) -> torch.Tensor:
-    device = 'cpu' if tensor.device.type == 'mps' else tensor.device
-    return tensor.detach().to(device, torch.float64)
-
-
 def _scale_shift(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """A BatchNorm in evaluation as (scale, shift), each (channels,), in float64: what it makes of an identity."""
-    mean, variance = _exact(norm.running_mean), _exact(norm.running_var)
-    weight, bias = (None if value is None else _exact(value) for value in (norm.weight, norm.bias))
-    identity = torch.ones_like(mean)[:, None]
-    scale, shift = fuse_conv_bn_weights(identity, None, mean, variance, norm.eps, weight, bias)
-    return scale.detach()[:, 0], shift.detach()
+    mean, variance = exact(norm.running_mean), exact(norm.running_var)
+    gamma, bias = (None if value is None else exact(value) for value in (norm.weight, norm.bias))
+    return scale_shift(mean, variance, gamma, bias, norm.eps)
 
 
 def _scale_outputs(conv: nn.Module, scale: torch.Tensor, shift: torch.Tensor) -> None:
@@ -151,14 +143,14 @@ def _scale_outputs(conv: nn.Module, scale: torch.Tensor, shift: torch.Tensor) ->
         conv.scale_outputs(scale, shift)
         return
     assert isinstance(conv, (nn.Conv2d, nn.ConvTranspose2d))
-    kernel = _exact(conv.weight)
+    kernel = exact(conv.weight)
     if isinstance(conv, nn.ConvTranspose2d):
         # (in_channels, out_channels/groups, kh, kw), the output channels of each group apart
         kernel = kernel.unflatten(0, (conv.groups, -1)) * scale.view(conv.groups, 1, -1, 1, 1)
         kernel = kernel.flatten(0, 1)
     else:
         kernel = kernel * scale[:, None, None, None]
-    bias = shift if conv.bias is None else _exact(conv.bias) * scale + shift
+    bias = shift if conv.bias is None else exact(conv.bias) * scale + shift
     trainable = conv.weight.requires_grad
     conv.bias = nn.Parameter(bias.to(conv.weight.device, conv.weight.dtype), trainable)
     conv.weight = nn.Parameter(kernel.to(conv.weight.device, conv.weight.dtype), trainable)

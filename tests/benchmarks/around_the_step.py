@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from stand_in import random_model, randomise  # noqa: E402
 
 from timm_reparam import ReparamError, convert_model, fuse_model, verify_fusion  # noqa: E402
+from timm_reparam._measure import cpu_allocations  # noqa: E402
 from timm_reparam.convert import VARIANTS  # noqa: E402
 
 CREATED = [*(('resnet50', variant) for variant in VARIANTS), ('mobilenetv2_100', 'dyconv')]
@@ -60,11 +61,7 @@ def compare(what: str, stock: Callable[[], Any], ours: Callable[[], Any], turns:
 
 def most_memory(function: Callable[[], Any]) -> int:
     """The most bytes of tensors that a function has allocated at any time."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == '[memory]']
-    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(itertools.accumulate(sizes), default=0)
+    return max(itertools.accumulate(cpu_allocations(function)), default=0)
 
 
 def num_bytes(model: nn.Module) -> int:

@@ -6,12 +6,11 @@ Forward and backward pass of a layer, as multiples of the plain convolution's; t
 """
 
 import argparse
-import time
-from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from timm_reparam._measure import time_interleaved
 from timm_reparam.layers import DynamicConv2d
 
 WAYS = {
@@ -24,16 +23,6 @@ LAYERS = [(576, 160, 1, 1), (160, 960, 1, 1), (64, 384, 1, 1), (128, 128, 3, 1),
 SIZES = (2, 3, 4, 6, 8, 14)
 
 
-def fastest(step: Callable[[], None], runs: int) -> float:
-    """The smallest of several times, the first two left out."""
-    times = []
-    for _ in range(runs + 2):
-        began = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - began)
-    return min(times[2:])
-
-
 def measure(layer: tuple[int, int, int, int], size: int, batch: int, runs: int) -> str:
     """One row of the table."""
     in_channels, out_channels, side, groups = layer
@@ -42,15 +31,13 @@ def measure(layer: tuple[int, int, int, int], size: int, batch: int, runs: int) 
     x = torch.randn(batch, in_channels, size, size, requires_grad=True)
     coefficients = torch.randn(batch, dynamic.num_kernels - 1, requires_grad=True)
     gradient = torch.randn(batch, out_channels, size, size)
-    plain = fastest(lambda: conv(x).backward(gradient), runs)
+    ways = {name: way for name, way in WAYS.items() if side == 1 or name != 'outputs, 1x1'}
+    steps = [lambda: conv(x).backward(gradient)]
+    steps += [lambda way=way: way(dynamic, x, coefficients).backward(gradient) for way in ways.values()]
+    plain, *times = (min(seconds) for seconds in time_interleaved(steps, runs, warmup=2))
     taken = 'kernels' if not dynamic._has_few_positions(x) else 'outputs, 1x1' if side == 1 else 'outputs'
     cells = [f'{in_channels}-{out_channels} {side}x{side}, {groups} groups', f'{size}x{size}', f'{1e3 * plain:.2f} ms']
-    for name, way in WAYS.items():
-        if name == 'outputs, 1x1' and side > 1:
-            cells.append('')
-            continue
-        ratio = fastest(lambda way=way: way(dynamic, x, coefficients).backward(gradient), runs) / plain
-        cells.append(f'{ratio:.2f}{"*" if name == taken else " "}')
+    cells += [f'{seconds / plain:.2f}{"*" if name == taken else " "}' for name, seconds in zip(ways, times)]
     return f'{cells[0]:<28}{cells[1]:>8}{cells[2]:>12}' + ''.join(f'{cell:>14}' for cell in cells[3:])
 
 

@@ -222,7 +222,6 @@ def main() -> None:
     for folder in args.reference:
         if not folder.is_dir():
             parser.error(f'{folder}: expected a folder')
-    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler behind the peak memory tells its inner life
 
     if args.output is not None:
         check_plot(f'{args.output}.svg')

@@ -32,6 +32,7 @@ from .base import (
     draw_small,
     exact_copy,
     is_recorded,
+    scale_shift,
 )
 
 __all__ = ['ACConv2d', 'ACBlock2d']
@@ -83,22 +84,9 @@ def _thin_conv(
     return F.conv2d(x, weight, None, stride, (max(padding[0], 0), max(padding[1], 0)), dilation, groups)
 
 
-def _scale_shift(
-    mean: torch.Tensor, variance: torch.Tensor, gamma: torch.Tensor | None, bias: torch.Tensor | None, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A BatchNorm in evaluation as (scale, shift), each (channels,)."""
-    scale = torch.rsqrt(variance + eps)
-    if gamma is not None:
-        scale = scale * gamma
-    shift = -mean * scale
-    if bias is not None:
-        shift = shift + bias
-    return scale, shift
-
-
 def _norm_scale_shift(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
     assert norm.running_mean is not None and norm.running_var is not None  # ACBlock2d's norms track them
-    return _scale_shift(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+    return scale_shift(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
 
 
 class _Norm:
@@ -115,7 +103,7 @@ class _Norm:
         self.variance = entries.pop(f'{prefix}running_var').double()
         self.gamma = entries.pop(f'{prefix}weight', torch.ones_like(self.mean)).double()
         bias = entries.pop(f'{prefix}bias', torch.zeros_like(self.mean)).double()
-        self.scale, self.shift = _scale_shift(self.mean, self.variance, self.gamma, bias, eps)
+        self.scale, self.shift = scale_shift(self.mean, self.variance, self.gamma, bias, eps)
 
 
 def _add_skeleton(
@@ -159,7 +147,7 @@ class _AddSkeleton(torch.autograd.Function):
 def _variance(values: torch.Tensor) -> torch.Tensor:
     """Biased variance of each channel of (batch, channels, height, width), the batch left out or not, in float32."""
     values = _widened(values)
-    dims = [0, 2, 3] if values.dim() == 4 else [1, 2]
+    dims = _all_but_channels(values)
     if values.numel() == 0:  # an empty batch has none
         return values.sum(dims)
     if values.device.type != 'cpu':
@@ -167,6 +155,10 @@ def _variance(values: torch.Tensor) -> torch.Tensor:
     # on the CPU torch.var takes several times as long, forward and backward
     centred = values - values.mean(dims, keepdim=True)
     return (centred * centred).mean(dims)
+
+
+def _all_but_channels(values: torch.Tensor) -> list[int]:
+    return [0, 2, 3] if values.dim() == 4 else [1, 2]
 
 
 def _widened(values: torch.Tensor) -> torch.Tensor:
@@ -188,7 +180,7 @@ class _Variance(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
         (values,), (gradient,) = ctx.saved_tensors, gradients
         wide = _widened(values)
-        mean = wide.mean([0, 2, 3] if wide.dim() == 4 else [1, 2], keepdim=True)
+        mean = wide.mean(_all_but_channels(wide), keepdim=True)
         factor = (gradient * (2 * gradient.numel() / max(values.numel(), 1))).view(-1, 1, 1)
         return torch.addcmul(-factor * mean, factor, wide).to(values.dtype)
 

@@ -33,8 +33,10 @@ __all__ = [
     'check_init',
     'conv_arguments',
     'draw_small',
+    'exact',
     'exact_copy',
     'is_recorded',
+    'scale_shift',
 ]
 
 PaddingMode = Literal['zeros', 'reflect', 'replicate', 'circular']
@@ -304,17 +306,32 @@ class ReparamLayer(_ConvNd):
         return conv.train(self.training)
 
 
+def exact(tensor: torch.Tensor) -> torch.Tensor:
+    """A detached float64 copy of a tensor (a plain one of integers), on the CPU where the device has no float64."""
+    device = 'cpu' if tensor.device.type == 'mps' else None
+    dtype = torch.float64 if tensor.is_floating_point() else None
+    return tensor.detach().to(device=device, dtype=dtype, copy=True)
+
+
 def exact_copy(module: _Module) -> _Module:
     """A float64 copy of a module, on the CPU where the device has no float64."""
-    device = 'cpu' if next(module.parameters()).device.type == 'mps' else None
     # Deep-copying with the converted tensors already in the memo makes no copy of them in their own dtype first.
-    memo: dict[int, torch.Tensor] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
-        dtype = torch.float64 if tensor.is_floating_point() else tensor.dtype
-        memo[id(tensor)] = exact = tensor.detach().to(device=device, dtype=dtype, copy=True)
-        if isinstance(tensor, nn.Parameter):
-            memo[id(tensor)] = nn.Parameter(exact, tensor.requires_grad)
+    memo: dict[int, torch.Tensor] = {id(buffer): exact(buffer) for buffer in module.buffers()}
+    memo |= {id(p): nn.Parameter(exact(p), p.requires_grad) for p in module.parameters()}
     return copy.deepcopy(module, memo)
+
+
+def scale_shift(
+    mean: torch.Tensor, variance: torch.Tensor, gamma: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A BatchNorm in evaluation as (scale, shift), each (channels,)."""
+    scale = torch.rsqrt(variance + eps)
+    if gamma is not None:
+        scale = scale * gamma
+    shift = -mean * scale
+    if bias is not None:
+        shift = shift + bias
+    return scale, shift
 
 
 @torch.no_grad()
