@@ -217,7 +217,7 @@ FLAGS: dict[str, tuple[tuple[str, Any, Any, str], ...]] = {
         ('--start-epoch', int, None, 'epoch to start with, whatever a resumed checkpoint says'),
         ('--stop-epoch', int, None, 'stop after so many epochs of the schedule, which stays as it is'),
         ('--decay-milestones', [int], [90, 180, 270], 'epochs at which the multistep schedule drops'),
-        ('--decay-epochs', float, None, 'epochs between drops of step (90), or of the decay of wsd, rsqrt (0.2: 20 %)'),
+        ('--decay-epochs', float, None, 'epochs between drops of step (90); share of wsd or rsqrt that decays (0.2)'),
         ('--lr-decay-fn', str, None, 'decay of wsd and rsqrt: linear, 1-sqrt, cosine, power or exp'),
         ('--lr-stable-timescale', float, None, 'timescale of rsqrt in epochs; the default is --warmup-epochs'),
         ('--warmup-epochs', int, 5, 'epochs of warm-up'),

@@ -239,6 +239,13 @@ def test_bad_flags(argv, expected, capsys):
     assert expected in refusal(['--data-dir', 'somewhere', *argv], capsys)
 
 
+def test_help(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        train.main(['--help'])
+    assert exit_.value.code == 0
+    assert '--decay-epochs' in capsys.readouterr().out
+
+
 def test_no_arguments_train_the_digits():
     args = parse()
     assert vars(args).items() >= train.DEFAULT_RECIPE.items()
