@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from timm_reparam import ReparamError
 from timm_reparam.layers import ACBlock2d, ACConv2d
-from timm_reparam.layers.ac_conv import _Variance
+from timm_reparam.layers.ac_conv import _add_scaled
 
 from . import oracles
 from .cases import (
@@ -215,26 +215,50 @@ def kept_for_backward(function: Callable, x: torch.Tensor) -> tuple[torch.Tensor
         return function(x), kept
 
 
-def test_variance_is_torchs() -> None:
-    x = (3 + torch.randn(2, 3, 4, 5, generator=generator(1))).to(torch.float64).requires_grad_()
-    for values, dims in ((x, (0, 2, 3)), (x[0], (1, 2))):
-        assert relative_difference(_Variance.apply(values), values.var(dims, unbiased=False)) <= ALGEBRA
-        assert torch.autograd.gradcheck(_Variance.apply, values)
-        assert torch.autograd.gradgradcheck(_Variance.apply, values)
+def inputs_of_a_branch(*shape: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    """A sum so far, a branch whose mean is not zero, a gamma."""
+    random = generator(1)
+    y, branch = torch.randn(shape, generator=random), 3 + torch.randn(shape, generator=random)
+    gamma = torch.randn(shape[-3], generator=random)
+    return [tensor.to(dtype).requires_grad_() for tensor in (y, branch, gamma)]
+
+
+def added(y: torch.Tensor, branch: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    return _add_scaled(y.clone(), branch, gamma, 1e-2)[0]
+
+
+@pytest.mark.parametrize('shape', [(2, 3, 4, 5), (3, 4, 5), (0, 3, 4, 5)], ids=identifier)
+def test_a_branch_is_added_as_torch_adds_it(shape: tuple[int, ...]) -> None:
+    y, branch, gamma = inputs = inputs_of_a_branch(*shape)
+    dims = (0, 2, 3) if len(shape) == 4 else (1, 2)
+    sum_, variance = _add_scaled(y.clone(), branch, gamma, 1e-2)
+    if branch.numel() > 0:
+        expected = branch.var(dims, unbiased=False)
+        assert relative_difference(variance, expected) <= ALGEBRA
+        scale = (gamma / (expected + 1e-2).sqrt()).view(-1, 1, 1)
+        assert relative_difference(sum_, y) > CLEARLY
+        assert relative_difference(sum_, y + scale * branch) <= ALGEBRA
+    assert sum_.shape == shape and not variance.requires_grad
+    assert torch.autograd.gradcheck(added, inputs)
+    assert torch.autograd.gradgradcheck(added, inputs)
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_variance_of_a_low_precision_is_taken_in_float32_and_keeps_no_copy(dtype: torch.dtype) -> None:
-    x = (3 + torch.randn(2, 3, 8, 8, generator=generator(1))).to(dtype).requires_grad_()
-    variance, kept = kept_for_backward(_Variance.apply, x)
-    assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr()]
-    variance.sum().backward()
-    exact = x.detach().double().requires_grad_()
-    expected = exact.var((0, 2, 3), unbiased=False)
-    expected.sum().backward()
-    assert variance.dtype == torch.float32
-    assert relative_difference(variance.double(), expected) <= 1e-5
-    assert relative_difference(x.grad.double(), exact.grad) <= 4 * unit_roundoff(dtype)
+def test_a_branch_of_low_precision_is_scaled_in_float32_and_not_copied(dtype: torch.dtype) -> None:
+    inputs = inputs_of_a_branch(2, 3, 8, 8, dtype=dtype)
+    inputs[2] = inputs[2].detach().float().requires_grad_()  # the dtypes of autocast
+    sum_, kept = kept_for_backward(lambda y: added(y, *inputs[1:]), inputs[0])
+    assert [tensor.data_ptr() for tensor in kept if tensor.dim() == 4] == [inputs[1].data_ptr()]
+    projection = torch.randn(sum_.shape, generator=generator(2)).to(dtype)
+    sum_.backward(projection)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    expected = added(*exact)
+    expected.backward(projection.double())
+    assert sum_.dtype == dtype
+    assert relative_difference(sum_.double(), expected) <= 4 * unit_roundoff(dtype)
+    for found, wanted in zip(inputs, exact):
+        assert found.grad.dtype == found.dtype
+        assert relative_difference(found.grad.double(), wanted.grad) <= 4 * unit_roundoff(found.dtype) + 1e-6
 
 
 @every_case

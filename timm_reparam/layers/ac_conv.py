@@ -144,17 +144,22 @@ class _AddSkeleton(torch.autograd.Function):
         return kernel.narrow(3, kernel.shape[3] // 2, 1), kernel.narrow(2, kernel.shape[2] // 2, 1)
 
 
-def _variance(values: torch.Tensor) -> torch.Tensor:
-    """Biased variance of each channel of (batch, channels, height, width), the batch left out or not, in float32."""
+def _moments(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and biased variance of each channel of (batch, channels, height, width), the batch left out or not.
+
+    In float32 for half precision.
+    """
     values = _widened(values)
     dims = _all_but_channels(values)
     if values.numel() == 0:  # an empty batch has none
-        return values.sum(dims)
+        return values.sum(dims), values.sum(dims)
     if values.device.type != 'cpu':
-        return torch.var(values, dims, unbiased=False)
+        variance, mean = torch.var_mean(values, dims, correction=0)
+        return mean, variance
     # on the CPU torch.var takes several times as long, forward and backward
-    centred = values - values.mean(dims, keepdim=True)
-    return (centred * centred).mean(dims)
+    mean = values.mean(dims, keepdim=True)
+    centred = values - mean
+    return mean.flatten(), (centred * centred).mean(dims)
 
 
 def _all_but_channels(values: torch.Tensor) -> list[int]:
@@ -165,24 +170,60 @@ def _widened(values: torch.Tensor) -> torch.Tensor:
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
-class _Variance(torch.autograd.Function):
-    """:func:`_variance`, keeping its input for the backward pass and nothing else, in the input's own dtype."""
+def _per_channel(values: torch.Tensor) -> torch.Tensor:
+    return values.view(-1, 1, 1)
+
+
+def _add_scaled(
+    y: torch.Tensor, branch: torch.Tensor, gamma: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add a branch, scaled by gamma over its standard deviation, to y, which may be overwritten.
+
+    Returns:
+        The sum, and the branch's variance, through which no gradient flows.
+    """
+    if not torch.jit.is_scripting() and not is_recorded():
+        with torch.no_grad():
+            mean, variance = _moments(branch)
+        return _AddScaled.apply(y, branch, gamma, mean, variance, eps), variance
+    _, variance = _moments(branch)
+    scale = (gamma * torch.rsqrt(variance + eps)).to(branch.dtype)
+    return torch.addcmul(y, _per_channel(scale), branch), variance.detach()
+
+
+class _AddScaled(torch.autograd.Function):
+    """:func:`_add_scaled` in place, keeping nothing of y's size but the branch, and differentiated in few passes."""
 
     @staticmethod
-    def forward(values: torch.Tensor) -> torch.Tensor:
-        return _variance(values)
+    def forward(
+        y: torch.Tensor,
+        branch: torch.Tensor,
+        gamma: torch.Tensor,
+        mean: torch.Tensor,
+        variance: torch.Tensor,
+        eps: float,
+    ) -> torch.Tensor:
+        scale = (gamma * torch.rsqrt(variance + eps)).to(branch.dtype)
+        return y.addcmul_(_per_channel(scale), branch)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        y, *needed, ctx.eps = inputs
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(*needed)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        (values,), (gradient,) = ctx.saved_tensors, gradients
-        wide = _widened(values)
-        mean = wide.mean(_all_but_channels(wide), keepdim=True)
-        factor = (gradient * (2 * gradient.numel() / max(values.numel(), 1))).view(-1, 1, 1)
-        return torch.addcmul(-factor * mean, factor, wide).to(values.dtype)
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,), (branch, gamma, mean, variance) = gradients, ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again
+            mean, variance = _moments(branch)
+        wide_gradient, wide = _widened(gradient), _widened(branch)
+        inverse = torch.rsqrt(variance + ctx.eps)
+        for_gamma = inverse * (wide_gradient * wide).sum(_all_but_channels(wide))
+        slope = -gamma * inverse * inverse * for_gamma / max(wide.numel() // gamma.numel(), 1)
+        for_branch = torch.addcmul(_per_channel(-slope * mean), _per_channel(slope), wide)
+        for_branch.addcmul_(_per_channel(gamma * inverse), wide_gradient)
+        return gradient, for_branch.to(branch.dtype), for_gamma.to(gamma.dtype), None, None, None
 
 
 class ACConv2d(ReparamConv2d):
@@ -416,8 +457,8 @@ class ACConv2d(ReparamConv2d):
     ) -> torch.Tensor:
         """Add a branch's scaled output to y; moves the running variance."""
         if torch.jit.is_scripting() or not self.recompute:
-            branch, scale, variance = self._branch(x, weight, padding, gamma)
-            y = torch.addcmul(y, scale, branch)
+            branch = _thin_conv(x, weight, self.stride, padding, self.dilation, self.groups)
+            y, variance = _add_scaled(y, branch, gamma, self.eps)
         else:
             change, variance = checkpoint(
                 self._scaled_branch, x, weight, padding, gamma, use_reentrant=False, preserve_rng_state=False
@@ -425,28 +466,16 @@ class ACConv2d(ReparamConv2d):
             y = y + change
         count = y.numel() // max(self.out_channels, 1)
         if count > 0:
-            unbiased = variance.detach() * (count / max(count - 1, 1))
+            unbiased = variance * (count / max(count - 1, 1))
             running_var.lerp_(unbiased.to(running_var.dtype), self.momentum)
         return y
-
-    def _branch(
-        self, x: torch.Tensor, weight: torch.Tensor, padding: tuple[int, int], gamma: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Output of a branch, its scale (out_channels, 1, 1), gamma over the standard deviation, and its variance."""
-        branch = _thin_conv(x, weight, self.stride, padding, self.dilation, self.groups)
-        if torch.jit.is_scripting() or is_recorded():
-            variance = _variance(branch)
-        else:
-            variance = _Variance.apply(branch)
-        scale = gamma * torch.rsqrt(variance + self.eps)
-        return branch, scale.to(branch.dtype).view(-1, 1, 1), variance
 
     @torch.jit.unused
     def _scaled_branch(
         self, x: torch.Tensor, weight: torch.Tensor, padding: tuple[int, int], gamma: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        branch, scale, variance = self._branch(x, weight, padding, gamma)
-        return scale * branch, variance
+        branch = _thin_conv(x, weight, self.stride, padding, self.dilation, self.groups)
+        return _add_scaled(torch.zeros_like(branch), branch, gamma, self.eps)
 
     def extra_repr(self) -> str:
         options = f", branch_norm='{self.branch_norm}'"
