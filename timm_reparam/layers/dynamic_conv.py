@@ -30,6 +30,7 @@ from .base import (
     conv_arguments,
     draw_small,
     exact_copy,
+    give_memory,
     is_recorded,
 )
 
@@ -331,7 +332,8 @@ class DynamicConv2d(ReparamConv2d):
     @torch.no_grad()
     def _init_variant(self, init: str) -> None:
         self.attention.fc1.reset_parameters()
-        self.attention.fc2.reset_parameters()
+        if init == 'scratch':
+            self.attention.fc2.reset_parameters()
         if self.temperature is not None:
             self.reset_temperature(self._first_length)
         if init == 'lift':
@@ -575,7 +577,8 @@ class DynamicConv2d(ReparamConv2d):
             num_kernels=self.num_kernels,
             reduction=self.reduction,
             temperature=None,
-        ).to_empty(device=self.weight.device)
+        )
+        give_memory(layer, self.weight.device)
         layer.tf_same = self.tf_same
         layer.exportable = self.exportable
         state = {name: value for name, value in self.state_dict().items() if name not in _SCHEDULE}
