@@ -1,0 +1,637 @@
+"""Accuracy on CIFAR-10: the stock backbone and every method, one recipe, paired seeds.
+
+    python tests/benchmarks/accuracy.py run --data cifar10 --runs runs --seeds 0 1 2 --jobs 2
+    python tests/benchmarks/accuracy.py costs --runs runs                                # training step, to stock
+    python tests/benchmarks/accuracy.py table --runs runs -o model_cards/results/cifar10.csv
+    python tests/benchmarks/accuracy.py repeat model_cards/results/cifar10.csv --row 5 --data cifar10
+    python tests/benchmarks/accuracy.py run … --holdout 500 --methods stock --lr 0.1     # tuning: no test image is seen
+
+`--data` holds train/CLASS/*.jpg and test/CLASS/*.jpg, 32 x 32 pixels. The published figures come from a copy of
+CIFAR-10 that was encoded as JPEG, and compare with one another only.
+
+A seed fixes the stock weights, the order of the images and how each is cropped and flipped, whatever the method: runs
+of one seed are pairs. The last epoch's weights are evaluated, in float32 without TF32, as trained and fused. Where the
+two predict another class for an image, its top-2 margin must be below the largest difference of their logits; each
+such image is listed in the run's `result.json`.
+
+RefConv starts from a trained model, so all its comparisons have the same number of epochs in total: `refocus` is an
+epochs / 2 stock run and as many of refocusing; `finetune` goes on plainly from the same stock run; `scratch` is the
+stock run of all epochs at once.
+
+A run is a folder: settings, `summary.csv` as timm's train script writes it, a checkpoint after each epoch that it goes
+on from exactly, and at the end `result.json` and both forms of the model. What is finished is not run again.
+"""
+
+import argparse
+import csv
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.optim import create_optimizer_v2
+from timm.utils import ParseKwargs
+from torch import nn
+
+from timm_reparam import ACBlock2d, fuse_model, plan_conversion, register_variant, verify_fusion
+from timm_reparam.convert import variant_of
+from timm_reparam.hub.checkpoint import save_checkpoint, save_pair
+from timm_reparam.profile import compare_profiles
+
+NUM_CLASSES, SIDE, CROP_PADDING = 10, 32, 4
+TAG = 'cifar10'  # of the saved models
+# Largest number of images that are evaluated at once.
+EVALUATED = 500
+
+# method -> the variant and its options, as the authors set them for CIFAR. acblock is the paper's own block, which
+# takes the place of a convolution and the norm after it; the length of dyconv's temperature schedule is `anneal`.
+METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
+    'stock': (None, {}),
+    'doconv': ('doconv', {}),
+    'acconv': ('acconv', {'gamma_init': 1 / 3}),
+    'acconv_none': ('acconv', {'branch_norm': 'none', 'scale': 1 / 3}),
+    'acblock': (None, {}),
+    'dyconv': ('dyconv', {}),
+    'refconv': ('refconv', {}),
+}
+PROTOCOLS = ('scratch', 'refocus', 'finetune')
+COLUMNS = (
+    'model method protocol epochs seed top1 top5 loss fused_top1 differing max_logit_difference train_parameters '
+    'fused_parameters step_ratio seconds size batch_size lr weight_decay options device torch timm commit data_sha256'
+).split()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides the result of a run, the data aside.
+
+    Args:
+        method: One of `METHODS`; protocol: one of `PROTOCOLS`; epochs: in total; seed.
+        model: Architecture of timm; model_kwargs: its arguments.
+        size: Side that the images are resized to, from 32 pixels.
+        batch_size: Images in a batch; lr: peak learning rate; weight_decay; label_smoothing.
+        warmup: Epochs of linear warmup before the cosine.
+        second_lr: Peak learning rate of the second half of `refocus` and `finetune`.
+        anneal: Share of the steps in which dynamic convolution's temperature falls.
+        conv_options: Options of the layers beside those of `METHODS`.
+        amp: Whether to train under autocast to bfloat16; channels_last.
+        holdout: Images of each class that are evaluated instead of the test set, and not trained on.
+    """
+
+    method: str
+    protocol: str
+    epochs: int
+    seed: int
+    model: str = 'resnet10t'
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    size: int = 32
+    batch_size: int = 128
+    lr: float = 0.2
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    warmup: float = 1.0
+    second_lr: float = 0.1
+    anneal: float = 1 / 3
+    conv_options: dict[str, Any] = field(default_factory=dict)
+    amp: bool = False
+    channels_last: bool = False
+    holdout: int = 0
+
+    @property
+    def name(self) -> str:
+        return f'{self.model}-{self.method}-{self.protocol}-e{self.epochs}-s{self.seed}'
+
+    @property
+    def first(self) -> 'Settings | None':
+        """The stock run that this one goes on from."""
+        if self.protocol == 'scratch':
+            return None
+        return dataclasses.replace(self, method='stock', protocol='scratch', epochs=self.epochs // 2, conv_options={})
+
+    @property
+    def trained_epochs(self) -> int:
+        return self.epochs if self.first is None else self.epochs - self.first.epochs
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Data
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Data:
+    """Images (N, 3, 32, 32), uint8, and their labels."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    eval_images: torch.Tensor
+    eval_labels: torch.Tensor
+    sha256: str
+
+    def __post_init__(self) -> None:
+        values = self.images.double() / 255
+        dims = (0, 2, 3)
+        self.mean, self.std = (s.float().view(3, 1, 1) for s in (values.mean(dims), values.std(dims)))
+
+    def normalised(self, images: torch.Tensor, settings: Settings) -> torch.Tensor:
+        """The model's input for images in uint8."""
+        images = (images.float() / 255 - self.mean) / self.std
+        if settings.size != images.shape[-1]:
+            images = F.interpolate(images, size=settings.size, mode='bilinear', antialias=True)
+        return images.contiguous(memory_format=torch.channels_last) if settings.channels_last else images
+
+    def batches(self, settings: Settings, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The batches of an epoch, shuffled, cropped and flipped by the seed and the epoch alone."""
+        random = torch.Generator().manual_seed(1_000_003 * settings.seed + epoch)
+        order = torch.randperm(len(self.images), generator=random)
+        offsets = torch.randint(-CROP_PADDING, CROP_PADDING + 1, (2, len(order), 1), generator=random)
+        rows, columns = torch.arange(SIDE) + offsets
+        flipped = torch.rand(len(order), generator=random) < 0.5
+        columns[flipped] = columns[flipped].flip(1)
+        # what lies outside is mirrored
+        rows, columns = (SIDE - 1 - (SIDE - 1 - index.abs()).abs() for index in (rows, columns))
+        for start in range(0, len(order) - settings.batch_size + 1, settings.batch_size):
+            batch = slice(start, start + settings.batch_size)
+            chosen = order[batch]
+            images = self.images[
+                chosen[:, None, None, None],
+                torch.arange(3)[:, None, None],
+                rows[batch, None, :, None],
+                columns[batch, None, None, :],
+            ]
+            yield self.normalised(images, settings), self.labels[chosen]
+
+
+def load_data(folder: Path, cache: Path | None, holdout: int = 0) -> Data:
+    """Decode the images, or read them from a file that an earlier run has left.
+
+    Args:
+        folder: Folder with train/CLASS/*.jpg and test/CLASS/*.jpg.
+        cache: File to keep the decoded images in; None keeps none.
+        holdout: The last so many training images of each class take the place of the test images.
+    """
+    if cache is not None and cache.is_file():
+        arrays = dict(np.load(cache))
+    else:
+        arrays = {}
+        for split in ('train', 'test'):
+            classes = sorted(path for path in (folder / split).iterdir() if path.is_dir())
+            files = [(path, label) for label, name in enumerate(classes) for path in sorted(name.glob('*.jpg'))]
+            pixels = [np.asarray(Image.open(path).convert('RGB')) for path, _ in files]
+            arrays[split] = np.stack(pixels).transpose(0, 3, 1, 2).copy()
+            arrays[f'{split}_labels'] = np.array([label for _, label in files])
+        if cache is not None:
+            draft = cache.with_name(f'{os.getpid()}.npz')
+            np.savez(draft, **arrays)
+            draft.replace(cache)
+    sha256 = hashlib.sha256(b''.join(arrays[name].tobytes() for name in sorted(arrays))).hexdigest()
+    images, labels, test, test_labels = (
+        torch.from_numpy(arrays[name]) for name in ('train', 'train_labels', 'test', 'test_labels')
+    )
+    if holdout:
+        held = torch.zeros(len(labels), dtype=torch.bool)
+        for label in labels.unique():
+            held[(labels == label).nonzero().flatten()[-holdout:]] = True
+        images, labels, test, test_labels = images[~held], labels[~held], images[held], labels[held]
+    return Data(images, labels, test, test_labels, sha256)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Models
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def build(settings: Settings, steps: int, weights: Path | None = None) -> nn.Module:
+    """Build the model of a run, with the stock weights of the seed, or those of a file.
+
+    Args:
+        settings: The run.
+        steps: Training steps, for the schedule of dynamic convolution.
+        weights: Weights of the stock model, which the variant is to lift.
+    """
+    variant, options = METHODS[settings.method]
+    name, arguments = settings.model, dict(settings.model_kwargs, num_classes=NUM_CLASSES)
+    if weights is not None:
+        arguments.update(pretrained=True, pretrained_cfg_overlay=dict(file=str(weights), num_classes=NUM_CLASSES))
+    if variant is not None:
+        name = f'{settings.model}_{variant}'
+        if not timm.is_model(name):
+            register_variant(settings.model, variant)
+        options = {**options, **settings.conv_options, 'init': 'scratch' if weights is None else 'lift'}
+        if variant == 'dyconv':
+            options = {'temperature_steps': max(round(settings.anneal * steps), 1), **options}
+        arguments['conv_options'] = options
+    torch.manual_seed(settings.seed)
+    model = timm.create_model(name, **arguments)
+    return add_blocks(model) if settings.method == 'acblock' else model
+
+
+def add_blocks(model: nn.Module) -> nn.Module:
+    """Put the paper's block in the place of each convolution that the variant takes, and of the norm that follows."""
+    modules = list(model.named_modules())
+    plan = plan_conversion(model, 'acconv')
+    for (place, conv), (norm_place, norm) in zip(modules, modules[1:]):
+        if place not in plan or plan[place]:
+            continue
+        if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d) or conv.bias is not None:
+            raise SystemExit(f'{place}: expected a convolution without bias and a BatchNorm, got {conv}, {norm}')
+        geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        block = ACBlock2d(conv.in_channels, conv.out_channels, conv.kernel_size, *geometry, reduce_gamma=True)
+        block.square_conv.weight = conv.weight
+        model.set_submodule(place, block)
+        # timm's norms may hold the activation
+        rest = [part for part in (getattr(norm, 'drop', None), getattr(norm, 'act', None)) if part is not None]
+        model.set_submodule(norm_place, nn.Sequential(*rest) if rest else nn.Identity())
+    return model
+
+
+def fused_form(model: nn.Module) -> nn.Module:
+    """The fused form; a stock model is its own."""
+    if variant_of(model) is not None:
+        return fuse_model(model)
+    blocks = [name for name, module in model.named_modules() if isinstance(module, ACBlock2d)]
+    for name in blocks:
+        model.set_submodule(name, model.get_submodule(name).fuse())
+    return model
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A run
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def logits_of(model: nn.Module, data: Data, settings: Settings, device: torch.device) -> torch.Tensor:
+    """Logits (N, 10) of the evaluated images, in float32."""
+    model.eval()
+    batches = data.eval_images.split(EVALUATED)
+    return torch.cat([model(data.normalised(images, settings).to(device)).float().cpu() for images in batches])
+
+
+def metrics_of(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Top-1 and top-5 in percent, and the mean cross entropy."""
+    hits = logits.topk(5).indices == labels[:, None]
+    top1, top5 = (100 * hits[:, :k].any(1).double().mean().item() for k in (1, 5))
+    return {'top1': top1, 'top5': top5, 'loss': F.cross_entropy(logits.double(), labels).item()}
+
+
+def differing_images(logits: torch.Tensor, fused: torch.Tensor) -> tuple[list[dict[str, float]], float]:
+    """Images whose prediction fusing changes, and the largest difference of any logit.
+
+    Raises:
+        SystemExit: The logits differ by more than rounding, or a prediction changes that is further from a tie.
+    """
+    difference = (logits - fused).abs().max(1).values
+    largest = difference.max().item()
+    if largest > 1e-4 * logits.abs().max().item():
+        raise SystemExit(f'fusing changed a logit by {largest}, of logits up to {logits.abs().max().item()}')
+    top2 = logits.topk(2).values
+    margin = top2[:, 0] - top2[:, 1]
+    changed = (logits.argmax(1) != fused.argmax(1)).nonzero().flatten().tolist()
+    images = [dict(image=i, margin=margin[i].item(), difference=difference[i].item()) for i in changed]
+    for image in images:
+        if image['margin'] >= largest:
+            raise SystemExit(f'fusing changed the prediction of an image that is no tie: {image}')
+    return images, largest
+
+
+def learning_rate(settings: Settings, step: int, steps: int, steps_per_epoch: int) -> float:
+    """A linear warmup, then half a cosine down to zero."""
+    peak = settings.lr if settings.first is None else settings.second_lr
+    warmup = settings.warmup * steps_per_epoch
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+
+def write_whole(path: Path, text: str) -> None:
+    draft = path.with_name(f'.{path.name}')
+    draft.write_text(text, encoding='utf-8')
+    draft.replace(path)
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    def git(*words: str) -> str:
+        where = Path(__file__).parent
+        done = subprocess.run(['git', *words], cwd=where, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ''
+
+    dirty = '-dirty' if git('status', '--porcelain', '--untracked-files=no') else ''
+    return {
+        'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{platform.machine()} CPU',
+        'threads': str(torch.get_num_threads()),
+        'python': platform.python_version(),
+        'torch': torch.__version__,
+        'timm': timm.__version__,
+        'commit': git('rev-parse', 'HEAD')[:12] + dirty,
+    }
+
+
+def train(settings: Settings, data: Data, runs: Path, device: torch.device) -> dict[str, Any]:
+    """Run to the end, from where an earlier attempt stopped, and return what is in `result.json`."""
+    folder = runs / settings.name
+    folder.mkdir(parents=True, exist_ok=True)
+    record = folder / 'settings.json'
+    given = json.dumps(dataclasses.asdict(settings), indent=2) + '\n'
+    if record.is_file() and record.read_text(encoding='utf-8') != given:
+        raise SystemExit(f'{folder}: holds a run with other settings; give another --runs folder')
+    write_whole(record, given)
+    result = folder / 'result.json'
+    if result.is_file():
+        return json.loads(result.read_text(encoding='utf-8'))
+
+    weights = None
+    if settings.first is not None:
+        train(settings.first, data, runs, device)
+        weights = runs / settings.first.name / 'zoo' / f'{settings.model}.{TAG}' / 'model.safetensors'
+    steps_per_epoch = len(data.images) // settings.batch_size
+    steps = settings.trained_epochs * steps_per_epoch
+    model = build(settings, steps, weights).to(device)
+    if settings.channels_last:
+        model.to(memory_format=torch.channels_last)
+    optimizer = create_optimizer_v2(model, 'sgd', settings.lr, settings.weight_decay, momentum=0.9)  # Nesterov's
+    history: list[dict[str, float]] = []
+    checkpoint = folder / 'last.pth.tar'
+    if checkpoint.is_file():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        model.load_state_dict(state['state_dict'])
+        optimizer.load_state_dict(state['optimizer'])
+        history = state['history']
+
+    skipped = 0 if settings.first is None else settings.first.epochs  # a second half sees other batches
+    for epoch in range(len(history), settings.trained_epochs):
+        began, loss_sum, lr = time.perf_counter(), torch.zeros((), device=device), 0.0
+        torch.manual_seed(1_000_003 * settings.seed + epoch)  # what is random in a model
+        model.train()
+        for index, (images, labels) in enumerate(data.batches(settings, skipped + epoch)):
+            lr = learning_rate(settings, epoch * steps_per_epoch + index, steps, steps_per_epoch)
+            for group in optimizer.param_groups:
+                group['lr'] = lr
+            with torch.autocast(device.type, torch.bfloat16, enabled=settings.amp):
+                logits = model(images.to(device))
+            loss = F.cross_entropy(logits.float(), labels.to(device), label_smoothing=settings.label_smoothing)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss_sum += loss.detach()
+        seconds = time.perf_counter() - began
+        metrics = metrics_of(logits_of(model, data, settings, device), data.eval_labels)
+        history.append(
+            dict(
+                epoch=epoch,
+                train_loss=loss_sum.item() / steps_per_epoch,
+                **{f'eval_{name}': value for name, value in metrics.items()},
+                lr=lr,
+                train_seconds=seconds,
+            )
+        )
+        state = dict(state_dict=model.state_dict(), optimizer=optimizer.state_dict(), history=history)
+        draft = folder / '.last.pth.tar'
+        torch.save(state, draft)
+        draft.replace(checkpoint)
+        lines = [','.join(history[0]), *(','.join(str(value) for value in row.values()) for row in history)]
+        write_whole(folder / 'summary.csv', '\n'.join(lines) + '\n')
+    return finish(settings, model, data, folder, history, environment(device))
+
+
+def finish(
+    settings: Settings,
+    model: nn.Module,
+    data: Data,
+    folder: Path,
+    history: Sequence[dict[str, float]],
+    versions: dict[str, str],
+) -> dict[str, Any]:
+    """Evaluate both forms, save them, and write `result.json`."""
+    device = next(model.parameters()).device
+    model.eval()
+    logits = logits_of(model, data, settings, device)
+    parameters = compare_profiles(model, input_size=(3, settings.size, settings.size), runs=0)[0].parameters
+    variant = variant_of(model)
+    fused = fused_form(model)
+    fused_logits = logits_of(fused, data, settings, device)
+    images, difference = differing_images(logits, fused_logits)
+    metrics, fused_metrics = (metrics_of(each, data.eval_labels) for each in (logits, fused_logits))
+    profile = compare_profiles(fused, input_size=(3, settings.size, settings.size), runs=0)[0]
+
+    options = {k: v for k, v in dataclasses.asdict(settings).items() if k not in COLUMNS and k != 'holdout'}
+    row = dict(
+        model=settings.model, method=settings.method, protocol=settings.protocol, epochs=settings.epochs,
+        seed=settings.seed, **metrics, fused_top1=fused_metrics['top1'], differing=len(images),
+        max_logit_difference=difference, train_parameters=parameters, fused_parameters=profile.parameters,
+        step_ratio=None, seconds=sum(epoch['train_seconds'] for epoch in history), size=settings.size,
+        batch_size=settings.batch_size, lr=settings.lr, weight_decay=settings.weight_decay,
+        options=json.dumps(options, sort_keys=True), device=versions['device'], torch=versions['torch'],
+        timm=versions['timm'], commit=versions['commit'], data_sha256=data.sha256,
+    )  # fmt: skip
+    facts = dict(
+        base_model=None,
+        license='apache-2.0',
+        dataset=dict(
+            name='CIFAR-10, a copy encoded as JPEG', train_images=len(data.images), validation_images=len(logits)
+        ),
+        metrics=dict(train_time=metrics, fused=fused_metrics) if variant else dict(train_time=metrics),
+        logit_difference=difference,
+        recipe=dataclasses.asdict(settings),
+        environment={name: value for name, value in versions.items() if name in ('python', 'torch', 'timm')},
+    )
+    config = dict(
+        input_size=(3, settings.size, settings.size), mean=tuple(data.mean.flatten().tolist()),
+        std=tuple(data.std.flatten().tolist()), crop_pct=1.0, interpolation='bilinear',
+    )  # fmt: skip
+    for form in (model, fused):
+        form.to(memory_format=torch.contiguous_format)
+    if variant is not None:
+        report = verify_fusion(model, fused, inputs=data.normalised(data.eval_images[:EVALUATED], settings).to(device))
+        save_pair(model, folder / 'zoo', tag=TAG, fused=fused, report=report, facts=facts, data_config=config)
+    elif settings.method != 'acblock':  # of no architecture that timm could build, so it has no folder
+        (folder / 'zoo').mkdir(exist_ok=True)
+        name = f'{settings.model}.{TAG}'
+        save_checkpoint(model, folder / 'zoo' / name, facts={**facts, 'tag': TAG}, data_config=config)
+    result = dict(row=row, differing=images, holdout=settings.holdout, environment=versions)
+    write_whole(folder / 'result.json', json.dumps(result, indent=2) + '\n')
+    (folder / 'last.pth.tar').unlink(missing_ok=True)
+    return result
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Commands
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def planned(args: argparse.Namespace) -> list[Settings]:
+    """The runs of a grid, those that others go on from before them."""
+    common = {name: getattr(args, name) for name in _SETTING_FLAGS}
+    runs = []
+    for seed in args.seeds:
+        for method in args.methods:
+            if method != 'refconv':
+                runs.append(Settings(method, 'scratch', args.epochs, seed, **common))
+        if 'refconv' in args.methods:
+            for method, protocol in (('stock', 'scratch'), ('stock', 'finetune'), ('refconv', 'refocus')):
+                runs.append(Settings(method, protocol, 2 * args.epochs, seed, **common))
+    firsts = [run.first for run in runs if run.first is not None]
+    return list({run.name: run for run in [*firsts, *runs]}.values())
+
+
+def _run(args: argparse.Namespace) -> None:
+    args.runs.mkdir(parents=True, exist_ok=True)
+    load_data(args.data, args.runs / 'data.npz')  # decoded once, not by each process
+    done: dict[str, Future[None]] = {}
+
+    def finish_one(settings: Settings) -> None:
+        if settings.first is not None:
+            done[settings.first.name].result()
+        words = [sys.executable, __file__, 'one', '--data', args.data, '--runs', args.runs, '--device', args.device]
+        words += ['--threads', args.threads, json.dumps(dataclasses.asdict(settings))]
+        subprocess.run([str(word) for word in words], check=True)
+        row = json.loads((args.runs / settings.name / 'result.json').read_text(encoding='utf-8'))['row']
+        print(f'{settings.name:<44} top-1 {row["top1"]:.2f}, {row["seconds"]:.0f} s', flush=True)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for settings in planned(args):
+            done[settings.name] = pool.submit(finish_one, settings)
+    for future in done.values():
+        future.result()
+
+
+def _one(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    settings = Settings(**json.loads(args.settings))
+    data = load_data(args.data, args.runs / 'data.npz', settings.holdout)
+    train(settings, data, args.runs, torch.device(args.device))
+
+
+def _costs(args: argparse.Namespace) -> None:
+    """Training step of every method that was run, to the stock backbone's in the same run."""
+    torch.set_num_threads(args.threads)
+    records = [json.loads(path.read_text(encoding='utf-8')) for path in sorted(args.runs.glob('*/settings.json'))]
+    settings = {record['method']: Settings(**record) for record in records}
+    stock = next(iter(settings.values()))
+    settings = {'stock': dataclasses.replace(stock, method='stock', protocol='scratch'), **settings}
+    models = [build(each, 1).to(args.device) for each in settings.values()]
+    profiles = compare_profiles(
+        *models, names=list(settings), train=True, runs=args.rounds, batch_size=stock.batch_size,
+        input_size=(3, stock.size, stock.size), channels_last=stock.channels_last,
+        precision='amp_bfloat16' if stock.amp else 'float32',
+    )  # fmt: skip
+    ratios = {profile.name: round(profile.step_ratio or 1, 3) for profile in profiles}
+    write_whole(args.runs / 'costs.json', json.dumps(ratios, indent=2) + '\n')
+    print('\n'.join(f'{name:<12} {ratio:.2f}' for name, ratio in ratios.items()))
+
+
+def _table(args: argparse.Namespace) -> None:
+    costs = args.runs / 'costs.json'
+    ratios = json.loads(costs.read_text(encoding='utf-8')) if costs.is_file() else {}
+    rows = []
+    for path in sorted(args.runs.glob('*/result.json')):
+        result = json.loads(path.read_text(encoding='utf-8'))
+        if not result['holdout']:
+            rows.append({**result['row'], 'step_ratio': ratios.get(result['row']['method'], '')})
+    rows.sort(
+        key=lambda row: (row['model'], row['epochs'], row['protocol'], list(METHODS).index(row['method']), row['seed'])
+    )
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with open(args.output, 'w', newline='', encoding='utf-8') as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f'{len(rows)} runs in {args.output}')
+
+
+def _repeat(args: argparse.Namespace) -> int:
+    """Run a row again. It is within its seed spread within three standard deviations of the mean over its seeds."""
+    with open(args.results, newline='', encoding='utf-8') as file:
+        rows = list(csv.DictReader(file))
+    row = rows[args.row - 1]
+    kinds = {f.name: type(f.default) for f in dataclasses.fields(Settings) if f.name in _SETTING_FLAGS}
+    given = {name: kind(row[name]) for name, kind in kinds.items() if name in COLUMNS}
+    numbers = dict(epochs=int(row['epochs']), seed=int(row['seed']))
+    settings = Settings(row['method'], row['protocol'], **numbers, **{**given, **json.loads(row['options'])})
+    args.runs.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    data = load_data(args.data, args.runs / 'data.npz')
+    if data.sha256 != row['data_sha256']:
+        raise SystemExit(f'{args.data}: expected the images of the results, {row["data_sha256"]}, got {data.sha256}')
+    found = train(settings, data, args.runs, torch.device(args.device))['row']['top1']
+    same = ('model', 'method', 'protocol', 'epochs', 'size')
+    seeds = [float(other['top1']) for other in rows if all(other[name] == row[name] for name in same)]
+    mean, spread = statistics.mean(seeds), statistics.stdev(seeds) if len(seeds) > 1 else 0.0
+    within = abs(found - mean) <= 3 * spread
+    print(f'{settings.name}: top-1 {found:.2f}, in the results {float(row["top1"]):.2f}')
+    print(f'over {len(seeds)} seeds: {mean:.2f} ± {spread:.2f}')
+    return 0 if within else 1
+
+
+# Fields of Settings that are flags of `run` and the same for all its runs.
+_SETTING_FLAGS = [
+    f.name for f in dataclasses.fields(Settings) if f.name not in ('method', 'protocol', 'epochs', 'seed')
+]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description='Accuracy on CIFAR-10: stock and every method, paired seeds.')
+    commands = parser.add_subparsers(required=True, metavar='COMMAND')
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument('--runs', type=Path, required=True, metavar='FOLDER', help='of the runs')
+    common.add_argument('--device', default='cpu', help='(default: cpu)')
+    common.add_argument('--threads', type=int, default=1, metavar='N', help='of each process (default: 1)')
+    data = argparse.ArgumentParser(add_help=False)
+    data.add_argument('--data', type=Path, required=True, metavar='FOLDER', help='with train/CLASS and test/CLASS')
+
+    command = commands.add_parser('run', parents=[common, data], help='a grid of runs, each once')
+    command.add_argument('--methods', nargs='+', choices=tuple(METHODS), default=list(METHODS), help='(default: all)')
+    command.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2], metavar='N', help='(default: 0 1 2)')
+    command.add_argument('--epochs', type=int, default=15, metavar='N', help='of a run from scratch (default: 15)')
+    command.add_argument('--jobs', type=int, default=1, metavar='N', help='runs at a time (default: 1)')
+    for setting in dataclasses.fields(Settings):
+        if setting.name in _SETTING_FLAGS:
+            flag, default = '--' + setting.name.replace('_', '-'), setting.default
+            if default is dataclasses.MISSING:
+                command.add_argument(flag, nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
+            elif isinstance(default, bool):
+                command.add_argument(flag, action='store_true')
+            else:
+                command.add_argument(flag, type=type(default), default=default, help='(default: %(default)s)')
+    command.set_defaults(command=_run)
+
+    command = commands.add_parser('one', parents=[common, data], help='one run, by its settings as json')
+    command.add_argument('settings')
+    command.set_defaults(command=_one)
+
+    command = commands.add_parser('costs', parents=[common], help='time the training step of the methods that were run')
+    command.add_argument('--rounds', type=int, default=20, metavar='N', help='(default: 20)')
+    command.set_defaults(command=_costs)
+
+    command = commands.add_parser('table', parents=[common], help='write the results of the runs')
+    command.add_argument('-o', '--output', type=Path, required=True, metavar='FILE', help='the .csv')
+    command.set_defaults(command=_table)
+
+    command = commands.add_parser('repeat', parents=[common, data], help='run a row of the results again')
+    command.add_argument('results', type=Path, metavar='CSV')
+    command.add_argument('--row', type=int, required=True, metavar='N', help='1 is the first')
+    command.set_defaults(command=_repeat)
+
+    args = parser.parse_args(argv)
+    return args.command(args) or 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
