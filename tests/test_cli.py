@@ -78,6 +78,19 @@ def test_profile_with_other_channels(capsys: pytest.CaptureFixture):
     assert '2x1x32x32' in capsys.readouterr().out
 
 
+def test_profile_with_options(capsys: pytest.CaptureFixture):
+    command = ['profile', 'resnet10t_doconv', '--input-size', '3', '32', '32', '--runs', '0', '--format', 'json']
+
+    def parameters(*options: str) -> list[int]:
+        assert main([*command, *options]) == 0
+        return [row['parameters'] for row in json.loads(capsys.readouterr().out)]
+
+    plain, narrow = parameters(), parameters('--model-kwargs', 'channels=(8,8,8,8)')
+    more = parameters('--conv-options', 'depth_multiplier=18')
+    assert (more[0], more[2]) == (plain[0], plain[2]) and more[1] > plain[1]
+    assert all(few < many for few, many in zip(narrow, plain))
+
+
 def test_profile_of_training(capsys: pytest.CaptureFixture, tmp_path: Path):
     """Every figure is there, and the ratios are to the stock model of each variant."""
     command = ['profile', 'resnet10t_doconv', 'mobilenetv2_035_dyconv', '--train', '-b', '2', '--num-classes', '5']
@@ -180,6 +193,8 @@ def test_tokens_stay_out_of_every_error(capsys: pytest.CaptureFixture, monkeypat
         (['profile', 'resnet18', '--device', 'nonsense'], 'nonsense'),
         (['profile', 'resnet18', '--precision', 'float8'], 'float8'),
         (['profile', 'resnet18', '-o', 'no/costs.csv'], 'no/costs.csv'),
+        (['profile', 'resnet18', '--conv-options', 'scale=2'], '--conv-options'),
+        (['profile', 'resnet10t_doconv', '--conv-options', 'scale=2'], 'scale'),
         (['profile', 'resnet18', '--input-size', '3', '32', '32', '--torchcompile', 'nothing'], 'nothing'),
         (['fuse', 'missing', 'out'], 'config.json'),
         (['convert', 'missing', '--model', 'resnet18_doconv', '-o', 'out'], 'not found'),

@@ -21,6 +21,7 @@ from .hub import convert_checkpoint, fuse_checkpoint, load_checkpoint, publish, 
 from .hub.checkpoint import train_time_path
 from .hub.family_cards import check_cards, write_cards
 from .hub.transport import one_line, without_tokens
+from .models._registry import is_variant_name
 from .profile import check_plot, compare_profiles, format_csv, format_json, format_profiles, plot_profiles
 from .version import __version__
 
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('-v', '--verbose', **verbose)
     parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
+    key_values: dict[str, Any] = dict(nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
 
     command = commands.add_parser('list', parents=[common], help='list the registered variants')
     command.add_argument(
@@ -86,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument('-b', '--batch-size', type=int, default=1, metavar='N', help='images in a batch (default: 1)')
     command.add_argument('--input-size', nargs=3, type=int, metavar=('C', 'H', 'W'), help="default: the model's own")
     command.add_argument('--num-classes', type=int, metavar='N', help="classes of architectures (default: the model's)")
+    command.add_argument('--model-kwargs', **key_values, help='arguments of the architectures')
+    command.add_argument('--conv-options', **key_values, help="options of the variants' layers (not of a folder's)")
     command.add_argument('--runs', type=int, default=20, metavar='N', help='timed runs, 0 for none (default: 20)')
     command.add_argument('--device', default='cpu', help='device to measure on (default: cpu)')
     command.add_argument(
@@ -126,7 +130,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument('source', metavar='CHECKPOINT', help='folder, or file of weights')
     command.add_argument('--model', required=True, metavar='NAME', help='the variant, resnet18_doconv for instance')
     command.add_argument('-o', '--output', required=True, metavar='FOLDER', help='folder of the new checkpoint')
-    key_values: dict[str, Any] = dict(nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
     command.add_argument('--conv-options', **key_values, help="options of the layers (default: the folder's)")
     command.add_argument('--model-kwargs', **key_values, help="arguments of the model (default: the folder's)")
     command.set_defaults(command=_convert)
@@ -262,7 +265,9 @@ def _models_to_profile(args: argparse.Namespace) -> tuple[list[str], list[nn.Mod
     """The models by name, a variant as stock, train-time and fused form; for each, the index of its stock model."""
     models: dict[str, nn.Module] = {}
     stocks: dict[str, str] = {}
-    model_args = {'num_classes': args.num_classes} if args.num_classes is not None else {}
+    model_args = dict(args.model_kwargs)
+    if args.num_classes is not None:
+        model_args['num_classes'] = args.num_classes
     if args.input_size:
         model_args['in_chans'] = args.input_size[0]
 
@@ -270,13 +275,16 @@ def _models_to_profile(args: argparse.Namespace) -> tuple[list[str], list[nn.Mod
         models.setdefault(name, model.to(args.device).eval())
         stocks.setdefault(name, stock)
 
+    if args.conv_options and not any(is_variant_name(name) for name in args.models):
+        raise ReparamError('--conv-options: expected a variant among the architectures, resnet18_doconv for instance')
     for name in args.models:
         if Path(name).is_dir():
             model = load_checkpoint(name)
             stock, stock_args = f'{name}, stock', {'num_classes': model.num_classes, **get_model_args(model)}
             stock_args.pop('conv_options', None)
         elif timm.is_model(name):
-            model = timm.create_model(name, **model_args)
+            options = {'conv_options': args.conv_options} if is_variant_name(name) else {}
+            model = timm.create_model(name, **model_args, **options)
             stock, stock_args = _stock_name(model), model_args
         else:
             raise ReparamError(f'{name}: neither an architecture that timm knows nor a folder; see timm-reparam list')
