@@ -242,3 +242,51 @@ def test_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -
     where[-1] = str(tmp_path / 'again')
     assert accuracy.main(['repeat', str(results), '--row', '1', *where]) == 0
     assert f'top-1 {float(row["top1"]):.2f}, in the results {float(row["top1"]):.2f}' in capsys.readouterr().out
+
+
+def row_of(seed: int, top1: float, **others) -> dict[str, object]:
+    options = {k: v for k, v in dataclasses.asdict(tiny('stock')).items() if k not in (*accuracy.COLUMNS, 'holdout')}
+    row = dict.fromkeys(accuracy.COLUMNS, '') | dict(
+        model='resnet10t', method='stock', protocol='scratch', epochs=1, seed=seed, top1=top1, size=32, batch_size=16,
+        lr=0.05, weight_decay=5e-4, options=json.dumps(options, sort_keys=True),
+    )  # fmt: skip
+    return {**row, **others}
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
+    with open(path, 'w', newline='') as file:
+        writer = csv.DictWriter(file, accuracy.COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_repeat_trains(folder: Path, data: Data, tmp_path: Path) -> None:
+    """A finished run of that name would be its own repetition."""
+    results = write_rows(tmp_path / 'rows.csv', [row_of(0, 10.0, data_sha256=data.sha256)])
+    accuracy.train(tiny('stock'), data, tmp_path / 'runs', CPU)
+    with pytest.raises(SystemExit, match='has been run there'):
+        accuracy.main(['repeat', str(results), '--row', '1', '--data', str(folder), '--runs', str(tmp_path / 'runs')])
+
+
+@pytest.mark.parametrize('row', [0, 2])
+def test_repeat_refuses_a_row_that_is_not_there(row: int, folder: Path, data: Data, tmp_path: Path) -> None:
+    results = write_rows(tmp_path / 'rows.csv', [row_of(0, 10.0, data_sha256=data.sha256)])
+    with pytest.raises(SystemExit, match=f'expected 1 to 1, got {row}'):
+        accuracy.main(
+            ['repeat', str(results), '--row', str(row), '--data', str(folder), '--runs', str(tmp_path / 'new')]
+        )
+
+
+@pytest.mark.parametrize('other', [{'lr': 0.4}, {'weight_decay': 0.0}, {'batch_size': 8}, {'options': '{"amp": true}'}])
+def test_spread_is_that_of_one_recipe(
+    other: dict, folder: Path, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seeds of another recipe would make the spread as wide as one likes."""
+    rows = [row_of(seed, top1, data_sha256=data.sha256) for seed, top1 in enumerate((80.0, 80.1, 80.2))]
+    rows += [row_of(seed, 20.0, data_sha256=data.sha256, **other) for seed in range(3)]
+    results = write_rows(tmp_path / 'rows.csv', rows)
+    for found, status in ((80.3, 0), (60.0, 1)):
+        monkeypatch.setattr(accuracy, 'train', lambda *args, top1=found: {'row': {'top1': top1}})
+        where = ['--data', str(folder), '--runs', str(tmp_path / 'new')]
+        assert accuracy.main(['repeat', str(results), '--row', '1', *where]) == status

@@ -511,9 +511,15 @@ def _run(args: argparse.Namespace) -> None:
         future.result()
 
 
-def _one(args: argparse.Namespace) -> None:
-    torch.set_num_threads(args.threads)
+def prepare_torch(threads: int) -> None:
+    """What has to be the same for a run and its repetition."""
+    torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+
+
+def _one(args: argparse.Namespace) -> None:
+    prepare_torch(args.threads)
     settings = Settings(**json.loads(args.settings))
     data = load_data(args.data, args.runs / 'data.npz', settings.holdout)
     train(settings, data, args.runs, torch.device(args.device))
@@ -560,18 +566,22 @@ def _repeat(args: argparse.Namespace) -> int:
     """Run a row again. It is within its seed spread within three standard deviations of the mean over its seeds."""
     with open(args.results, newline='', encoding='utf-8') as file:
         rows = list(csv.DictReader(file))
+    if not 1 <= args.row <= len(rows):
+        raise SystemExit(f'--row: expected 1 to {len(rows)}, got {args.row}')
     row = rows[args.row - 1]
     kinds = {f.name: type(f.default) for f in dataclasses.fields(Settings) if f.name in _SETTING_FLAGS}
     given = {name: kind(row[name]) for name, kind in kinds.items() if name in COLUMNS}
     numbers = dict(epochs=int(row['epochs']), seed=int(row['seed']))
     settings = Settings(row['method'], row['protocol'], **numbers, **{**given, **json.loads(row['options'])})
+    if (args.runs / settings.name / 'result.json').is_file():
+        raise SystemExit(f'{args.runs}: {settings.name} has been run there and would not be again; give a new folder')
     args.runs.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(args.threads)
+    prepare_torch(args.threads)
     data = load_data(args.data, args.runs / 'data.npz')
     if data.sha256 != row['data_sha256']:
         raise SystemExit(f'{args.data}: expected the images of the results, {row["data_sha256"]}, got {data.sha256}')
     found = train(settings, data, args.runs, torch.device(args.device))['row']['top1']
-    same = ('model', 'method', 'protocol', 'epochs', 'size')
+    same = 'model method protocol epochs size batch_size lr weight_decay options'.split()
     seeds = [float(other['top1']) for other in rows if all(other[name] == row[name] for name in same)]
     mean, spread = statistics.mean(seeds), statistics.stdev(seeds) if len(seeds) > 1 else 0.0
     within = abs(found - mean) <= 3 * spread
