@@ -57,6 +57,13 @@ def test_decoded_images_are_kept_and_hashed(folder: Path, data: Data, tmp_path: 
     assert torch.equal(data.images[0], torch.from_numpy(pixels.transpose(2, 0, 1).copy()))
 
 
+def test_images_are_normalised_by_the_training_set(data: Data) -> None:
+    values = data.normalised(data.images, tiny('stock')).double()
+    assert values.mean((0, 2, 3)).abs().max() < 1e-5
+    assert (values.std((0, 2, 3), unbiased=False) - 1).abs().max() < 1e-5
+    assert data.normalised(data.images, tiny('stock', size=48)).shape == (50, 3, 48, 48)
+
+
 def test_held_out_images_are_not_trained_on(folder: Path, data: Data) -> None:
     held = accuracy.load_data(folder, None, holdout=2)
     assert held.images.shape[0] == 30 and held.eval_images.shape[0] == 20

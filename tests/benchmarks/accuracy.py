@@ -1,6 +1,7 @@
-"""Accuracy on CIFAR-10: the stock backbone and every method, one recipe, paired seeds.
+r"""Accuracy on CIFAR-10: the stock backbone and every method, one recipe, paired seeds.
 
-    python tests/benchmarks/accuracy.py run --data cifar10 --runs runs --seeds 0 1 2 --jobs 2
+    python tests/benchmarks/accuracy.py run --data cifar10 --runs runs --seeds 0 1 2 --jobs 2 \
+        --model-kwargs 'channels=(32,48,48,96)' stem_width=16 zero_init_last=False --amp --channels-last
     python tests/benchmarks/accuracy.py costs --runs runs                                # training step, to stock
     python tests/benchmarks/accuracy.py table --runs runs -o model_cards/results/cifar10.csv
     python tests/benchmarks/accuracy.py repeat model_cards/results/cifar10.csv --row 5 --data cifar10
@@ -145,9 +146,13 @@ class Data:
     sha256: str
 
     def __post_init__(self) -> None:
-        values = self.images.double() / 255
-        dims = (0, 2, 3)
-        self.mean, self.std = (s.float().view(3, 1, 1) for s in (values.mean(dims), values.std(dims)))
+        levels = torch.arange(256, dtype=torch.float64) / 255
+        means, deviations = [], []
+        for channel in self.images.unbind(1):
+            share = torch.bincount(channel.flatten(), minlength=256) / channel.numel()
+            means.append((share * levels).sum())
+            deviations.append((share * (levels - means[-1]) ** 2).sum().sqrt())
+        self.mean, self.std = (torch.stack(values).float().view(3, 1, 1) for values in (means, deviations))
 
     def normalised(self, images: torch.Tensor, settings: Settings) -> torch.Tensor:
         """The model's input for images in uint8."""
