@@ -53,6 +53,11 @@ _COLORS = {
 _OTHER_COLORS = ('tab:pink', 'tab:olive', 'tab:cyan')
 _MARKERS = ('o', 's', '^', 'D', 'v', 'P')
 _DASHES = ('-', '--', ':', '-.')
+# What timm writes of an epoch into summary.csv, without and with a validation, whatever the file's header says.
+_SUMMARY_COLUMNS = {
+    3: ('epoch', 'train_loss', 'lr'),
+    6: ('epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr'),
+}
 
 
 def check_plot(path: str | Path) -> None:
@@ -327,7 +332,7 @@ def read_curves(folders: Sequence[str | Path], column: str) -> list[Curve]:
         The curves, in the order of their first folders.
 
     Raises:
-        ReparamError: A file cannot be read, lacks the column or holds no number where one is due, or the runs of a
+        ReparamError: A file cannot be read, has no values in the column or some that are no numbers, or the runs of a
             curve have no epoch in common.
     """
     groups: dict[Path, dict[Path, dict[int, float]]] = {}
@@ -382,25 +387,29 @@ def plot_curves(folders: Sequence[str | Path], path: str | Path) -> None:
 
 
 def _read_summary(path: Path, column: str) -> dict[int, float]:
+    """Values of a column by epoch."""
     values: dict[int, float] = {}
     try:
         with open(path, newline='', encoding='utf-8') as file:
-            reader = csv.DictReader(file)
-            missing = [name for name in ('epoch', column) if name not in (reader.fieldnames or ())]
-            if missing:
-                raise ReparamError(f'{path}: expected a column {" and ".join(missing)}, found none')
-            for row in reader:
-                if row['epoch'] == 'epoch':  # a resumed run's header
+            reader = csv.reader(file)
+            header = next(reader, [])
+            for cells in reader:
+                if not cells or cells[0] == 'epoch':  # a header again, where a run was resumed
                     continue
+                names = header if len(cells) == len(header) else _SUMMARY_COLUMNS.get(len(cells), ())
+                row = dict(zip(names, cells))
                 try:
                     epoch = int(float(row['epoch']))
                     values.pop(epoch, None)
-                    if row[column]:
+                    if row.get(column):
                         values[epoch] = float(row[column])
-                except ValueError as error:
-                    raise ReparamError(f'{path}, line {reader.line_num}: expected numbers ({error})') from error
+                except (KeyError, ValueError) as error:
+                    place, got = f'{path}, line {reader.line_num}', ','.join(cells)
+                    raise ReparamError(f'{place}: expected numbers under {",".join(header)}, got {got}') from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ReparamError(f'{path}: cannot be read ({error}); expected the summary of a training run') from error
+    if not values:
+        raise ReparamError(f'{path}: expected epochs with {column}, found none; its columns are {",".join(header)}')
     return values
 
 

@@ -200,11 +200,14 @@ def student_quantile(probability: float, degrees: int) -> float:
 
     Returns:
         The quantile.
+
+    Raises:
+        ReparamError: The probability or the degrees are out of range.
     """
-    if not 0.5 <= probability < 1 or degrees < 1:
-        raise ReparamError(
-            f"Student's t: expected 0.5 <= probability < 1 and degrees >= 1, got {probability}, {degrees}"
-        )
+    if not 0.5 <= probability < 1:
+        raise ReparamError(f'probability: expected at least 0.5 and less than 1, got {probability}')
+    if degrees < 1:
+        raise ReparamError(f'degrees: expected at least 1, got {degrees}')
     # With t = sqrt(degrees) tan(angle), P(|T| <= t) is a finite sum (Abramowitz and Stegun, 26.7.3 and 26.7.4), which
     # rises with the angle: halved until no number lies between the ends.
     low, high = 0.0, math.pi / 2
@@ -252,6 +255,8 @@ def _parsed(row: Mapping[str, str | None], place: str) -> dict[str, Any]:
             values[column] = kind(text)
         except ValueError as error:
             raise ReparamError(f'{place}: {column}: expected {kind.__name__}, got {text!r}') from error
+        if column in _REQUIRED and kind is float and not math.isfinite(values[column]):
+            raise ReparamError(f'{place}: {column}: expected a finite number, got {text!r}')
     for column, known in (('method', METHODS), ('protocol', _AGAINST)):
         if values[column] not in known:
             raise ReparamError(f'{place}: {column}: expected one of {", ".join(known)}, got {values[column]!r}')
