@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument('--pretrained', action='store_true', help='list every name that has weights, with its tag')
     command.set_defaults(command=_list)
 
-    source = "architecture, checkpoint folder, or a file of timm's train script, last.pth.tar"
+    sources = "architecture, checkpoint folder, or a file of timm's train script, last.pth.tar"
     command = commands.add_parser(
         'profile',
         parents=[common],
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         description='Measure models side by side, in one interleaved run: of each variant the stock model, the'
         ' train-time form and the fused form.',
     )
-    command.add_argument('models', nargs='+', metavar='MODEL', help=source)
+    command.add_argument('models', nargs='+', metavar='MODEL', help=sources)
     command.add_argument('--train', action='store_true', help='a training step, too: activations, peak memory, time')
     command.add_argument('-b', '--batch-size', type=int, default=1, metavar='N', help='images in a batch (default: 1)')
     command.add_argument('--input-size', nargs=3, type=int, metavar=('C', 'H', 'W'), help="default: the model's own")
@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         ' a column a stage. Variants count by their fused kernels.',
     )
     command.add_argument(
-        'sources', nargs='+', metavar='SOURCE', help=f'{source}; an architecture without a tag is not trained'
+        'sources', nargs='+', metavar='SOURCE', help=f'{sources}; an architecture without a tag is not trained'
     )
     command.add_argument('--kernel-size', type=int, metavar='K', help='draw the K x K kernels (default: the commonest)')
     command.set_defaults(command=_plot_kernels)

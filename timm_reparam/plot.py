@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._files import check_folder, write_whole
+from ._files import check_folder, open_csv, write_whole
 from .convert import is_variant
 from .errors import ReparamError
 from .layers import ACBlock2d
@@ -389,25 +389,22 @@ def plot_curves(folders: Sequence[str | Path], path: str | Path) -> None:
 def _read_summary(path: Path, column: str) -> dict[int, float]:
     """Values of a column by epoch."""
     values: dict[int, float] = {}
-    try:
-        with open(path, newline='', encoding='utf-8') as file:
-            reader = csv.reader(file)
-            header = next(reader, [])
-            for cells in reader:
-                if not cells or cells[0] == 'epoch':  # a header again, where a run was resumed
-                    continue
-                names = header if len(cells) == len(header) else _SUMMARY_COLUMNS.get(len(cells), ())
-                row = dict(zip(names, cells))
-                try:
-                    epoch = int(float(row['epoch']))
-                    values.pop(epoch, None)
-                    if row.get(column):
-                        values[epoch] = float(row[column])
-                except (KeyError, ValueError) as error:
-                    place, got = f'{path}, line {reader.line_num}', ','.join(cells)
-                    raise ReparamError(f'{place}: expected numbers under {",".join(header)}, got {got}') from error
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ReparamError(f'{path}: cannot be read ({error}); expected the summary of a training run') from error
+    with open_csv(path) as file:
+        reader = csv.reader(file)
+        header = next(reader, [])
+        for cells in reader:
+            if not cells or cells[0] == 'epoch':  # a header again, where a run was resumed
+                continue
+            names = header if len(cells) == len(header) else _SUMMARY_COLUMNS.get(len(cells), ())
+            row = dict(zip(names, cells))
+            try:
+                epoch = int(float(row['epoch']))
+                values.pop(epoch, None)
+                if row.get(column):
+                    values[epoch] = float(row[column])
+            except (KeyError, ValueError) as error:
+                place, got = f'{path}, line {reader.line_num}', ','.join(cells)
+                raise ReparamError(f'{place}: expected numbers under {",".join(header)}, got {got}') from error
     if not values:
         raise ReparamError(f'{path}: expected epochs with {column}, found none; its columns are {",".join(header)}')
     return values

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ._files import open_csv
 from .errors import ReparamError
 from .profile import format_count
 
@@ -84,15 +85,12 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
         ReparamError: The file cannot be read or is empty, lacks columns or values, names an unknown method or protocol,
             has a run twice, or one model's runs saw different data.
     """
-    try:
-        with open(path, newline='', encoding='utf-8') as file:
-            reader = csv.DictReader(file)
-            missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
-            if missing:
-                raise ReparamError(f'{path}: expected one row a run, lacks the columns {", ".join(missing)}')
-            rows = [_parsed(row, f'{path}, line {reader.line_num}') for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ReparamError(f'{path}: cannot be read ({error})') from error
+    with open_csv(path) as file:
+        reader = csv.DictReader(file)
+        missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
+        if missing:
+            raise ReparamError(f'{path}: expected one row a run, lacks the columns {", ".join(missing)}')
+        rows = [_parsed(row, f'{path}, line {reader.line_num}') for row in reader]
     if not rows:
         raise ReparamError(f'{path}: expected one row a run, found none')
     data: dict[str, set[str]] = {}
