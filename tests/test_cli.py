@@ -153,7 +153,16 @@ def test_plot_kernels(capsys: pytest.CaptureFixture, tmp_path: Path, pair: tuple
     assert main(['plot', 'kernels', *sources, '-o', str(second)]) == 0
     assert first.read_bytes() == second.read_bytes()
     text = first.read_text()
-    for words in ('3x3', pair[0].name, pair[1].name, 'run/last.pth.tar', 'resnet10t', '(not trained)', 'layer4 (2)'):
+    for words in (
+        '3x3',
+        pair[0].name,
+        pair[1].name,
+        'run/last.pth.tar',
+        'resnet10t',
+        '(not trained)',
+        'layer4',
+        '2 layers',
+    ):
         assert words in text
     assert str(tmp_path) not in text
     assert main(['plot', 'kernels', str(pair[0]), '-o', str(second), '--kernel-size', '1']) == 0

@@ -15,6 +15,7 @@ from torch import nn
 from timm_reparam import ACBlock2d, ReparamError, convert_model, fuse_model
 from timm_reparam.plot import (
     Curve,
+    _line_styles,
     check_plot,
     commonest_kernel_size,
     kernel_skeletons,
@@ -301,7 +302,7 @@ def test_texts_of_the_kernels(tmp_path: Path):
     model = random_model('resnet10t', **TINY)
     plot_kernels([model], path, names=['mine'])
     written = texts(path)
-    assert {'mine', 'act1 (3)', 'layer4 (2)'} <= set(written) and not any('mean kernel' in text for text in written)
+    assert {'mine', 'act1', '3 layers', 'layer4'} <= set(written) and not any('mean kernel' in text for text in written)
     values = [f'{value:.2f}' for s in kernel_skeletons(model) for value in s.magnitude.flatten().tolist()]
     assert [text for text in written if re.fullmatch(r'\d\.\d\d', text)] == values
     draw_kernels(path)
@@ -326,6 +327,11 @@ def test_texts_and_colours(tmp_path: Path):
     blue, purple, red, orange = '#1f77b4', '#9467bd', '#d62728', '#ff7f0e'
     assert {blue, purple} <= colours[0] & colours[1]
     assert red in colours[1] and orange not in colours[1]
+
+
+def test_lines_of_one_colour_differ():
+    styles = [tuple(style.values()) for style in _line_styles([f'{name}-stock' for name in 'abcdefghi'])]
+    assert {color for color, _, _ in styles} == {'tab:gray'} and len(set(styles)) == len(styles)
 
 
 def test_pictures_that_cannot_be(tmp_path: Path):

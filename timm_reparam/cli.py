@@ -368,7 +368,7 @@ def _plot_kernels(args: argparse.Namespace) -> int:
         elif path.is_file():
             names.append(f'{path.parent.name}/{path.name}')
         else:
-            names.append(source if tag else f'{source}\n(not trained)')
+            names.append(source if tag else f'{source} (not trained)')
     plot_kernels(models, args.output, names=names, kernel_size=args.kernel_size)
     return 0
 

@@ -233,19 +233,20 @@ def plot_kernels(
     dynamic = [any(is_variant(module) and module.input_dependent for module in model.modules()) for model in models]
     title = f'mean magnitude of {size}x{size} kernels, each layer relative to its largest'
     title += '\ndynamic convolution: its mean kernel' if any(dynamic) else ''
-    with _figure(path, 1.6 + 1.2 * columns, 0.6 + 1.4 * len(rows)) as figure:
+    side = max(1.2, 0.28 * size)  # of a map, for numbers that can be read
+    with _figure(path, 1.6 + side * columns, 0.6 + (side + 0.3) * len(rows)) as figure:
         grid = figure.subplots(len(rows), columns, squeeze=False)
         for name, is_dynamic, skeletons, line in zip(names, dynamic, rows, grid):
             for axes in line[len(skeletons) :]:
                 axes.set_axis_off()
             for axes, skeleton in zip(line, skeletons):
-                _draw_skeleton(axes, skeleton)
-            label = f'{name}\n(mean kernel)' if is_dynamic else name
-            line[0].set_ylabel(label, rotation='horizontal', ha='right', va='center', fontsize=8)
+                _draw_skeleton(axes, skeleton, fontsize=20 * side / size)
+            label = f'{name} (mean kernel)' if is_dynamic else name
+            line[0].set_ylabel(label.replace(' (', '\n('), rotation='horizontal', ha='right', va='center', fontsize=8)
         figure.suptitle(title, fontsize=9)
 
 
-def _draw_skeleton(axes: Any, skeleton: Skeleton) -> None:
+def _draw_skeleton(axes: Any, skeleton: Skeleton, fontsize: float) -> None:
     values = skeleton.magnitude.tolist()
     size = len(values)
     axes.pcolormesh(values, vmin=0, vmax=1, cmap='Blues', edgecolors='white', linewidth=0.5)
@@ -253,11 +254,11 @@ def _draw_skeleton(axes: Any, skeleton: Skeleton) -> None:
         value = values[row][column]
         color = 'white' if value > 0.6 else 'black'
         place = (column + 0.5, row + 0.5)
-        axes.annotate(f'{value:.2f}', place, ha='center', va='center', color=color, fontsize=min(8, 24 / size))
+        axes.annotate(f'{value:.2f}', place, ha='center', va='center', color=color, fontsize=min(8, fontsize))
     axes.invert_yaxis()
     axes.set_aspect('equal')
     axes.set(xticks=[], yticks=[])
-    axes.set_title(f'{skeleton.stage} ({skeleton.layers})', fontsize=7)
+    axes.set_title(f'{skeleton.stage}\n{skeleton.layers} layer{"s" if skeleton.layers > 1 else ""}', fontsize=7)
 
 
 def _square_kernels(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
@@ -370,14 +371,13 @@ def plot_curves(folders: Sequence[str | Path], path: str | Path) -> None:
     with _figure(path, 9, 3.6 + 0.2 * len(curves[0][1])) as figure:
         panel_axes = figure.subplots(1, len(panels))
         for axes, (label, drawn) in zip(panel_axes, curves):
-            for curve, (color, dashes) in zip(drawn, _line_styles([curve.name for curve in drawn])):
+            for curve, style in zip(drawn, _line_styles([curve.name for curve in drawn])):
                 runs = f' ({curve.runs} runs)' if curve.runs > 1 else ''
-                # so many epochs only, or the dots of a single one would not be seen
-                marker = 'o' if len(curve.epochs) == 1 else None
-                line = dict(color=color, linestyle=dashes, marker=marker, label=curve.name + runs)
-                axes.plot(curve.epochs, curve.mean, **line)
+                if len(curve.epochs) == 1:
+                    style['marker'] = 'o'  # a line of one point is not seen
+                axes.plot(curve.epochs, curve.mean, label=curve.name + runs, **style)
                 if curve.runs > 1:
-                    axes.fill_between(curve.epochs, curve.low, curve.high, color=color, alpha=0.2, linewidth=0)
+                    axes.fill_between(curve.epochs, curve.low, curve.high, color=style['color'], alpha=0.2, linewidth=0)
             axes.set_xlabel('epoch')
             axes.set_ylabel(label)
             axes.xaxis.get_major_locator().set_params(integer=True)
@@ -410,15 +410,17 @@ def _read_summary(path: Path, column: str) -> dict[int, float]:
     return values
 
 
-def _line_styles(names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """For each name the colour of its method, and dashes that tell names of one colour apart."""
+def _line_styles(names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """For each name the colour of its method, and dashes and marks that tell names of one colour apart."""
     others = itertools.cycle(_OTHER_COLORS)
     used = Counter[str]()
     for name in names:
         found = [method for method in METHODS if re.search(rf'(?<![a-z0-9]){method}(?![a-z0-9])', name)]
         color = _COLORS[max(found, key=len)] if found else next(others)
-        yield color, _DASHES[used[color] % len(_DASHES)]
+        marks, dashes = divmod(used[color], len(_DASHES))
         used[color] += 1
+        marker = _MARKERS[(marks - 1) % len(_MARKERS)] if marks else ''
+        yield dict(color=color, linestyle=_DASHES[dashes], marker=marker)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
