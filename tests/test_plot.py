@@ -300,9 +300,11 @@ def test_texts_of_the_kernels(tmp_path: Path):
     pytest.importorskip('matplotlib')
     path = tmp_path / 'k.svg'
     model = random_model('resnet10t', **TINY)
-    plot_kernels([model], path, names=['mine'])
+    plot_kernels([model], path, names=['mine, $1$'])
     written = texts(path)
-    assert {'mine', 'act1', '3 layers', 'layer4'} <= set(written) and not any('mean kernel' in text for text in written)
+    assert {'mine, $1$', 'act1', '3 layers', 'layer4'} <= set(written) and not any(
+        'mean kernel' in text for text in written
+    )
     values = [f'{value:.2f}' for s in kernel_skeletons(model) for value in s.magnitude.flatten().tolist()]
     assert [text for text in written if re.fullmatch(r'\d\.\d\d', text)] == values
     draw_kernels(path)

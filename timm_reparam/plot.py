@@ -85,7 +85,8 @@ def _figure(path: str | Path, width: float, height: float) -> Iterator[Any]:
 
     suffix = Path(path).suffix
     # whatever the user's settings are: white behind everything, for dark pages, too
-    with style.context('default'), rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'timm-reparam'}):
+    settings: Any = {'svg.fonttype': 'none', 'svg.hashsalt': 'timm-reparam', 'text.parse_math': False}
+    with style.context('default'), rc_context(settings):
         figure = Figure(figsize=(width, height), layout='constrained')
         yield figure
         content = io.BytesIO()
