@@ -17,6 +17,7 @@ from stand_in import randomise
 from torch import nn
 
 from timm_reparam import ACBlock2d, is_variant, plan_conversion
+from timm_reparam.results import COLUMNS
 
 sys.path.insert(0, str(Path(__file__).parent / 'benchmarks'))
 import accuracy  # noqa: E402
@@ -143,7 +144,7 @@ def test_options_are_the_authors() -> None:
 def test_every_method_runs_and_is_saved(method: str, data: Data, tmp_path: Path) -> None:
     result = accuracy.train(tiny(method), data, tmp_path, CPU)
     row = result['row']
-    assert set(row) == set(accuracy.COLUMNS)
+    assert set(row) == set(COLUMNS)
     assert row['method'] == method and 0 <= row['top1'] <= 100
     assert row['differing'] == len(result['differing'])
     if method == 'stock':
@@ -244,7 +245,7 @@ def test_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert accuracy.main(['table', '--runs', str(runs), '-o', str(results)]) == 0
     with open(results, newline='') as file:
         (row,) = csv.DictReader(file)
-    assert list(row) == accuracy.COLUMNS
+    assert list(row) == list(COLUMNS)
     assert row['step_ratio'] == '1.0' and json.loads(row['options'])['model_kwargs']['stem_width'] == 8
     where[-1] = str(tmp_path / 'again')
     assert accuracy.main(['repeat', str(results), '--row', '1', *where]) == 0

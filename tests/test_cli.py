@@ -1,5 +1,6 @@
 """The command line: what it prints, its exit status, and one line for every error."""
 
+import argparse
 import csv
 import json
 import os
@@ -9,11 +10,15 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 from hub_server import HubServer
+from stand_in import add_stock
 
 import timm_reparam
 from timm_reparam.cli import main
 from timm_reparam.hub import save_pair
+from timm_reparam.plot import kernel_skeletons
+from timm_reparam.results import COLUMNS
 
 TINY = dict(num_classes=2, channels=(8, 8, 8, 8), stem_width=4)
 DATA_CONFIG = dict(input_size=(3, 32, 32), crop_pct=1.0)
@@ -23,6 +28,19 @@ DATA_CONFIG = dict(input_size=(3, 32, 32), crop_pct=1.0)
 def pair(tmp_path: Path) -> tuple[Path, Path]:
     model = timm.create_model('resnet10t_doconv', **TINY).eval()
     return save_pair(model, tmp_path, tag='t', facts={}, data_config=DATA_CONFIG)
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Path:
+    """The file of a training run, beside its summary."""
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    (folder / 'summary.csv').write_text('epoch,train_loss,eval_top1\n0,2.0,50.0\n1,1.0,60.0\n')
+    settings = argparse.Namespace(model='resnet10t_doconv', num_classes=2, model_kwargs=dict(TINY))
+    del settings.model_kwargs['num_classes']
+    model = timm.create_model('resnet10t_doconv', **TINY)
+    torch.save({'args': settings, 'state_dict': model.state_dict()}, folder / 'last.pth.tar')
+    return folder / 'last.pth.tar'
 
 
 def run(*args: str, **options) -> subprocess.CompletedProcess:
@@ -131,6 +149,82 @@ def test_profile_plot(capsys: pytest.CaptureFixture, tmp_path: Path):
     assert '<svg' in file.read_text()
 
 
+def test_profile_of_a_training_run(capsys: pytest.CaptureFixture, training: Path):
+    command = ['profile', str(training), '--input-size', '3', '32', '32', '--runs', '0', '--format', 'json']
+    assert main(command) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row['name'] for row in rows] == [f'{training}, stock', str(training), f'{training}, fused']
+    assert rows[0]['parameters'] == rows[2]['parameters'] < rows[1]['parameters'] < 50_000
+
+
+def test_plot_kernels(capsys: pytest.CaptureFixture, tmp_path: Path, pair: tuple[Path, Path], training: Path):
+    """Every kind of source; an architecture without weights is the same one every time."""
+    pytest.importorskip('matplotlib')
+    first, second = tmp_path / '1.svg', tmp_path / '2.svg'
+    sources = [str(pair[0]), str(pair[1]), str(training), 'resnet10t']
+    assert main(['plot', 'kernels', *sources, '-o', str(first)]) == 0
+    assert main(['plot', 'kernels', *sources, '-o', str(second)]) == 0
+    assert first.read_bytes() == second.read_bytes()
+    text = first.read_text()
+    for words in (
+        '3x3',
+        pair[0].name,
+        pair[1].name,
+        'run/last.pth.tar',
+        'resnet10t',
+        '(not trained)',
+        'layer4',
+        '2 layers',
+    ):
+        assert words in text
+    assert str(tmp_path) not in text
+    assert main(['plot', 'kernels', str(pair[0]), '-o', str(second), '--kernel-size', '1']) == 0
+    assert '1x1' in second.read_text()
+    assert main(['plot', 'kernels', str(pair[0]), '-o', str(tmp_path / '3.svg'), '--kernel-size', '7']) == 1
+    assert f'{pair[0].name}: ResNet: looked for 7x7' in capsys.readouterr().err and not (tmp_path / '3.svg').exists()
+
+
+def test_plot_kernels_of_published_weights(hub: HubServer, tmp_path: Path):
+    """A tag names weights, which a variant is lifted from."""
+    pytest.importorskip('matplotlib')
+    stock = add_stock(hub, 'resnet10t.c3_in1k')
+    file = tmp_path / 'k.svg'
+    assert main(['plot', 'kernels', 'resnet10t_doconv.c3_in1k', '-o', str(file)]) == 0
+    text = file.read_text()
+    values = [f'>{value:.2f}<' for s in kernel_skeletons(stock) for value in s.magnitude.flatten().tolist()]
+    assert all(value in text for value in values) and 'not trained' not in text
+
+
+def test_plot_curves(capsys: pytest.CaptureFixture, tmp_path: Path, training: Path):
+    pytest.importorskip('matplotlib')
+    file = tmp_path / 'c.png'
+    assert main(['plot', 'curves', str(training.parent), '-o', str(file)]) == 0
+    assert file.read_bytes().startswith(b'\x89PNG')
+    assert main(['plot', 'curves', str(tmp_path / 'none'), '-o', str(tmp_path / 'd.png')]) == 1
+    errors = capsys.readouterr().err
+    assert 'none/summary.csv: cannot be read' in errors and errors.count('\n') == 1
+    assert not (tmp_path / 'd.png').exists()
+
+
+def test_plot_gains(capsys: pytest.CaptureFixture, tmp_path: Path):
+    pytest.importorskip('matplotlib')
+    results, file = tmp_path / 'r.csv', tmp_path / 'g.svg'
+    with open(results, 'w', newline='') as table:
+        writer = csv.DictWriter(table, list(COLUMNS))
+        writer.writeheader()
+        for method, top1 in (('stock', 90.0), ('doconv', 91.5)):
+            row = dict(model='resnet18', method=method, protocol='scratch', epochs=40, seed=0, top1=top1, size=32)
+            writer.writerow({**row, 'step_ratio': 1.25, 'data_sha256': 'aa'})
+    assert main(['plot', 'gains', str(results), '-o', str(file)]) == 0
+    assert '| `doconv` | 40 | 1 | 91.50 | +1.50 (one pair, no interval) | 1.25 |' in capsys.readouterr().out
+    assert 'doconv (1 pair, no interval)' in file.read_text()
+    results.write_text('model,method\n')
+    assert main(['plot', 'gains', str(results), '-o', str(tmp_path / 'h.svg')]) == 1
+    errors = capsys.readouterr().err
+    assert 'r.csv' in errors and 'lacks the columns protocol, epochs' in errors and errors.count('\n') == 1
+    assert not (tmp_path / 'h.svg').exists()
+
+
 def test_fuse_and_verify(capsys: pytest.CaptureFixture, tmp_path: Path, pair: tuple[Path, Path]):
     out = tmp_path / 'fused'
     assert main(['fuse', str(pair[0]), str(out)]) == 0
@@ -196,6 +290,12 @@ def test_tokens_stay_out_of_every_error(capsys: pytest.CaptureFixture, monkeypat
         (['profile', 'resnet18', '--conv-options', 'scale=2'], '--conv-options'),
         (['profile', 'resnet10t_doconv', '--conv-options', 'scale=2'], 'scale'),
         (['profile', 'resnet18', '--input-size', '3', '32', '32', '--torchcompile', 'nothing'], 'nothing'),
+        (['plot', 'kernels', 'resnet_of_nobody', '-o', 'k.svg'], 'resnet_of_nobody'),
+        (['plot', 'kernels', 'resnet18', '-o', 'k.txt'], 'k.txt: expected a name that ends in .png, .svg'),
+        (['plot', 'kernels', 'resnet18', '-o', 'no/k.svg'], 'no/k.svg'),
+        (['plot', 'kernels', 'mixer_s32_224', '-o', 'k.svg', '--kernel-size', '3'], 'looked for 3x3'),
+        (['plot', 'curves', 'runs', '-o', 'c.txt'], 'c.txt'),
+        (['plot', 'gains', 'r.csv', '-o', 'g.txt'], 'g.txt'),
         (['fuse', 'missing', 'out'], 'config.json'),
         (['convert', 'missing', '--model', 'resnet18_doconv', '-o', 'out'], 'not found'),
         (['verify', 'missing'], 'config.json'),
@@ -224,6 +324,9 @@ def test_errors_are_one_line(capsys: pytest.CaptureFixture, tmp_path: Path, monk
         ['profile'],
         ['profile', 'm', '--input-size', '3'],
         ['profile', 'm', '--format', 'xml'],
+        ['plot'],
+        ['plot', 'kernels', 'm'],
+        ['plot', 'gains', 'a.csv', 'b.csv', '-o', 'g.svg'],
     ],
 )
 def test_usage(capsys: pytest.CaptureFixture, args: list[str]):
@@ -233,8 +336,12 @@ def test_usage(capsys: pytest.CaptureFixture, args: list[str]):
     assert 'usage: timm-reparam' in capsys.readouterr().err
 
 
+COMMANDS = ('list', 'profile', 'plot', 'fuse', 'verify', 'publish', 'sync', 'pull', 'run')
+PICTURES = ('kernels', 'curves', 'gains')
+
+
 @pytest.mark.parametrize(
-    'command', [[], *([name] for name in ('list', 'profile', 'fuse', 'verify', 'publish', 'sync', 'pull', 'run'))]
+    'command', [[], *([name] for name in COMMANDS), *(['plot', picture] for picture in PICTURES)], ids=' '.join
 )
 def test_help(capsys: pytest.CaptureFixture, command: list[str]):
     with pytest.raises(SystemExit) as exit_:

@@ -3,8 +3,6 @@ and nothing of the model changed by measuring it."""
 
 import csv
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import timm
@@ -16,7 +14,6 @@ from timm_reparam import RefConv2d, ReparamError
 from timm_reparam._measure import compiled_for, median_and_spread, time_interleaved
 from timm_reparam.profile import (
     Profile,
-    check_plot,
     compare_profiles,
     count_parameters,
     format_comparison,
@@ -25,7 +22,6 @@ from timm_reparam.profile import (
     format_json,
     format_profiles,
     format_table,
-    plot_profiles,
     profile_model,
     summarize,
 )
@@ -441,26 +437,3 @@ def test_csv_and_json():
     assert (rows[1]['input_size'], rows[1]['peak_bytes'], rows[2]['peak_bytes']) == ('3x224x224', '3000000000', '')
     assert float(rows[1]['step_ratio']) == 1.25
     assert json.loads(format_json(profiles)) == [profile.to_dict() for profile in profiles]
-
-
-@pytest.mark.parametrize('suffix, magic', [('svg', b'<?xml'), ('png', b'\x89PNG')])
-def test_plot(tmp_path: Path, suffix: str, magic: bytes):
-    pytest.importorskip('matplotlib')
-    path = tmp_path / f'ratios.{suffix}'
-    plot_profiles(measured_profiles(), path)
-    assert path.read_bytes().startswith(magic)
-
-
-def test_plots_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    pytest.importorskip('matplotlib')
-    with pytest.raises(ReparamError, match='nothing was timed'):
-        plot_profiles(compare_profiles(Network(), input_size=SIZE, runs=0), tmp_path / 'ratios.png')
-    with pytest.raises(ReparamError, match='ratios.txt: expected a name that ends in .svg'):
-        check_plot('ratios.txt')
-
-
-def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, 'matplotlib', None)
-    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-    with pytest.raises(ReparamError, match=r"pip install 'timm-reparam\[plot\]'"):
-        check_plot('ratios.png')

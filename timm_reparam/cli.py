@@ -11,18 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.models import get_model_args
 from timm.utils import ParseKwargs
 from torch import nn
 
+from ._files import check_folder, write_whole
 from .convert import VARIANTS, fuse_model, stock_architecture, variant_of
 from .errors import ReparamError
 from .hub import convert_checkpoint, fuse_checkpoint, load_checkpoint, publish, pull, sync, verify, verify_checkpoint
 from .hub.checkpoint import train_time_path
 from .hub.family_cards import check_cards, write_cards
+from .hub.training import load_training
 from .hub.transport import one_line, without_tokens
 from .models._registry import is_variant_name
-from .profile import check_plot, compare_profiles, format_csv, format_json, format_profiles, plot_profiles
+from .plot import check_plot, plot_curves, plot_gains, plot_kernels, plot_profiles
+from .profile import compare_profiles, format_csv, format_json, format_profiles
+from .results import format_summary, read_results, summarize
 from .version import __version__
 
 __all__ = ['main']
@@ -76,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument('--pretrained', action='store_true', help='list every name that has weights, with its tag')
     command.set_defaults(command=_list)
 
+    sources = "architecture, checkpoint folder, or a file of timm's train script, last.pth.tar"
     command = commands.add_parser(
         'profile',
         parents=[common],
@@ -83,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         description='Measure models side by side, in one interleaved run: of each variant the stock model, the'
         ' train-time form and the fused form.',
     )
-    command.add_argument('models', nargs='+', metavar='MODEL', help='architecture, or folder of a checkpoint')
+    command.add_argument('models', nargs='+', metavar='MODEL', help=sources)
     command.add_argument('--train', action='store_true', help='a training step, too: activations, peak memory, time')
     command.add_argument('-b', '--batch-size', type=int, default=1, metavar='N', help='images in a batch (default: 1)')
     command.add_argument('--input-size', nargs=3, type=int, metavar=('C', 'H', 'W'), help="default: the model's own")
@@ -106,6 +112,46 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument('-o', '--output', metavar='FILE', help='file to write that into (default: printed)')
     command.add_argument('--plot', metavar='FILE', help='draw the ratios to stock, into an .svg or .png for instance')
     command.set_defaults(command=_profile)
+
+    picture = argparse.ArgumentParser(add_help=False)
+    picture.add_argument('-o', '--output', required=True, metavar='FILE', help='picture to write: .svg, .png or .pdf')
+    command = commands.add_parser(
+        'plot',
+        parents=[common],
+        help='draw kernels, learning curves, or accuracy gained against training cost',
+        description='Draw a picture from checkpoints, training runs or a results file.',
+    )
+    pictures = command.add_subparsers(title='pictures', metavar='PICTURE', required=True)
+    command = pictures.add_parser(
+        'kernels',
+        parents=[common, picture],
+        help='where kernels carry weight: mean magnitude over their grid, a row a model, a column a stage',
+        description='Draw the mean magnitude over the kernel grid, as the ACNet paper does: a row of heat maps a model,'
+        ' a column a stage. Variants count by their fused kernels.',
+    )
+    command.add_argument(
+        'sources', nargs='+', metavar='SOURCE', help=f'{sources}; an architecture without a tag is not trained'
+    )
+    command.add_argument('--kernel-size', type=int, metavar='K', help='draw the K x K kernels (default: the commonest)')
+    command.set_defaults(command=_plot_kernels)
+    command = pictures.add_parser(
+        'curves',
+        parents=[common, picture],
+        help='learning curves of training runs',
+        description='Draw eval top-1 and train loss against the epoch. Runs whose names differ only in a seed at the'
+        ' end (-s0, -s1) are one line, their mean, with a band from the smallest to the largest value.',
+    )
+    command.add_argument('runs', nargs='+', metavar='RUN', help='folder of a training run, with its summary.csv')
+    command.set_defaults(command=_plot_curves)
+    command = pictures.add_parser(
+        'gains',
+        parents=[common, picture],
+        help='accuracy gained against training cost',
+        description='Draw the paired difference of top-1 to stock, with its 95 %% confidence interval, against the'
+        ' training step relative to stock, and print both as a table.',
+    )
+    command.add_argument('results', metavar='RESULTS', help='results file: csv, one row a run')
+    command.set_defaults(command=_plot_gains)
 
     command = commands.add_parser(
         'fuse',
@@ -243,9 +289,8 @@ def _profile(args: argparse.Namespace) -> int:
         check_plot(args.plot)
         if args.runs == 0:
             raise ReparamError('--plot: expected at least one run to draw, got --runs 0')
-    for path in (args.output, args.plot):
-        if path is not None and not Path(path).absolute().parent.is_dir():
-            raise ReparamError(f'{path}: expected a file in a folder that exists')
+    if args.output is not None:
+        check_folder(args.output)
     names, models, references = _models_to_profile(args)
     options = ('input_size', 'batch_size', 'runs', 'train', 'precision', 'channels_last', 'torchcompile')
     profiles = compare_profiles(
@@ -255,7 +300,7 @@ def _profile(args: argparse.Namespace) -> int:
     if args.output is None:
         print(text)
     else:
-        Path(args.output).write_text(f'{text}\n', encoding='utf-8')
+        write_whole(args.output, f'{text}\n'.encode())
     if args.plot is not None:
         plot_profiles(profiles, args.plot)
     return 0
@@ -278,16 +323,13 @@ def _models_to_profile(args: argparse.Namespace) -> tuple[list[str], list[nn.Mod
     if args.conv_options and not any(is_variant_name(name) for name in args.models):
         raise ReparamError('--conv-options: expected a variant among the architectures, resnet18_doconv for instance')
     for name in args.models:
-        if Path(name).is_dir():
-            model = load_checkpoint(name)
+        options = {'conv_options': args.conv_options} if is_variant_name(name) else {}
+        model = _load_model(name, **model_args, **options)
+        if Path(name).exists():
             stock, stock_args = f'{name}, stock', {'num_classes': model.num_classes, **get_model_args(model)}
             stock_args.pop('conv_options', None)
-        elif timm.is_model(name):
-            options = {'conv_options': args.conv_options} if is_variant_name(name) else {}
-            model = timm.create_model(name, **model_args, **options)
-            stock, stock_args = _stock_name(model), model_args
         else:
-            raise ReparamError(f'{name}: neither an architecture that timm knows nor a folder; see timm-reparam list')
+            stock, stock_args = _stock_name(model), model_args
         if variant_of(model):
             add(stock, timm.create_model(_stock_name(model), **stock_args), stock)
             add(name, model, stock)
@@ -298,10 +340,59 @@ def _models_to_profile(args: argparse.Namespace) -> tuple[list[str], list[nn.Mod
     return names, list(models.values()), [names.index(stocks[name]) for name in names]
 
 
+def _load_model(source: str, **model_args: Any) -> Any:
+    """The model of a checkpoint folder or of a file of the train script, or an architecture by name.
+
+    The arguments are those of ``timm.create_model``, for architectures only.
+    """
+    if Path(source).is_dir():
+        return load_checkpoint(source)
+    if Path(source).is_file():
+        return load_training(source)[0]
+    if timm.is_model(source):
+        return timm.create_model(source, **model_args)
+    raise ReparamError(
+        f'{source}: neither an architecture that timm knows nor a folder nor a file; see timm-reparam list'
+    )
+
+
 def _stock_name(model: nn.Module) -> str:
     name = stock_architecture(model)
     assert name is not None  # timm has created it under a name
     return name
+
+
+def _plot_kernels(args: argparse.Namespace) -> int:
+    check_plot(args.output)
+    models, names = [], []
+    for source in args.sources:
+        tag = source.partition('.')[2]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # for architectures without trained weights: the same picture every time
+            models.append(_load_model(source, pretrained=bool(tag)))
+        path = Path(source).absolute()
+        if path.is_dir():
+            names.append(path.name)
+        elif path.is_file():
+            names.append(f'{path.parent.name}/{path.name}')
+        else:
+            names.append(source if tag else f'{source} (not trained)')
+    plot_kernels(models, args.output, names=names, kernel_size=args.kernel_size)
+    return 0
+
+
+def _plot_curves(args: argparse.Namespace) -> int:
+    check_plot(args.output)
+    plot_curves(args.runs, args.output)
+    return 0
+
+
+def _plot_gains(args: argparse.Namespace) -> int:
+    check_plot(args.output)
+    summaries = summarize(read_results(args.results))
+    plot_gains(summaries, args.output)
+    print(format_summary(summaries))
+    return 0
 
 
 def _fuse(args: argparse.Namespace) -> int:

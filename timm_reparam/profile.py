@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from .errors import ReparamError
 
 __all__ = [
     'Profile',
-    'check_plot',
     'compare_profiles',
     'format_comparison',
     'format_count',
@@ -26,7 +24,6 @@ __all__ = [
     'format_json',
     'format_profiles',
     'format_table',
-    'plot_profiles',
     'profile_model',
 ]
 
@@ -281,60 +278,6 @@ def format_json(profiles: Sequence[Profile]) -> str:
     return json.dumps([profile.to_dict() for profile in profiles], indent=2)
 
 
-def check_plot(path: str | Path) -> None:
-    """Say before anything is measured whether `plot_profiles` could draw into a file.
-
-    Raises:
-        ReparamError: matplotlib is not installed, or it does not write such files.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ReparamError(f"{path}: drawing needs matplotlib; pip install 'timm-reparam[plot]'") from error
-    kinds = Figure().canvas.get_supported_filetypes()
-    if Path(path).suffix.removeprefix('.') not in kinds:
-        raise ReparamError(f'{path}: expected a name that ends in .svg, .png or another of {", ".join(sorted(kinds))}')
-
-
-def plot_profiles(profiles: Sequence[Profile], path: str | Path) -> None:
-    """Draw the ratios of latency and training step, a bar each, with the interquartile range as error bars.
-
-    Args:
-        profiles: The measured models.
-        path: File to write; its suffix says of which kind, .svg or .png for instance.
-
-    Raises:
-        ReparamError: matplotlib is not installed or does not write such files, or nothing was timed.
-    """
-    check_plot(path)
-    from matplotlib.figure import Figure
-
-    series = [('training step', 'step'), ('inference', 'latency')]
-    series = [(label, key) for label, key in series if any(getattr(p, f'{key}_ratio') is not None for p in profiles)]
-    if not series:
-        raise ReparamError(f'{path}: nothing was timed, so there is nothing to draw; expected at least one run')
-    figure = Figure(figsize=(8, 1.4 + 0.6 * len(profiles)), layout='constrained')
-    axes = figure.add_subplot()
-    height = 0.8 / len(series)
-    for place, (label, key) in enumerate(series):
-        ratios = [getattr(profile, f'{key}_ratio') for profile in profiles]
-        spreads = [getattr(profile, f'{key}_ratio_spread') / 2 for profile in profiles]
-        rows = [row + (place - (len(series) - 1) / 2) * height for row in range(len(profiles))]
-        axes.barh(rows, ratios, height, xerr=spreads, label=label, capsize=2)
-        for row, ratio, spread in zip(rows, ratios, spreads):
-            axes.annotate(
-                f'{ratio:.2f}', (ratio + spread, row), (4, 0), textcoords='offset points', va='center', fontsize='small'
-            )
-    axes.set_yticks(range(len(profiles)), [profile.name for profile in profiles])
-    axes.invert_yaxis()  # the first model on top
-    axes.axvline(1, color='0.3', linewidth=1, linestyle='--')
-    axes.margins(x=0.1)
-    axes.set_xlabel(f'ratio to {_reference_words(profiles)}')
-    axes.set_title(_setting_words(profiles), fontsize='small')
-    axes.legend(loc='lower center', bbox_to_anchor=(0.5, 1.08), ncols=2, frameon=False)
-    figure.savefig(path, dpi=150)
-
-
 def format_comparison(
     train_time: Profile,
     fused: Profile,
@@ -479,16 +422,16 @@ def _quotient(profile: Profile, reference: Profile | None, field: str) -> float 
 
 
 def _conditions(profiles: Sequence[Profile]) -> str:
-    ratio = f'ratio: to {_reference_words(profiles)} in the same round, median of all rounds'
-    return f'{_setting_words(profiles)}\n{ratio}; ±: half the interquartile range'
+    ratio = f'ratio: to {reference_words(profiles)} in the same round, median of all rounds'
+    return f'{setting_words(profiles)}\n{ratio}; ±: half the interquartile range'
 
 
-def _reference_words(profiles: Sequence[Profile]) -> str:
+def reference_words(profiles: Sequence[Profile]) -> str:
     references = {profile.reference for profile in profiles}
     return str(references.pop()) if len(references) == 1 else 'its stock model'
 
 
-def _setting_words(profiles: Sequence[Profile]) -> str:
+def setting_words(profiles: Sequence[Profile]) -> str:
     profile = profiles[0]
     sizes = {profile.input_size for profile in profiles}
     size = f' ({"x".join(map(str, profile.input_size))})' if len(sizes) == 1 else ''

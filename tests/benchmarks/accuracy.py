@@ -27,6 +27,7 @@ import argparse
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -51,9 +52,11 @@ from timm.utils import ParseKwargs
 from torch import nn
 
 from timm_reparam import ACBlock2d, fuse_model, plan_conversion, register_variant, verify_fusion
+from timm_reparam._files import write_whole
 from timm_reparam.convert import variant_of
 from timm_reparam.hub.checkpoint import save_checkpoint, save_pair
 from timm_reparam.profile import compare_profiles
+from timm_reparam.results import COLUMNS, format_summary, read_results, summarize
 
 NUM_CLASSES, SIDE, CROP_PADDING = 10, 32, 4
 TAG = 'cifar10'  # of the saved models
@@ -72,10 +75,6 @@ METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
     'refconv': ('refconv', {}),
 }
 PROTOCOLS = ('scratch', 'refocus', 'finetune')
-COLUMNS = (
-    'model method protocol epochs seed top1 top5 loss fused_top1 differing max_logit_difference train_parameters '
-    'fused_parameters step_ratio seconds size batch_size lr weight_decay options device torch timm commit data_sha256'
-).split()
 
 
 @dataclass(frozen=True)
@@ -325,12 +324,6 @@ def learning_rate(settings: Settings, step: int, steps: int, steps_per_epoch: in
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
-def write_whole(path: Path, text: str) -> None:
-    draft = path.with_name(f'.{path.name}')
-    draft.write_text(text, encoding='utf-8')
-    draft.replace(path)
-
-
 def environment(device: torch.device) -> dict[str, str]:
     def git(*words: str) -> str:
         where = Path(__file__).parent
@@ -356,7 +349,7 @@ def train(settings: Settings, data: Data, runs: Path, device: torch.device) -> d
     given = json.dumps(dataclasses.asdict(settings), indent=2) + '\n'
     if record.is_file() and record.read_text(encoding='utf-8') != given:
         raise SystemExit(f'{folder}: holds a run with other settings; give another --runs folder')
-    write_whole(record, given)
+    write_whole(record, given.encode())
     result = folder / 'result.json'
     if result.is_file():
         return json.loads(result.read_text(encoding='utf-8'))
@@ -411,7 +404,7 @@ def train(settings: Settings, data: Data, runs: Path, device: torch.device) -> d
         torch.save(state, draft)
         draft.replace(checkpoint)
         lines = [','.join(history[0]), *(','.join(str(value) for value in row.values()) for row in history)]
-        write_whole(folder / 'summary.csv', '\n'.join(lines) + '\n')
+        write_whole(folder / 'summary.csv', ('\n'.join(lines) + '\n').encode())
     return finish(settings, model, data, folder, history, environment(device))
 
 
@@ -470,7 +463,7 @@ def finish(
         name = f'{settings.model}.{TAG}'
         save_checkpoint(model, folder / 'zoo' / name, facts={**facts, 'tag': TAG}, data_config=config)
     result = dict(row=row, differing=images, holdout=settings.holdout, environment=versions)
-    write_whole(folder / 'result.json', json.dumps(result, indent=2) + '\n')
+    write_whole(folder / 'result.json', (json.dumps(result, indent=2) + '\n').encode())
     (folder / 'last.pth.tar').unlink(missing_ok=True)
     return result
 
@@ -544,7 +537,7 @@ def _costs(args: argparse.Namespace) -> None:
         precision='amp_bfloat16' if stock.amp else 'float32',
     )  # fmt: skip
     ratios = {profile.name: round(profile.step_ratio or 1, 3) for profile in profiles}
-    write_whole(args.runs / 'costs.json', json.dumps(ratios, indent=2) + '\n')
+    write_whole(args.runs / 'costs.json', (json.dumps(ratios, indent=2) + '\n').encode())
     print('\n'.join(f'{name:<12} {ratio:.2f}' for name, ratio in ratios.items()))
 
 
@@ -560,11 +553,12 @@ def _table(args: argparse.Namespace) -> None:
         key=lambda row: (row['model'], row['epochs'], row['protocol'], list(METHODS).index(row['method']), row['seed'])
     )
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.output, 'w', newline='', encoding='utf-8') as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f'{len(rows)} runs in {args.output}')
+    text = io.StringIO()
+    writer = csv.DictWriter(text, tuple(COLUMNS), lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(args.output, text.getvalue().encode())
+    print(f'{len(rows)} runs in {args.output}\n\n{format_summary(summarize(read_results(args.output)))}')
 
 
 def _repeat(args: argparse.Namespace) -> int:

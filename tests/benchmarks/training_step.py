@@ -38,7 +38,8 @@ from torch import nn
 
 import timm_reparam
 from timm_reparam import plan_conversion
-from timm_reparam.profile import Profile, check_plot, compare_profiles, format_profiles, plot_profiles
+from timm_reparam.plot import check_plot, plot_profiles
+from timm_reparam.profile import Profile, compare_profiles, format_profiles
 
 # backbone: names of our variants with their options, names of the references
 ROWS: dict[str, tuple[list[tuple[str, dict[str, Any]]], list[str]]] = {

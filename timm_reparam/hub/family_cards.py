@@ -16,6 +16,7 @@ import timm
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
+from .._files import write_whole
 from ..convert import VARIANTS, fuse_model
 from ..errors import ReparamError
 from ..models._backbones import MOBILENETV2S, RESNETS
@@ -153,13 +154,7 @@ def write_cards(
         path = folder / name
         if path.is_file() and path.read_bytes() == text.encode():
             continue
-        partial = path.with_name(f'.{name}.partial')
-        try:
-            partial.write_bytes(text.encode())
-            partial.replace(path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise ReparamError(f'{path}: cannot be written ({error.strerror})') from error
+        write_whole(path, text.encode())
         changed.append(name)
     return changed
 

@@ -1,0 +1,58 @@
+"""Files that are complete or not there at all, and tables that are read or refused in one line."""
+
+import csv
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from .errors import ReparamError
+
+__all__ = ['check_folder', 'open_csv', 'write_whole']
+
+
+def check_folder(path: str | Path) -> None:
+    """Say before anything is computed whether a file has a folder to be written into.
+
+    Raises:
+        ReparamError: It has none.
+    """
+    if not Path(path).absolute().parent.is_dir():
+        raise ReparamError(f'{path}: expected a file in a folder that exists')
+
+
+def write_whole(path: str | Path, content: bytes) -> None:
+    """Write a file under another name and rename it, so that no half of it is ever in its place.
+
+    Args:
+        path: The file; one that is there is replaced.
+        content: What it shall hold.
+
+    Raises:
+        ReparamError: It cannot be written; what was there still is.
+    """
+    path = Path(path)
+    partial = path.with_name(f'.{path.name}.partial')
+    try:
+        try:
+            partial.write_bytes(content)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise ReparamError(f'{path}: cannot be written ({error.strerror})') from error
+
+
+@contextmanager
+def open_csv(path: str | Path) -> Iterator[TextIO]:
+    """Open a csv file for reading.
+
+    Raises:
+        ReparamError: It cannot be read, or what is in it is no csv; also while the block reads on.
+    """
+    try:
+        with open(path, newline='', encoding='utf-8-sig') as file:  # spreadsheets begin with a mark
+            yield file
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, 'strerror', None) or error
+        raise ReparamError(f'{path}: cannot be read ({reason}); expected a csv file') from error

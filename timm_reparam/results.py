@@ -1,0 +1,291 @@
+"""What a variant gains: training runs of a results file condensed to means, paired differences and their intervals."""
+
+import csv
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ._files import open_csv
+from .errors import ReparamError
+from .profile import format_count
+
+__all__ = ['COLUMNS', 'METHODS', 'Summary', 'format_summary', 'read_results', 'student_quantile', 'summarize']
+
+# Columns of a results file, which has one row a run. Accuracies are in percent, `epochs` is the total.
+COLUMNS: dict[str, type] = {
+    **dict(model=str, method=str, protocol=str, epochs=int, seed=int),
+    **dict(top1=float, top5=float, loss=float, fused_top1=float, differing=int, max_logit_difference=float),
+    **dict(train_parameters=int, fused_parameters=int, step_ratio=float, seconds=float),
+    **dict(size=int, batch_size=int, lr=float, weight_decay=float, options=str),
+    **dict(device=str, torch=str, timm=str, commit=str, data_sha256=str),
+}
+_REQUIRED = ('model', 'method', 'protocol', 'epochs', 'seed', 'top1', 'size', 'data_sha256')
+# acconv_none is ACConv2d without norms of the branches, acblock the paper's own block in place of convolution and norm.
+METHODS = ('stock', 'doconv', 'acconv', 'acconv_none', 'acblock', 'refconv', 'dyconv')
+# Protocol of a run -> protocols of the stock runs that it is compared with, each of them as long in total. Refocusing
+# begins with a trained model, so what it adds shows beside stock that was fine-tuned from the same one.
+_AGAINST = {'scratch': ('scratch',), 'refocus': ('finetune', 'scratch'), 'finetune': ('finetune',)}
+_CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The runs of one method under one protocol, compared with stock runs of the same seeds.
+
+    Args:
+        model: Stock architecture.
+        size: Side of the images.
+        method: One of `METHODS`.
+        protocol: 'scratch', 'refocus' or 'finetune'.
+        epochs: Epochs in total, those of the checkpoint that a run began with included.
+        n: Number of runs.
+        mean: Mean top-1 accuracy in percent.
+        std: Standard deviation over the runs (n - 1 in the denominator); None of a single run.
+        step_ratio: Time of a training step relative to stock; None if it is not known.
+        train_parameters: Parameters while training; None if they are not known.
+        fused_parameters: Parameters of the fused form; None if they are not known.
+        against: Protocol of the stock runs; None for stock itself.
+        pairs: Number of runs that have a stock run of the same seed.
+        difference: Mean over these pairs of top-1 minus stock's, in points; None without pairs.
+        low: Lower end of the difference's 95 % confidence interval, by Student's t; None with fewer than two pairs.
+        high: Upper end.
+    """
+
+    model: str
+    size: int
+    method: str
+    protocol: str
+    epochs: int
+    n: int
+    mean: float
+    std: float | None
+    step_ratio: float | None
+    train_parameters: int | None
+    fused_parameters: int | None
+    against: str | None = None
+    pairs: int = 0
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+def read_results(path: str | Path) -> list[dict[str, Any]]:
+    """Read a results file.
+
+    Args:
+        path: csv file with the columns of `COLUMNS`, one row a run.
+
+    Returns:
+        The rows, each with its columns' values as the types of `COLUMNS`; None where a cell is empty.
+
+    Raises:
+        ReparamError: The file cannot be read or is empty, lacks columns or values, names an unknown method or protocol,
+            has a run twice, or one model's runs saw different data.
+    """
+    with open_csv(path) as file:
+        reader = csv.DictReader(file)
+        missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
+        if missing:
+            raise ReparamError(f'{path}: expected one row a run, lacks the columns {", ".join(missing)}')
+        rows = [_parsed(row, f'{path}, line {reader.line_num}') for row in reader]
+    if not rows:
+        raise ReparamError(f'{path}: expected one row a run, found none')
+    data: dict[str, set[str]] = {}
+    seen = set()
+    for row in rows:
+        data.setdefault(row['model'], set()).add(row['data_sha256'])
+        run = (*_group(row), row['seed'])
+        if run in seen:
+            raise ReparamError(f'{path}: expected each run once, found twice: {_words(row)}, seed {row["seed"]}')
+        seen.add(run)
+    for model, hashes in data.items():
+        if len(hashes) > 1:
+            raise ReparamError(
+                f'{path}: {model}: expected runs on the same data, found data_sha256 {", ".join(sorted(hashes))}'
+            )
+    return rows
+
+
+def summarize(rows: Iterable[Mapping[str, Any]]) -> list[Summary]:
+    """Condense runs to one entry a method, and compare each with stock, run by run.
+
+    A pair shares model, size, epochs and seed. Runs from scratch are compared with stock from scratch, fine-tuned ones
+    with fine-tuned stock, refocused ones with fine-tuned stock and, in a second entry, with stock from scratch.
+
+    Args:
+        rows: As `read_results` returns them.
+
+    Returns:
+        The entries by model, size and epochs, and within these in the order of the protocols and of `METHODS`.
+
+    Raises:
+        ReparamError: Runs of one entry have different numbers of parameters.
+    """
+    groups: dict[tuple, dict[int, Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(_group(row), {})[row['seed']] = row
+
+    def place(group: tuple) -> tuple:
+        model, size, epochs, protocol, method = group
+        return model, size, epochs, list(_AGAINST).index(protocol), METHODS.index(method)
+
+    summaries = []
+    for group in sorted(groups, key=place):
+        model, size, epochs, protocol, method = group
+        runs = groups[group]
+        top1 = [row['top1'] for row in runs.values()]
+        ratios = [row['step_ratio'] for row in runs.values() if row['step_ratio'] is not None]
+        common: dict[str, Any] = dict(
+            **dict(model=model, size=size, method=method, protocol=protocol, epochs=epochs, n=len(runs)),
+            mean=statistics.fmean(top1),
+            std=statistics.stdev(top1) if len(top1) > 1 else None,
+            step_ratio=statistics.fmean(ratios) if ratios else None,
+            **{name: _one_value(runs.values(), name) for name in ('train_parameters', 'fused_parameters')},
+        )
+        if method == 'stock':
+            summaries.append(Summary(**common))
+            continue
+        for against in _AGAINST[protocol]:
+            stock = groups.get((model, size, epochs, against, 'stock'), {})
+            differences = [row['top1'] - stock[seed]['top1'] for seed, row in runs.items() if seed in stock]
+            mean, low, high = _interval(differences)
+            compared: dict[str, Any] = dict(difference=mean, low=low, high=high, pairs=len(differences))
+            summaries.append(Summary(**common, against=against, **compared))
+    return summaries
+
+
+def format_summary(summaries: Sequence[Summary]) -> str:
+    """Lay out summaries as a Markdown table.
+
+    Args:
+        summaries: As `summarize` returns them.
+
+    Returns:
+        The table, one line a summary; a column of the model only where there are several.
+    """
+    setups = {(summary.model, summary.size) for summary in summaries}
+    header = ['method', 'epochs', 'runs', 'top-1 (%)', 'difference to stock (95 % interval)', 'training step']
+    header.append('parameters, train-time / fused')
+    rows = [['model', *header] if len(setups) > 1 else header]
+    for summary in summaries:
+        row = [
+            f'`{summary.method}`' + ('' if summary.protocol == 'scratch' else f', {summary.protocol}'),
+            str(summary.epochs),
+            str(summary.n),
+            f'{summary.mean:.2f}' + ('' if summary.std is None else f' ± {summary.std:.2f}'),
+            _difference_words(summary),
+            '' if summary.step_ratio is None else f'{summary.step_ratio:.2f}',
+            ' / '.join(
+                '?' if number is None else format_count(number)
+                for number in (summary.train_parameters, summary.fused_parameters)
+            ),
+        ]
+        rows.append([f'`{summary.model}`, {summary.size} px', *row] if len(setups) > 1 else row)
+    texts = rows[0].index('epochs')
+    rows.insert(1, ['---'] * texts + ['---:'] * (len(rows[0]) - texts))
+    return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+
+
+def student_quantile(probability: float, degrees: int) -> float:
+    """Quantile of Student's t distribution.
+
+    Args:
+        probability: Probability of a value below the quantile, from 0.5 up to, not including, 1.
+        degrees: Degrees of freedom, a positive integer.
+
+    Returns:
+        The quantile.
+
+    Raises:
+        ReparamError: The probability or the degrees are out of range.
+    """
+    if not 0.5 <= probability < 1:
+        raise ReparamError(f'probability: expected at least 0.5 and less than 1, got {probability}')
+    if degrees < 1:
+        raise ReparamError(f'degrees: expected at least 1, got {degrees}')
+    # With t = sqrt(degrees) tan(angle), P(|T| <= t) is a finite sum (Abramowitz and Stegun, 26.7.3 and 26.7.4), which
+    # rises with the angle: halved until no number lies between the ends.
+    low, high = 0.0, math.pi / 2
+    while low < (angle := (low + high) / 2) < high:
+        if _within(angle, degrees) < 2 * probability - 1:
+            low = angle
+        else:
+            high = angle
+    return math.sqrt(degrees) * math.tan(low)
+
+
+def _within(angle: float, degrees: int) -> float:
+    """P(|T| <= sqrt(degrees) tan(angle)) of Student's t."""
+    odd = degrees % 2
+    cosine = math.cos(angle)
+    term = total = 0.0 if degrees == 1 else math.sin(angle) * (cosine if odd else 1)
+    for power in range(2 + odd, degrees, 2):
+        term *= (power - 1) / power * cosine**2
+        total += term
+    return (angle + total) * 2 / math.pi if odd else total
+
+
+def _interval(differences: Sequence[float]) -> tuple[float | None, float | None, float | None]:
+    """Mean of differences and its confidence interval, as far as their number tells."""
+    if not differences:
+        return None, None, None
+    mean = statistics.fmean(differences)
+    if len(differences) == 1:
+        return mean, None, None
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    half = student_quantile((1 + _CONFIDENCE) / 2, len(differences) - 1) * error
+    return mean, mean - half, mean + half
+
+
+def _parsed(row: Mapping[str, str | None], place: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for column, kind in COLUMNS.items():
+        text = row[column]
+        if not text:
+            if column in _REQUIRED:
+                raise ReparamError(f'{place}: {column}: expected a value, found none')
+            values[column] = None
+            continue
+        try:
+            values[column] = kind(text)
+        except ValueError as error:
+            raise ReparamError(f'{place}: {column}: expected {kind.__name__}, got {text!r}') from error
+        if column in _REQUIRED and kind is float and not math.isfinite(values[column]):
+            raise ReparamError(f'{place}: {column}: expected a finite number, got {text!r}')
+    for column, known in (('method', METHODS), ('protocol', _AGAINST)):
+        if values[column] not in known:
+            raise ReparamError(f'{place}: {column}: expected one of {", ".join(known)}, got {values[column]!r}')
+    return values
+
+
+def _group(row: Mapping[str, Any]) -> tuple:
+    return row['model'], row['size'], row['epochs'], row['protocol'], row['method']
+
+
+def _words(row: Mapping[str, Any]) -> str:
+    return f'{row["model"]}, {row["method"]}, {row["protocol"]}, {row["epochs"]} epochs, {row["size"]} px'
+
+
+def _one_value(rows: Iterable[Mapping[str, Any]], column: str) -> Any:
+    """What all rows have in a column; those that have nothing there do not count."""
+    values = {row[column]: row for row in rows if row[column] is not None}
+    if len(values) > 1:
+        words = _words(next(iter(values.values())))
+        raise ReparamError(f'{words}: expected runs of the same {column}, got {", ".join(map(str, sorted(values)))}')
+    return next(iter(values), None)
+
+
+def _difference_words(summary: Summary) -> str:
+    if summary.against is None:
+        return ''
+    if summary.difference is None:
+        words = 'no pairs'
+    elif summary.low is None or summary.high is None:
+        words = f'{summary.difference:+.2f} (one pair, no interval)'
+    else:
+        words = f'{summary.difference:+.2f} [{summary.low:+.2f}, {summary.high:+.2f}]'
+        words += '' if summary.pairs == summary.n else f' ({summary.pairs} pairs)'
+    return words if summary.protocol == summary.against == 'scratch' else f'{words} to {summary.against}'
