@@ -12,7 +12,16 @@ from ._files import open_csv
 from .errors import ReparamError
 from .profile import format_count
 
-__all__ = ['COLUMNS', 'METHODS', 'Summary', 'format_summary', 'read_results', 'student_quantile', 'summarize']
+__all__ = [
+    'COLUMNS',
+    'METHODS',
+    'Summary',
+    'format_summary',
+    'of_variant',
+    'read_results',
+    'student_quantile',
+    'summarize',
+]
 
 # Columns of a results file, which has one row a run. Accuracies are in percent, `epochs` is the total.
 COLUMNS: dict[str, type] = {
@@ -23,8 +32,17 @@ COLUMNS: dict[str, type] = {
     **dict(device=str, torch=str, timm=str, commit=str, data_sha256=str),
 }
 _REQUIRED = ('model', 'method', 'protocol', 'epochs', 'seed', 'top1', 'size', 'data_sha256')
-# acconv_none is ACConv2d without norms of the branches, acblock the paper's own block in place of convolution and norm.
-METHODS = ('stock', 'doconv', 'acconv', 'acconv_none', 'acblock', 'refconv', 'dyconv')
+# Method -> its variant. acconv_none is ACConv2d without norms of the branches, acblock the paper's own block in the
+# place of convolution and norm.
+METHODS: dict[str, str | None] = {
+    'stock': None,
+    'doconv': 'doconv',
+    'acconv': 'acconv',
+    'acconv_none': 'acconv',
+    'acblock': 'acconv',
+    'refconv': 'refconv',
+    'dyconv': 'dyconv',
+}
 # Protocol of a run -> protocols of the stock runs that it is compared with, each of them as long in total. Refocusing
 # begins with a trained model, so what it adds shows beside stock that was fine-tuned from the same one.
 _AGAINST = {'scratch': ('scratch',), 'refocus': ('finetune', 'scratch'), 'finetune': ('finetune',)}
@@ -130,7 +148,7 @@ def summarize(rows: Iterable[Mapping[str, Any]]) -> list[Summary]:
 
     def place(group: tuple) -> tuple:
         model, size, epochs, protocol, method = group
-        return model, size, epochs, list(_AGAINST).index(protocol), METHODS.index(method)
+        return model, size, epochs, list(_AGAINST).index(protocol), list(METHODS).index(method)
 
     summaries = []
     for group in sorted(groups, key=place):
@@ -155,6 +173,27 @@ def summarize(rows: Iterable[Mapping[str, Any]]) -> list[Summary]:
             compared: dict[str, Any] = dict(difference=mean, low=low, high=high, pairs=len(differences))
             summaries.append(Summary(**common, against=against, **compared))
     return summaries
+
+
+def of_variant(summaries: Iterable[Summary], variant: str) -> list[Summary]:
+    """Take the entries of one variant, and of the stock runs that they are compared with.
+
+    Args:
+        summaries: As `summarize` returns them.
+        variant: 'acconv', 'doconv', 'dyconv' or 'refconv'.
+
+    Returns:
+        These entries, in their order; none if there are none of the variant.
+    """
+    summaries = list(summaries)
+    chosen = [summary for summary in summaries if METHODS[summary.method] == variant]
+    compared = {(summary.model, summary.size, summary.epochs, summary.against) for summary in chosen}
+    return [
+        summary
+        for summary in summaries
+        if summary in chosen
+        or (summary.method == 'stock' and (summary.model, summary.size, summary.epochs, summary.protocol) in compared)
+    ]
 
 
 def format_summary(summaries: Sequence[Summary]) -> str:

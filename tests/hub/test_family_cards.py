@@ -21,6 +21,7 @@ from timm_reparam.hub.cards import template_folder
 from timm_reparam.hub.family_cards import (
     COSTS_NAME,
     INPUT_SIZE,
+    RESULTS_NAME,
     check_cards,
     families,
     measure_costs,
@@ -28,6 +29,7 @@ from timm_reparam.hub.family_cards import (
     write_cards,
 )
 from timm_reparam.profile import profile_model
+from timm_reparam.results import COLUMNS
 
 COMMITTED = template_folder()
 COSTS = json.loads((COMMITTED / COSTS_NAME).read_text())
@@ -36,6 +38,53 @@ COSTS = json.loads((COMMITTED / COSTS_NAME).read_text())
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return shutil.copytree(COMMITTED, tmp_path / 'model_cards')
+
+
+def results_file(folder: Path, **changes: str) -> None:
+    """Runs of a ResNet: two seeds of stock, fine-tuned too, and of some methods."""
+    (folder / 'results').mkdir(exist_ok=True)
+    base = dict.fromkeys(COLUMNS, '1') | dict(model='resnet10t', protocol='scratch', epochs='4', size='32', lr='0.25')
+    base |= dict(options='{"model_kwargs": {"stem_width": 16}}', train_parameters='1500', fused_parameters='1000')
+    runs = [('stock', 'scratch', 80), ('doconv', 'scratch', 81), ('acconv_none', 'scratch', 82)]
+    runs += [('acblock', 'scratch', 83), ('stock', 'finetune', 84), ('refconv', 'refocus', 84.5)]
+    lines = [','.join(COLUMNS)]
+    for method, protocol, top1 in runs:
+        for seed in range(2):
+            row = base | dict(method=method, protocol=protocol, seed=str(seed), top1=str(top1 + seed)) | changes
+            lines.append(','.join('"' + value.replace('"', '""') + '"' for value in row.values()))
+    (folder / RESULTS_NAME).write_text('\n'.join(lines) + '\n')
+
+
+def test_cards_state_the_runs_of_their_family(folder: Path):
+    results_file(folder)
+    card = render_family_card('resnet_doconv', folder=folder)
+    assert '## Measured on CIFAR-10' in card and '`resnet10t` (stem_width=16)' in card and '0.25 with warmup' in card
+    rows = [line for line in card.splitlines() if line.startswith('| `') and ' ± ' in line]
+    assert [row.split('|')[1].strip() for row in rows] == ['`stock`', '`doconv`']
+    assert '80.50 ± 0.71' in rows[0] and '+1.00 [+1.00, +1.00]' in rows[1] and '1.50 k / 1.00 k' in rows[1]
+    acconv = render_family_card('resnet_acconv', folder=folder)
+    assert '`acconv_none`' in acconv and '`acblock`' in acconv and '`doconv`' not in acconv.partition('## Measured')[2]
+    refconv = render_family_card('resnet_refconv', folder=folder).partition('## Measured')[2]
+    assert '`stock`, finetune' in refconv and '`refconv`, refocus' in refconv
+    for family in ('resnet_dyconv', 'mobilenetv2_doconv'):  # no runs of these
+        assert '## Measured' not in render_family_card(family, folder=folder)
+    assert 'resnet_doconv.md' in check_cards(folder)
+    assert 'resnet_doconv.md' in write_cards(folder, recount=False)
+    assert check_cards(folder) == []
+
+
+def test_cards_without_results(folder: Path):
+    shutil.rmtree(folder / 'results', ignore_errors=True)
+    assert all('## Measured' not in render_family_card(family, folder=folder) for family in families())
+    results_file(folder, data_sha256='')
+    with pytest.raises(ReparamError, match='data_sha256'):
+        render_family_card('resnet_doconv', folder=folder)
+
+
+def test_pictures_of_the_cards_are_there():
+    for family in families():
+        for place in re.findall(r'!\[[^]]*\]\(([^)]*)\)', (COMMITTED / f'{family}.md').read_text()):
+            assert (COMMITTED / place).is_file(), f'{family}: {place}'
 
 
 def test_every_registered_family_has_a_card():

@@ -3,7 +3,7 @@
 A family is what timm calls a module: the variants of one kind of backbone by one method. Its card is made of the
 template ``family.md``, the text about the method (``methods/VARIANT.md``) and counted costs. The costs lie in
 ``costs.json`` beside the cards, so that rendering a card is quick and a card is current if it is what these files make;
-:func:`measure_costs` counts them again.
+:func:`measure_costs` counts them again. Accuracies come from ``results/cifar10.csv``, where it has runs of the family.
 """
 
 import inspect
@@ -21,11 +21,13 @@ from ..convert import VARIANTS, fuse_model
 from ..errors import ReparamError
 from ..models._backbones import MOBILENETV2S, RESNETS
 from ..profile import compare_profiles
+from ..results import format_summary, of_variant, read_results, summarize
 from .cards import bibtex, template_folder
 
 __all__ = ['check_cards', 'families', 'measure_costs', 'render_family_card', 'write_cards']
 
 COSTS_NAME = 'costs.json'
+RESULTS_NAME = 'results/cifar10.csv'
 INPUT_SIZE = (3, 224, 224)
 NUM_CLASSES = 1000
 
@@ -93,6 +95,7 @@ def render_family_card(family: str, *, folder: str | Path | None = None, costs: 
         layer=layer.__name__,
         options=', '.join(f'`{name}={defaults[name].default!r}`' for name in layer.option_names()),
         is_dynamic=layer.input_dependent,
+        results=_results(folder, backbone, variant),
         input_size=' x '.join(map(str, INPUT_SIZE)),
         num_classes=NUM_CLASSES,
         cost=_cost_rows({name: costs[name] for name in names}, layer.input_dependent),
@@ -207,6 +210,32 @@ def _stored_costs(folder: Path) -> Costs:
         }
     except (AttributeError, TypeError, ValueError) as error:
         raise ReparamError(f'{path}: expected three counts for each form of each model ({error})') from error
+
+
+def _results(folder: Path, backbone: str, variant: str) -> dict[str, str] | None:
+    """What the card says of the runs of a family, or None if there are none."""
+    path = folder / RESULTS_NAME
+    if not path.is_file():
+        return None
+    of_family = [
+        row
+        for row in read_results(path)
+        if timm.models.model_entrypoint(row['model']).__module__.endswith(f'.{backbone}')
+    ]
+    chosen = of_variant(summarize(of_family), variant)
+    if not chosen:
+        return None
+    models = {summary.model for summary in chosen}
+    rows = [row for row in of_family if row['model'] in models]
+    settings: dict[str, set[str]] = {}
+    for row in rows:
+        options = json.loads(row['options'] or '{}')
+        arguments = ', '.join(f'{name}={value}' for name, value in (options.get('model_kwargs') or {}).items())
+        settings.setdefault('model', set()).add(f'`{row["model"]}`' + (f' ({arguments})' if arguments else ''))
+        for name in ('size', 'batch_size', 'lr', 'weight_decay', 'device'):
+            settings.setdefault(name, set()).add(str(row[name]))
+    words = {name: ', '.join(sorted(values)) for name, values in settings.items()}
+    return {**words, 'table': format_summary(chosen), 'seeds': str(max(summary.n for summary in chosen))}
 
 
 def _cost_rows(costs: Costs, is_dynamic: bool) -> list[list[str]]:
