@@ -1,6 +1,7 @@
 """Time and bytes of syncing a zoo of 50 models to the loopback Hub: the first time, again, and with one model changed.
 
     python tests/benchmarks/sync.py [--models 50] [--workers 4] [--model resnet10t_doconv] [--json]
+    python tests/benchmarks/sync.py --zoo runs/*conv-*-s0/zoo            # trained pairs, those of accuracy.py here
 
 The models are small (8 channels), unless another --model is given: what is timed is what a sync does beside hashing
 and sending large files, over a connection without delay. The bytes are counted by the server.
@@ -9,6 +10,7 @@ and sending large files, over a connection without delay. The bytes are counted 
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -21,8 +23,8 @@ SMALL = dict(num_classes=2, channels=(8, 8, 8, 8), stem_width=4)
 DATA_CONFIG = dict(input_size=(3, 32, 32), crop_pct=1.0)
 
 
-def measure(hub: HubServer, models: int, workers: int, name: str | None) -> list[dict]:
-    """Sync a zoo three times and give what each time took and sent."""
+def measure(hub: HubServer, models: int, workers: int, name: str | None, zoos: list[Path]) -> list[dict]:
+    """Sync a zoo, three times or, of trained pairs, twice, and give what each time took and sent."""
     # only now does the client know where the Hub is
     import timm
     import torch
@@ -44,9 +46,11 @@ def measure(hub: HubServer, models: int, workers: int, name: str | None) -> list
     rows = []
     with tempfile.TemporaryDirectory(prefix='benchmark-') as folder:
         zoo = Path(folder) / 'zoo'
-        for number in range(models):
+        for given in zoos:
+            shutil.copytree(given, zoo, dirs_exist_ok=True)  # of two with one name the last one counts
+        for number in range(0 if zoos else models):
             add_pair(zoo, number, seed=number)
-        for what in ('first', 'again', 'one changed'):
+        for what in ('first', 'again') if zoos else ('first', 'again', 'one changed'):
             if what == 'one changed':
                 add_pair(zoo, models // 2, seed=models)
             hub.clear()
@@ -71,13 +75,14 @@ def main() -> None:
     parser.add_argument('--models', type=int, default=50, help='pairs in the zoo (default: 50)')
     parser.add_argument('--workers', type=int, default=4, help='models at a time (default: 4)')
     parser.add_argument('--model', help='architecture of its full size (default: a small resnet10t_doconv)')
+    parser.add_argument('--zoo', nargs='+', type=Path, default=[], metavar='FOLDER', help='pairs to sync instead')
     parser.add_argument('--json', action='store_true', help='print the rows as json')
     args = parser.parse_args()
     with HubServer(tokens={'hf_owner': 'owner'}) as hub, tempfile.TemporaryDirectory(prefix='hub-home-') as home:
         environment = {**client_environment(hub.endpoint, home), 'HF_TOKEN': 'hf_owner'}
         os.environ.clear()  # of settings of the client, too
         os.environ.update(environment)
-        rows = measure(hub, args.models, args.workers, args.model)
+        rows = measure(hub, args.models, args.workers, args.model, args.zoo)
     if args.json:
         print(json.dumps(rows, indent=2))
         return
