@@ -169,3 +169,9 @@ def test_table():
     assert (
         two.startswith('| model | method |') and '\n| `resnet34`, 32 px | `doconv` | 40 | 1 | 90.00 | no pairs |' in two
     )
+
+
+def test_the_readme_states_the_committed_results():
+    root = Path(__file__).parents[1]
+    table = format_summary(summarize(read_results(root / 'model_cards' / 'results' / 'cifar10.csv')))
+    assert table in (root / 'README.md').read_text(encoding='utf-8')

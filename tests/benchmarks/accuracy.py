@@ -548,7 +548,8 @@ def _table(args: argparse.Namespace) -> None:
     for path in sorted(args.runs.glob('*/result.json')):
         result = json.loads(path.read_text(encoding='utf-8'))
         if not result['holdout']:
-            rows.append({**result['row'], 'step_ratio': ratios.get(result['row']['method'], '')})
+            row = {**result['row'], 'step_ratio': ratios.get(result['row']['method'], '')}
+            rows.append({k: float(f'{v:.6g}') if isinstance(v, float) else v for k, v in row.items()})
     rows.sort(
         key=lambda row: (row['model'], row['epochs'], row['protocol'], list(METHODS).index(row['method']), row['seed'])
     )
