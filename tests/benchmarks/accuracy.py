@@ -291,7 +291,7 @@ def logits_of(model: nn.Module, data: Data, settings: Settings, device: torch.de
 def metrics_of(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     """Top-1 and top-5 in percent, and the mean cross entropy."""
     hits = logits.topk(5).indices == labels[:, None]
-    top1, top5 = (100 * hits[:, :k].any(1).double().mean().item() for k in (1, 5))
+    top1, top5 = (round(100 * hits[:, :k].any(1).double().mean().item(), 4) for k in (1, 5))
     return {'top1': top1, 'top5': top5, 'loss': F.cross_entropy(logits.double(), labels).item()}
 
 
