@@ -31,6 +31,7 @@ hub_server_faults.py.
 
 import argparse
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -355,6 +356,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.folder.is_dir():
         parser.error(f'{args.folder} is not a folder')
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where a shell starts it in the background
     with HubServer(args.port, dict(token.split('=', 1) for token in args.token)) as hub:
         repos = hub.add_zoo(args.folder)
         print(f'HF_ENDPOINT={hub.endpoint} HF_HUB_DISABLE_XET=1', flush=True)

@@ -87,7 +87,7 @@ class _Refocusing(ReparamLayer):
             for row in range(map_h):
                 for column in range(map_w):
                     shifted = padded[:, row : row + image.shape[1], column : column + image.shape[2]]
-                    change = torch.addcmul(change, map_weight[:, :, row, column].unsqueeze(2), shifted)
+                    change.addcmul_(map_weight[:, :, row, column].unsqueeze(2), shifted)
         else:
             groups = map_weight.shape[0] // map_weight.shape[1]
             change = F.conv2d(image.unsqueeze(0), map_weight, None, 1, [map_h // 2, map_w // 2], 1, groups)
