@@ -17,11 +17,11 @@ from stand_in import randomise
 from torch import nn
 
 from timm_reparam import ACBlock2d, is_variant, plan_conversion
-from timm_reparam.results import COLUMNS
+from timm_reparam.results import COLUMNS, METHODS
 
 sys.path.insert(0, str(Path(__file__).parent / 'benchmarks'))
 import accuracy  # noqa: E402
-from accuracy import METHODS, Data, Settings  # noqa: E402
+from accuracy import Data, Settings  # noqa: E402
 
 TINY = dict(model_kwargs=dict(channels=(8, 8, 8, 8), stem_width=8), batch_size=16, lr=0.05, warmup=0.5)
 CPU = torch.device('cpu')
@@ -155,7 +155,7 @@ def test_every_method_runs_and_is_saved(method: str, data: Data, tmp_path: Path)
         assert (row['max_logit_difference'] > 0) == (method != 'dyconv')
         assert row['train_parameters'] > accuracy.train(tiny('stock'), data, tmp_path, CPU)['row']['train_parameters']
     folder = tmp_path / tiny(method).name
-    variant = METHODS[method][0]
+    variant = tiny(method).variant
     saved = {None: ['resnet10t.cifar10'] if method == 'stock' else []}.get(
         variant, [f'resnet10t_{variant}.cifar10', f'resnet10t_{variant}.cifar10_fused']
     )

@@ -11,7 +11,7 @@ import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,8 +190,8 @@ def kernel_skeletons(model: nn.Module, kernel_size: int | None = None) -> list[S
         ReparamError: The model has no kernels of this size.
     """
     size = commonest_kernel_size(model) if kernel_size is None else kernel_size
-    ends = _stage_ends(model)
     places = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    ends = _stage_ends(model, places)
     stages: dict[str, list[torch.Tensor]] = {}
     found = Counter[int]()
     for name, module, own_size in _square_kernels(model):
@@ -283,10 +283,9 @@ def _kernel(module: Any) -> torch.Tensor:
     return exact(module.weight)
 
 
-def _stage_ends(model: nn.Module) -> list[tuple[str, int]]:
+def _stage_ends(model: nn.Module, places: Mapping[str, int]) -> list[tuple[str, int]]:
     """Stages of timm's feature_info, each with the place of the last module inside it, in the order of these."""
     infos = getattr(model, 'feature_info', None) or ()
-    places = {name: place for place, (name, _) in enumerate(model.named_modules())}
     ends = {}
     for info in getattr(infos, 'info', infos):
         stage = info.get('module')

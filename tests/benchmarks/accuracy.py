@@ -4,7 +4,7 @@ r"""Accuracy on CIFAR-10: the stock backbone and every method, one recipe, paire
         --model-kwargs 'channels=(32,48,48,96)' stem_width=16 zero_init_last=False --amp --channels-last
     python tests/benchmarks/accuracy.py costs --runs runs                                # training step, to stock
     python tests/benchmarks/accuracy.py table --runs runs -o model_cards/results/cifar10.csv
-    python tests/benchmarks/accuracy.py repeat model_cards/results/cifar10.csv --row 5 --data cifar10
+    python tests/benchmarks/accuracy.py repeat model_cards/results/cifar10.csv --row 5 --data cifar10 --runs again
     python tests/benchmarks/accuracy.py run … --holdout 500 --methods stock --lr 0.1     # tuning: no test image is seen
 
 `--data` holds train/CLASS/*.jpg and test/CLASS/*.jpg, 32 x 32 pixels. The published figures come from a copy of
@@ -56,25 +56,19 @@ from timm_reparam._files import write_whole
 from timm_reparam.convert import variant_of
 from timm_reparam.hub.checkpoint import save_checkpoint, save_pair
 from timm_reparam.profile import compare_profiles
-from timm_reparam.results import COLUMNS, format_summary, read_results, summarize
+from timm_reparam.results import COLUMNS, METHODS, format_summary, read_results, summarize
 
 NUM_CLASSES, SIDE, CROP_PADDING = 10, 32, 4
 TAG = 'cifar10'  # of the saved models
 # Largest number of images that are evaluated at once.
 EVALUATED = 500
 
-# method -> the variant and its options, as the authors set them for CIFAR. acblock is the paper's own block, which
-# takes the place of a convolution and the norm after it; the length of dyconv's temperature schedule is `anneal`.
-METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
-    'stock': (None, {}),
-    'doconv': ('doconv', {}),
-    'acconv': ('acconv', {'gamma_init': 1 / 3}),
-    'acconv_none': ('acconv', {'branch_norm': 'none', 'scale': 1 / 3}),
-    'acblock': (None, {}),
-    'dyconv': ('dyconv', {}),
-    'refconv': ('refconv', {}),
+# Options of a method's layers where they are not the defaults, as the authors set them for CIFAR. The length of the
+# temperature's schedule is `Settings.anneal`.
+OPTIONS: dict[str, dict[str, Any]] = {
+    'acconv': {'gamma_init': 1 / 3},
+    'acconv_none': {'branch_norm': 'none', 'scale': 1 / 3},
 }
-PROTOCOLS = ('scratch', 'refocus', 'finetune')
 
 
 @dataclass(frozen=True)
@@ -82,14 +76,14 @@ class Settings:
     """All that decides the result of a run, the data aside.
 
     Args:
-        method: One of `METHODS`; protocol: one of `PROTOCOLS`; epochs: in total; seed.
+        method: One of `METHODS`; protocol: 'scratch', 'refocus' or 'finetune'; epochs: in total; seed.
         model: Architecture of timm; model_kwargs: its arguments.
         size: Side that the images are resized to, from 32 pixels.
         batch_size: Images in a batch; lr: peak learning rate; weight_decay; label_smoothing.
         warmup: Epochs of linear warmup before the cosine.
         second_lr: Peak learning rate of the second half of `refocus` and `finetune`.
         anneal: Share of the steps in which dynamic convolution's temperature falls.
-        conv_options: Options of the layers beside those of `METHODS`.
+        conv_options: Options of the layers beside `OPTIONS`.
         amp: Whether to train under autocast to bfloat16; channels_last.
         holdout: Images of each class that are evaluated instead of the test set, and not trained on.
     """
@@ -116,6 +110,11 @@ class Settings:
     @property
     def name(self) -> str:
         return f'{self.model}-{self.method}-{self.protocol}-e{self.epochs}-s{self.seed}'
+
+    @property
+    def variant(self) -> str | None:
+        """The variant of its layers; the paper's own block takes the place of whole convolutions and norms instead."""
+        return None if self.method == 'acblock' else METHODS[self.method]
 
     @property
     def first(self) -> 'Settings | None':
@@ -229,7 +228,7 @@ def build(settings: Settings, steps: int, weights: Path | None = None) -> nn.Mod
         steps: Training steps, for the schedule of dynamic convolution.
         weights: Weights of the stock model, which the variant is to lift.
     """
-    variant, options = METHODS[settings.method]
+    variant = settings.variant
     name, arguments = settings.model, dict(settings.model_kwargs, num_classes=NUM_CLASSES)
     if weights is not None:
         arguments.update(pretrained=True, pretrained_cfg_overlay=dict(file=str(weights), num_classes=NUM_CLASSES))
@@ -237,7 +236,8 @@ def build(settings: Settings, steps: int, weights: Path | None = None) -> nn.Mod
         name = f'{settings.model}_{variant}'
         if not timm.is_model(name):
             register_variant(settings.model, variant)
-        options = {**options, **settings.conv_options, 'init': 'scratch' if weights is None else 'lift'}
+        init = 'scratch' if weights is None else 'lift'
+        options = {**OPTIONS.get(settings.method, {}), **settings.conv_options, 'init': init}
         if variant == 'dyconv':
             options = {'temperature_steps': max(round(settings.anneal * steps), 1), **options}
         arguments['conv_options'] = options
@@ -266,7 +266,7 @@ def add_blocks(model: nn.Module) -> nn.Module:
 
 
 def fused_form(model: nn.Module) -> nn.Module:
-    """The fused form; a stock model is its own."""
+    """The fused form; a stock model is its own, and the paper's blocks are fused in place."""
     if variant_of(model) is not None:
         return fuse_model(model)
     blocks = [name for name, module in model.named_modules() if isinstance(module, ACBlock2d)]
@@ -324,6 +324,14 @@ def learning_rate(settings: Settings, step: int, steps: int, steps_per_epoch: in
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding='utf-8'))
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_whole(path, (json.dumps(value, indent=2) + '\n').encode())
+
+
 def environment(device: torch.device) -> dict[str, str]:
     def git(*words: str) -> str:
         where = Path(__file__).parent
@@ -346,13 +354,13 @@ def train(settings: Settings, data: Data, runs: Path, device: torch.device) -> d
     folder = runs / settings.name
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / 'settings.json'
-    given = json.dumps(dataclasses.asdict(settings), indent=2) + '\n'
-    if record.is_file() and record.read_text(encoding='utf-8') != given:
+    given = json.loads(json.dumps(dataclasses.asdict(settings)))  # as it is read again, without tuples
+    if record.is_file() and read_json(record) != given:
         raise SystemExit(f'{folder}: holds a run with other settings; give another --runs folder')
-    write_whole(record, given.encode())
+    write_json(record, given)
     result = folder / 'result.json'
     if result.is_file():
-        return json.loads(result.read_text(encoding='utf-8'))
+        return read_json(result)
 
     weights = None
     if settings.first is not None:
@@ -400,9 +408,9 @@ def train(settings: Settings, data: Data, runs: Path, device: torch.device) -> d
             )
         )
         state = dict(state_dict=model.state_dict(), optimizer=optimizer.state_dict(), history=history)
-        draft = folder / '.last.pth.tar'
-        torch.save(state, draft)
-        draft.replace(checkpoint)
+        content = io.BytesIO()
+        torch.save(state, content)
+        write_whole(checkpoint, content.getvalue())
         lines = [','.join(history[0]), *(','.join(str(value) for value in row.values()) for row in history)]
         write_whole(folder / 'summary.csv', ('\n'.join(lines) + '\n').encode())
     return finish(settings, model, data, folder, history, environment(device))
@@ -463,7 +471,7 @@ def finish(
         name = f'{settings.model}.{TAG}'
         save_checkpoint(model, folder / 'zoo' / name, facts={**facts, 'tag': TAG}, data_config=config)
     result = dict(row=row, differing=images, holdout=settings.holdout, environment=versions)
-    write_whole(folder / 'result.json', (json.dumps(result, indent=2) + '\n').encode())
+    write_json(folder / 'result.json', result)
     (folder / 'last.pth.tar').unlink(missing_ok=True)
     return result
 
@@ -499,7 +507,7 @@ def _run(args: argparse.Namespace) -> None:
         words = [sys.executable, __file__, 'one', '--data', args.data, '--runs', args.runs, '--device', args.device]
         words += ['--threads', args.threads, json.dumps(dataclasses.asdict(settings))]
         subprocess.run([str(word) for word in words], check=True)
-        row = json.loads((args.runs / settings.name / 'result.json').read_text(encoding='utf-8'))['row']
+        row = read_json(args.runs / settings.name / 'result.json')['row']
         print(f'{settings.name:<44} top-1 {row["top1"]:.2f}, {row["seconds"]:.0f} s', flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -526,7 +534,7 @@ def _one(args: argparse.Namespace) -> None:
 def _costs(args: argparse.Namespace) -> None:
     """Training step of every method that was run, to the stock backbone's in the same run."""
     torch.set_num_threads(args.threads)
-    records = [json.loads(path.read_text(encoding='utf-8')) for path in sorted(args.runs.glob('*/settings.json'))]
+    records = [read_json(path) for path in sorted(args.runs.glob('*/settings.json'))]
     settings = {record['method']: Settings(**record) for record in records}
     stock = next(iter(settings.values()))
     settings = {'stock': dataclasses.replace(stock, method='stock', protocol='scratch'), **settings}
@@ -537,16 +545,16 @@ def _costs(args: argparse.Namespace) -> None:
         precision='amp_bfloat16' if stock.amp else 'float32',
     )  # fmt: skip
     ratios = {profile.name: round(profile.step_ratio or 1, 3) for profile in profiles}
-    write_whole(args.runs / 'costs.json', (json.dumps(ratios, indent=2) + '\n').encode())
+    write_json(args.runs / 'costs.json', ratios)
     print('\n'.join(f'{name:<12} {ratio:.2f}' for name, ratio in ratios.items()))
 
 
 def _table(args: argparse.Namespace) -> None:
     costs = args.runs / 'costs.json'
-    ratios = json.loads(costs.read_text(encoding='utf-8')) if costs.is_file() else {}
+    ratios = read_json(costs) if costs.is_file() else {}
     rows = []
     for path in sorted(args.runs.glob('*/result.json')):
-        result = json.loads(path.read_text(encoding='utf-8'))
+        result = read_json(path)
         if not result['holdout']:
             row = {**result['row'], 'step_ratio': ratios.get(result['row']['method'], '')}
             rows.append({k: float(f'{v:.6g}') if isinstance(v, float) else v for k, v in row.items()})
@@ -565,14 +573,13 @@ def _table(args: argparse.Namespace) -> None:
 def _repeat(args: argparse.Namespace) -> int:
     """Run a row again. It is within its seed spread within three standard deviations of the mean over its seeds."""
     with open(args.results, newline='', encoding='utf-8') as file:
-        rows = list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))  # of several recipes, perhaps
     if not 1 <= args.row <= len(rows):
         raise SystemExit(f'--row: expected 1 to {len(rows)}, got {args.row}')
     row = rows[args.row - 1]
-    kinds = {f.name: type(f.default) for f in dataclasses.fields(Settings) if f.name in _SETTING_FLAGS}
-    given = {name: kind(row[name]) for name, kind in kinds.items() if name in COLUMNS}
-    numbers = dict(epochs=int(row['epochs']), seed=int(row['seed']))
-    settings = Settings(row['method'], row['protocol'], **numbers, **{**given, **json.loads(row['options'])})
+    fields = {f.name for f in dataclasses.fields(Settings)}
+    given = {name: kind(row[name]) for name, kind in COLUMNS.items() if name in fields}
+    settings = Settings(**given, **json.loads(row['options']))
     if (args.runs / settings.name / 'result.json').is_file():
         raise SystemExit(f'{args.runs}: {settings.name} has been run there and would not be again; give a new folder')
     args.runs.mkdir(parents=True, exist_ok=True)

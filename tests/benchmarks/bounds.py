@@ -25,20 +25,19 @@ Bytes are counted as whole passes over a tensor, which nothing avoids that runs 
 
 import argparse
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from training_step import ROWS, environment, setting
+from training_step import ROWS, build_models, environment, setting
 
 from timm_reparam import is_variant
+from timm_reparam._measure import time_interleaved
 from timm_reparam.profile import compare_profiles
 
 FLOAT = 4  # bytes
@@ -66,14 +65,9 @@ class Work:
         return self
 
 
-def seconds(function: Callable[[], Any], runs: int = 9) -> float:
+def seconds(function: Callable[[], object]) -> float:
     """Median time of a function's runs after the first."""
-    times = []
-    for _ in range(runs + 1):
-        began = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
+    return statistics.median(time_interleaved([function], runs=9, warmup=1)[0])
 
 
 def do_conv(layer: Any, x: torch.Tensor, y: torch.Tensor) -> Work:
@@ -163,21 +157,24 @@ def main() -> None:
     parser.add_argument('--setting', nargs='+', type=setting, default=[(32, 64), (16, 128)], metavar='BATCHxPIXELS')
     parser.add_argument('--runs', type=int, default=20, metavar='N', help='timed rounds (default: 20)')
     args = parser.parse_args()
+    facts = environment('cpu')
     for key in ('cpu', 'threads', 'torch', 'timm'):
-        print(f'{key}: {environment("cpu")[key]}')
+        print(f'{key}: {facts[key]}')
     warnings.simplefilter('ignore')  # RefConv's base is random here: it is timed, not trained
-    for backbone, (variants, _) in ROWS.items():
+    for backbone in ROWS:
         for batch_size, pixels in args.setting:
             torch.manual_seed(0)
             images = torch.randn(batch_size, 3, pixels, pixels)
-            stock = timm.create_model(backbone, num_classes=10)
-            names = [f'{backbone}_{variant}' for variant, _ in variants]
-            models = [
-                timm.create_model(name, num_classes=10, conv_options=options)
-                for name, (_, options) in zip(names, variants)
-            ]
+            models = {name: build() for name, build in build_models(backbone, {}, dict(num_classes=10)).items()}
+            stock, *variants = models.values()
             profiles = compare_profiles(
-                stock, *models, train=True, runs=args.runs, batch_size=batch_size, input_size=tuple(images.shape[1:])
+                stock,
+                *variants,
+                names=list(models),
+                train=True,
+                runs=args.runs,
+                batch_size=batch_size,
+                input_size=tuple(images.shape[1:]),
             )
             assert profiles[0].step_ms is not None
             step = profiles[0].step_ms / 1e3
@@ -187,15 +184,14 @@ def main() -> None:
                 f' {mac_rate / 1e9:.1f} GMAC/s; a copy moves {byte_rate / 1e9:.1f} GB/s'
             )
             print(f'{"":<40} {"step":>12}  {"ideal":>6} {"torch":>6} {"MMACs":>8} {"MB":>8}')
-            for name, (_, options), model, profile in zip(names, variants, models, profiles[1:]):
+            for model, profile in zip(variants, profiles[1:]):
                 work = count(model, images)
                 moving = FLOAT * work.numbers / byte_rate
                 ideal = work.macs / mac_rate
                 composing = ideal if work.composition is None else work.composition
                 bounds = [1 + (moving + computing) / step for computing in (ideal, composing)]
-                words = ''.join(f', {key}={value!r}' for key, value in options.items())
                 print(
-                    f'{name + words:<40} {profile.step_ratio:>5.2f} ± {profile.step_ratio_spread / 2:.2f}'
+                    f'{profile.name:<40} {profile.step_ratio:>5.2f} ± {profile.step_ratio_spread / 2:.2f}'
                     f'  {bounds[0]:>6.2f} {bounds[1]:>6.2f} {work.macs / 1e6:>8.0f} {FLOAT * work.numbers / 1e6:>8.0f}',
                     flush=True,
                 )

@@ -232,7 +232,7 @@ def _results(folder: Path, backbone: str, variant: str) -> dict[str, str] | None
         options = json.loads(row['options'] or '{}')
         arguments = ', '.join(f'{name}={value}' for name, value in (options.get('model_kwargs') or {}).items())
         settings.setdefault('model', set()).add(f'`{row["model"]}`' + (f' ({arguments})' if arguments else ''))
-        for name in ('size', 'batch_size', 'lr', 'weight_decay', 'device'):
+        for name in ('size', 'batch_size', 'lr', 'weight_decay'):
             settings.setdefault(name, set()).add(str(row[name]))
     words = {name: ', '.join(sorted(values)) for name, values in settings.items()}
     return {**words, 'table': format_summary(chosen), 'seeds': str(max(summary.n for summary in chosen))}
