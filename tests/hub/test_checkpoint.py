@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -344,6 +346,39 @@ for _ in range(5):
         assert process.returncode == 0, errors
     assert os.listdir(tmp_path) == ['m']
     assert load_checkpoint(tmp_path / 'm').num_classes in (3, 4)
+
+
+@pytest.mark.parametrize('checked', ['save', 'pair'])
+def test_looks_only_when_no_other_save_is_at_work(tmp_path: Path, checked: str):
+    """What lies there while another save exchanges folders is no reason to refuse."""
+    fcntl = pytest.importorskip('fcntl')
+    model = small_model()
+    name = folder_name(SMALL, 'a', fused=False)
+    target = save_checkpoint(model, tmp_path / name)
+    outcome: list[Any] = []
+
+    def work() -> None:
+        try:
+            if checked == 'save':
+                outcome.append(save_checkpoint(model, target))
+            else:
+                outcome.append(check_pair(SMALL, tmp_path, tag='a'))
+        except BaseException as error:
+            outcome.append(error)
+
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        config = (target / 'config.json').read_bytes()
+        (target / 'config.json').unlink()
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join(0.5)
+        (target / 'config.json').write_bytes(config)
+    finally:
+        os.close(descriptor)
+    thread.join(60)
+    assert outcome == [target if checked == 'save' else None]
 
 
 # Refusals, with everything left as it was

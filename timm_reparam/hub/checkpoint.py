@@ -226,12 +226,13 @@ def check_pair(model_name: str, zoo: str | Path, *, tag: str) -> None:
     """
     check_tag(tag, model_name)
     zoo = Path(zoo).absolute()
-    with _zoo_folder(zoo, keep=False):
+    place = zoo if zoo.exists() else zoo.parent
+    with _as_reparam_error(zoo), _locked(place):
         for fused in (False, True):
             target = zoo / folder_name(model_name, tag, fused)
             # whether the fused form keeps the variant's name depends on the method; save_pair knows
             _check_target(target, {model_name, model_name.rpartition('_')[0]} if fused else {model_name})
-        with _as_reparam_error(zoo), tempfile.TemporaryDirectory(dir=zoo, prefix='.writable-'):
+        with tempfile.TemporaryDirectory(dir=place, prefix='.writable-'):
             pass
 
 
@@ -657,11 +658,12 @@ def _previous(target: Path) -> Path:
 
 
 def _check_target(target: Path, architectures: Collection[str]) -> None:
-    """Raise ReparamError unless the place is free or taken by a checkpoint of one of the architectures."""
+    """Raise ReparamError unless the place is free or taken by a checkpoint of one of the architectures.
+
+    Called with the parent locked: another save may be exchanging the folder.
+    """
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise ReparamError(f'{target}: expected a folder or a free place, got a file or a link; choose another place')
-    if not target.parent.is_dir():
-        raise ReparamError(f'{target}: its parent is not a folder; make it first, or choose another place')
     names = sorted(entry.name for entry in target.iterdir()) if target.exists() else []
     if not names:
         return
@@ -683,12 +685,16 @@ def _write_all(drafts: Sequence[_Draft | _Copy], complete: Callable[[Sequence[st
         drafts: What to write.
         complete: Called with the hashes of the weights once all of them are written, to complete the facts.
     """
-    parent = drafts[0].target.parent
-    for draft in drafts:
-        _check_target(draft.target, {draft.architecture})
-    with _as_reparam_error(parent), _locked(parent):
+    target = drafts[0].target
+    if not target.parent.is_dir():
+        raise ReparamError(f'{target}: its parent is not a folder; make it first, or choose another place')
+    with _as_reparam_error(target.parent), _locked(target.parent):
         for draft in drafts:
-            _recover(draft)
+            _bring_back(draft.target)
+        for draft in drafts:
+            _check_target(draft.target, {draft.architecture})
+        for draft in drafts:
+            _remove_leftovers(draft.target)
         try:
             for draft in drafts:
                 _partial(draft.target).mkdir()
@@ -704,13 +710,15 @@ def _write_all(drafts: Sequence[_Draft | _Copy], complete: Callable[[Sequence[st
                 shutil.rmtree(_partial(draft.target), ignore_errors=True)
 
 
-def _recover(draft: _Draft | _Copy) -> None:
-    """Put right what a killed process left: bring back what it set aside, remove what it did not finish."""
-    target, previous = draft.target, _previous(draft.target)
-    if previous.exists() and not target.exists():
-        previous.rename(target)
-    _check_target(target, {draft.architecture})
-    for leftover in (_partial(target), previous):
+def _bring_back(target: Path) -> None:
+    """Give a folder that a killed process had set aside its name again, if nothing took its place."""
+    if _previous(target).exists() and not target.exists():
+        _previous(target).rename(target)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what a killed process did not finish, or had replaced."""
+    for leftover in (_partial(target), _previous(target)):
         if leftover.exists():
             shutil.rmtree(leftover)
 
@@ -754,21 +762,21 @@ def _write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def _zoo_folder(zoo: Path, keep: bool = True) -> Iterator[None]:
-    """Make the folder of a pair if its parent is there; it goes again after an error, or if not to be kept."""
-    made = not zoo.exists()
-    if made:
-        with _as_reparam_error(zoo):
+def _zoo_folder(zoo: Path) -> Iterator[None]:
+    """Make the folder of a pair if its parent is there; after an error it goes again."""
+    made = True
+    with _as_reparam_error(zoo):
+        try:
             zoo.mkdir()
+        except FileExistsError:
+            made = False
     try:
         yield
     except BaseException:
-        keep = False
-        raise
-    finally:
-        if made and not keep:
-            with suppress(OSError):
+        if made:
+            with suppress(OSError):  # somebody else writes there by now
                 zoo.rmdir()
+        raise
 
 
 @contextmanager
