@@ -81,13 +81,16 @@ class _Refocusing(ReparamLayer):
         map_h, map_w = self._map_sides  # numbers, where a shape is not one while torch.jit.trace runs
         image = base.reshape(-1, base.shape[2], base.shape[3])
         if self.groups == 1 and (base.dtype == torch.float64 or map_h * map_w == 1):
-            # The same sum, written out: here a CPU convolution of this many groups is far slower.
-            padded = F.pad(image, [map_w // 2, map_w // 2, map_h // 2, map_h // 2])
-            change = torch.zeros_like(image)
+            # The same sum, written out, where a CPU convolution of this many groups is far slower. The kernels lie side
+            # by side in the last dimension, so that each pass is one long loop.
+            image = image.permute(1, 2, 0)
+            padded = F.pad(image, [0, 0, map_w // 2, map_w // 2, map_h // 2, map_h // 2])
+            change = torch.zeros_like(image, memory_format=torch.contiguous_format)
             for row in range(map_h):
                 for column in range(map_w):
-                    shifted = padded[:, row : row + image.shape[1], column : column + image.shape[2]]
-                    change.addcmul_(map_weight[:, :, row, column].unsqueeze(2), shifted)
+                    shifted = padded[row : row + image.shape[0], column : column + image.shape[1]]
+                    change.addcmul_(map_weight[:, 0, row, column], shifted)
+            change = change.permute(2, 0, 1)
         else:
             groups = map_weight.shape[0] // map_weight.shape[1]
             change = F.conv2d(image.unsqueeze(0), map_weight, None, 1, [map_h // 2, map_w // 2], 1, groups)
