@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from stand_in import randomise
 from torch import nn
 
 from timm_reparam import ACBlock2d, is_variant, plan_conversion
-from timm_reparam.results import COLUMNS, METHODS
+from timm_reparam.results import COLUMNS, METHODS, format_summary, read_results, summarize
 
 sys.path.insert(0, str(Path(__file__).parent / 'benchmarks'))
 import accuracy  # noqa: E402
@@ -240,11 +241,17 @@ def test_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -
     runs, results = tmp_path / 'runs', tmp_path / 'results' / 'cifar10.csv'
     flags = ['--model-kwargs', 'channels=(8,8,8,8)', 'stem_width=8', '--batch-size', '16', '--epochs', '1']
     where = ['--data', str(folder), '--runs', str(runs)]
-    assert accuracy.main(['run', *where, *flags, '--methods', 'stock', '--seeds', '0', '--jobs', '2']) == 0
+    assert (
+        accuracy.main(['run', *where, *flags, '--methods', 'stock', 'acconv_none', '--seeds', '0', '--jobs', '2']) == 0
+    )
     assert accuracy.main(['costs', '--runs', str(runs), '--rounds', '1']) == 0
     assert accuracy.main(['table', '--runs', str(runs), '-o', str(results)]) == 0
     with open(results, newline='') as file:
-        (row,) = csv.DictReader(file)
+        row, other = csv.DictReader(file)
+    zoo = runs / 'resnet10t-acconv_none-scratch-e1-s0' / 'zoo'
+    assert sorted(os.listdir(zoo)) == ['resnet10t_acconv.cifar10_none', 'resnet10t_acconv.cifar10_none_fused']
+    table = format_summary(summarize(read_results(results)))
+    assert '`acconv_none`' in table and all(table in (form / 'README.md').read_text() for form in zoo.iterdir())
     assert list(row) == list(COLUMNS)
     assert row['step_ratio'] == '1.0' and json.loads(row['options'])['model_kwargs']['stem_width'] == 8
     where[-1] = str(tmp_path / 'again')

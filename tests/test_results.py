@@ -1,6 +1,7 @@
 """Results files: what is read and refused, and the arithmetic against numpy's and scipy's."""
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +176,32 @@ def test_the_readme_states_the_committed_results():
     root = Path(__file__).parents[1]
     table = format_summary(summarize(read_results(root / 'model_cards' / 'results' / 'cifar10.csv')))
     assert table in (root / 'README.md').read_text(encoding='utf-8')
+
+
+def test_summaries_come_back_from_json():
+    rows = [row('stock', 0, 90.0, train_parameters=1000), row('doconv', 0, 91.0), row('doconv', 1, 92.0)]
+    for summary in summarize(rows):
+        assert Summary.from_dict(json.loads(json.dumps(summary.to_dict()))) == summary
+
+
+@pytest.mark.parametrize(
+    'changes, words',
+    [
+        (None, 'expected a dict'),
+        ({'model': ...}, r"missing: \['model'\]"),
+        ({'top1': 90.0}, r"unknown: \['top1'\]"),
+        ({'n': 1.5}, 'n: expected int, got 1.5'),
+        ({'mean': '90'}, 'mean: expected float or int'),
+        ({'mean': True}, 'mean: expected float or int'),
+        ({'std': '0'}, 'std: expected float or None or int'),
+        ({'method': 'other'}, 'method: expected one of stock, doconv'),
+        ({'protocol': 'other'}, 'protocol: expected one of scratch'),
+        ({'against': 'other'}, 'against: expected one of scratch'),
+        ({'model': 'a`|b'}, 'model: expected the name of an architecture'),
+    ],
+)
+def test_summaries_of_the_wrong_form(changes: dict[str, Any] | None, words: str):
+    values = {**summarize([row('stock', 0, 90.0)])[0].to_dict(), **(changes or {})}
+    given = None if changes is None else {name: value for name, value in values.items() if value is not ...}
+    with pytest.raises(ReparamError, match=words):
+        Summary.from_dict(given)

@@ -2,11 +2,12 @@
 
 import csv
 import math
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from ._files import open_csv
 from .errors import ReparamError
@@ -88,6 +89,47 @@ class Summary:
     difference: float | None = None
     low: float | None = None
     high: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values, for json."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any, place: str = 'summary') -> 'Summary':
+        """Make an entry from what `to_dict` returned.
+
+        Args:
+            values: The fields by name.
+            place: Where they come from, for the message.
+
+        Returns:
+            The entry.
+
+        Raises:
+            ReparamError: They are no dict, a field is missing, unknown or of the wrong type, or its method or protocol
+                is unknown.
+        """
+        if not isinstance(values, Mapping):
+            raise ReparamError(f'{place}: expected a dict, got {type(values).__name__}')
+        expected = {field.name for field in fields(cls)}
+        if values.keys() != expected:
+            missing, unknown = sorted(expected - values.keys()), sorted(values.keys() - expected)
+            raise ReparamError(f'{place}: expected the fields of a Summary; missing: {missing}, unknown: {unknown}')
+        hints = get_type_hints(cls)
+        for name, value in values.items():
+            kinds = get_args(hints[name]) or (hints[name],)
+            kinds = (*kinds, int) if float in kinds else kinds
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                words = ' or '.join('None' if kind is type(None) else kind.__name__ for kind in kinds)
+                raise ReparamError(f'{place}.{name}: expected {words}, got {value!r}')
+        for name, known in (('method', METHODS), ('protocol', _AGAINST), ('against', (*_AGAINST, None))):
+            if values[name] not in known:
+                raise ReparamError(
+                    f'{place}.{name}: expected one of {", ".join(map(str, known))}, got {values[name]!r}'
+                )
+        if not re.fullmatch(r'[A-Za-z0-9_.-]+', values['model']):
+            raise ReparamError(f'{place}.model: expected the name of an architecture, got {values["model"]!r}')
+        return cls(**values)
 
 
 def read_results(path: str | Path) -> list[dict[str, Any]]:

@@ -54,12 +54,12 @@ from torch import nn
 from timm_reparam import ACBlock2d, fuse_model, plan_conversion, register_variant, verify_fusion
 from timm_reparam._files import write_whole
 from timm_reparam.convert import variant_of
-from timm_reparam.hub.checkpoint import save_checkpoint, save_pair
+from timm_reparam.hub.cards import read_facts
+from timm_reparam.hub.checkpoint import add_facts, save_checkpoint, save_pair
 from timm_reparam.profile import compare_profiles
-from timm_reparam.results import COLUMNS, METHODS, format_summary, read_results, summarize
+from timm_reparam.results import COLUMNS, METHODS, Summary, format_summary, of_variant, read_results, summarize
 
 NUM_CLASSES, SIDE, CROP_PADDING = 10, 32, 4
-TAG = 'cifar10'  # of the saved models
 # Largest number of images that are evaluated at once.
 EVALUATED = 500
 
@@ -115,6 +115,12 @@ class Settings:
     def variant(self) -> str | None:
         """The variant of its layers; the paper's own block takes the place of whole convolutions and norms instead."""
         return None if self.method == 'acblock' else METHODS[self.method]
+
+    @property
+    def tag(self) -> str:
+        """Of the saved models; it tells the methods of one variant apart."""
+        extra = self.method.removeprefix(self.variant or self.method).lstrip('_')
+        return f'cifar10_{extra}' if extra else 'cifar10'
 
     @property
     def first(self) -> 'Settings | None':
@@ -365,7 +371,7 @@ def train(settings: Settings, data: Data, runs: Path, device: torch.device) -> d
     weights = None
     if settings.first is not None:
         train(settings.first, data, runs, device)
-        weights = runs / settings.first.name / 'zoo' / f'{settings.model}.{TAG}' / 'model.safetensors'
+        weights = runs / settings.first.name / 'zoo' / f'{settings.model}.{settings.first.tag}' / 'model.safetensors'
     steps_per_epoch = len(data.images) // settings.batch_size
     steps = settings.trained_epochs * steps_per_epoch
     model = build(settings, steps, weights).to(device)
@@ -465,11 +471,11 @@ def finish(
         form.to(memory_format=torch.contiguous_format)
     if variant is not None:
         report = verify_fusion(model, fused, inputs=data.normalised(data.eval_images[:EVALUATED], settings).to(device))
-        save_pair(model, folder / 'zoo', tag=TAG, fused=fused, report=report, facts=facts, data_config=config)
+        save_pair(model, folder / 'zoo', tag=settings.tag, fused=fused, report=report, facts=facts, data_config=config)
     elif settings.method != 'acblock':  # of no architecture that timm could build, so it has no folder
         (folder / 'zoo').mkdir(exist_ok=True)
-        name = f'{settings.model}.{TAG}'
-        save_checkpoint(model, folder / 'zoo' / name, facts={**facts, 'tag': TAG}, data_config=config)
+        name = f'{settings.model}.{settings.tag}'
+        save_checkpoint(model, folder / 'zoo' / name, facts={**facts, 'tag': settings.tag}, data_config=config)
     result = dict(row=row, differing=images, holdout=settings.holdout, environment=versions)
     write_json(folder / 'result.json', result)
     (folder / 'last.pth.tar').unlink(missing_ok=True)
@@ -567,7 +573,24 @@ def _table(args: argparse.Namespace) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_whole(args.output, text.getvalue().encode())
-    print(f'{len(rows)} runs in {args.output}\n\n{format_summary(summarize(read_results(args.output)))}')
+    summaries = summarize(read_results(args.output))
+    for folder in sorted(args.runs.glob('*/zoo/*')):
+        add_comparison(folder, Settings(**read_json(folder.parents[1] / 'settings.json')), summaries)
+    print(f'{len(rows)} runs in {args.output}\n\n{format_summary(summaries)}')
+
+
+def add_comparison(folder: Path, settings: Settings, summaries: Sequence[Summary]) -> None:
+    """Put the rows of a model's method, and of the stock runs that it is compared with, into the model's card."""
+    if settings.variant is None or settings.holdout:
+        return
+    entries = [
+        summary.to_dict()
+        for summary in of_variant(summaries, settings.variant)
+        if (summary.model, summary.size, summary.epochs) == (settings.model, settings.size, settings.epochs)
+        and summary.method in ('stock', settings.method)
+    ]
+    if entries and (read_facts(folder) or {}).get('results') != entries:
+        add_facts(folder, dict(results=entries))
 
 
 def _repeat(args: argparse.Namespace) -> int:
@@ -637,7 +660,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument('--rounds', type=int, default=20, metavar='N', help='(default: 20)')
     command.set_defaults(command=_costs)
 
-    command = commands.add_parser('table', parents=[common], help='write the results of the runs')
+    command = commands.add_parser(
+        'table', parents=[common], help='write the results, also into the cards of the models'
+    )
     command.add_argument('-o', '--output', type=Path, required=True, metavar='FILE', help='the .csv')
     command.set_defaults(command=_table)
 

@@ -19,6 +19,7 @@ from timm_reparam import ReparamError
 from timm_reparam.convert import VARIANTS
 from timm_reparam.hub import check_facts, render_card, save_checkpoint, save_pair
 from timm_reparam.hub.cards import license_of, sha256_of, template_folder
+from timm_reparam.results import Summary, format_summary
 
 TINY = dict(num_classes=2, channels=(8, 8, 8, 8), stem_width=4)
 REPORT = timm_reparam.FusionReport(
@@ -272,6 +273,24 @@ def test_published_pair(copies: tuple[Path, Path]):
         for repo in ('no-owner', "owner/a', pretrained=False)#", '../a/b'):
             rewrite(folder, 'training.json', lambda facts, repo=repo: facts.update(repo=repo))
             assert 'hf-hub:' not in render_card(folder)
+
+
+def test_comparison_with_stock(copies: tuple[Path, Path]):
+    """The table of the runs is that of the summaries in the facts; every figure comes from them."""
+    common = dict(model='resnet10t', size=32, protocol='scratch', epochs=40, n=3)
+    stock = Summary(
+        **common, method='stock', mean=90.25, std=0.125, step_ratio=1.0, train_parameters=1000, fused_parameters=1000
+    )
+    counts = dict(step_ratio=1.75, train_parameters=None, fused_parameters=1000)
+    compared = dict(against='scratch', pairs=2, difference=1.25, low=0.5, high=2.0)
+    variant = Summary(**common, method='doconv', mean=91.5, std=None, **counts, **compared)
+    for folder in copies:
+        assert '## Compared with stock' not in render_card(folder)
+        entries = [summary.to_dict() for summary in (stock, variant)]
+        rewrite(folder, 'training.json', lambda facts, entries=entries: facts.update(results=entries))
+        card = render_card(folder)
+        assert format_summary([stock, variant]) in card.partition('## Compared with stock')[2]
+        assert '+1.25 [+0.50, +2.00] (2 pairs)' in card
 
 
 def test_many_labels(copies: tuple[Path, Path]):
@@ -528,6 +547,8 @@ def test_hostile_text_in_code_and_licence(copies: tuple[Path, Path], text: str):
         ({'recipe': {'path': Path('x')}}, 'recipe'),
         ({'base_model': 'timm/resnet18'}, 'base_model'),
         ({'sibling': {'sha256': 5}}, 'sibling.sha256'),
+        ({'results': {}}, 'results'),
+        ({'results': [{'method': 'doconv'}]}, r'results\[0\]'),
     ],
 )
 def test_facts_of_the_wrong_form(facts: dict, words: str):

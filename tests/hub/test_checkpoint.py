@@ -20,6 +20,7 @@ from torch import nn
 import timm_reparam
 from timm_reparam import FusionReport, ReparamError
 from timm_reparam.hub import (
+    add_facts,
     check_pair,
     check_tag,
     convert_checkpoint,
@@ -30,7 +31,7 @@ from timm_reparam.hub import (
     save_pair,
     verify_checkpoint,
 )
-from timm_reparam.hub.cards import license_of
+from timm_reparam.hub.cards import license_of, read_facts, render_card
 
 # for processes that a test starts; one thread, for they are small and the machine is shared
 ENVIRONMENT = {**os.environ, 'PYTHONPATH': str(Path(timm_reparam.__file__).parents[1]), 'OMP_NUM_THREADS': '1'}
@@ -589,6 +590,30 @@ def pair(tmp_path: Path, model: nn.Module) -> tuple[Path, Path]:
         'logit_difference': 1e-6,
     }
     return save_pair(model, tmp_path, tag='t', report=PASSED, facts=facts, data_config=DATA_CONFIG)
+
+
+def test_add_facts(tmp_path: Path, pair: tuple[Path, Path]):
+    weights = (pair[0] / 'model.safetensors').read_bytes()
+    before = read_facts(pair[0])
+    assert add_facts(pair[0], {'license': 'mit', 'metrics': None}) == pair[0]
+    assert read_facts(pair[0]) == {**before, 'license': 'mit', 'metrics': None}
+    card = (pair[0] / 'README.md').read_text()
+    assert card == render_card(pair[0]) and 'license: mit' in card
+    assert (pair[0] / 'model.safetensors').read_bytes() == weights
+    assert verify_checkpoint(*pair).passed
+
+    (pair[0] / 'README.md').write_text(card + 'My own words.\n')
+    add_facts(pair[0], {'tag': 'other'})
+    assert (pair[0] / 'README.md').read_text() == card + 'My own words.\n'
+    assert sorted(os.listdir(pair[0])) == FILES
+
+    found = snapshot(tmp_path)
+    for facts in ({'tag': 3}, {'license': float('nan')}):
+        with pytest.raises(ReparamError, match=next(iter(facts))):
+            add_facts(pair[0], facts)
+    with pytest.raises(ReparamError, match='config.json'):
+        add_facts(tmp_path / 'none', {})
+    assert snapshot(tmp_path) == found
 
 
 def test_fuse_checkpoint(tmp_path: Path, pair: tuple[Path, Path]):

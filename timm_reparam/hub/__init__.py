@@ -2,6 +2,7 @@
 
 from .cards import check_facts, render_card
 from .checkpoint import (
+    add_facts,
     check_pair,
     check_tag,
     convert_checkpoint,
@@ -23,6 +24,7 @@ __all__ = [
     'VerifyReport',
     'base_model_facts',
     'check_facts',
+    'add_facts',
     'check_pair',
     'check_tag',
     'convert_checkpoint',

@@ -18,6 +18,8 @@ checkpoint is checked by :func:`check_facts`; what it does not say is not in the
 - ``fusion``: the measured proof, as :meth:`timm_reparam.FusionReport.to_dict` gives it;
 - ``sibling``: the other form, dict(name=..., repo=where it is published, by default beside this one, sha256=hash of
   its model.safetensors);
+- ``results``: how the method compares with stock over several seeds, entries of :class:`timm_reparam.results.Summary`
+  as their ``to_dict`` gives them;
 - ``recipe``: settings of the training run; ``environment``: versions it ran with.
 """
 
@@ -35,6 +37,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from ..convert import VARIANTS
 from ..errors import ReparamError
 from ..layers.base import Method
+from ..results import Summary, format_summary
 
 __all__ = [
     'bibtex',
@@ -220,6 +223,9 @@ def check_facts(facts: Mapping[str, Any], place: str = 'facts') -> dict[str, Any
     ):
         for key in keys:
             _expect(plain.get(outer) or {}, key, kind, f'{place}.{outer}')
+    _expect(plain, 'results', list, place)
+    for index, entry in enumerate(plain.get('results') or ()):
+        Summary.from_dict(entry, f'{place}.results[{index}]')
     for name, value in (plain.get('environment') or {}).items():
         _expect({name: value}, name, str, f'{place}.environment')
     for index, label in enumerate((plain.get('dataset') or {}).get('label_names') or ()):
@@ -314,6 +320,9 @@ class _Context:
             'num_classes': config['num_classes'] if isinstance(config.get('num_classes'), int) else None,
             'dataset': self._dataset_lines(),
             'metrics': [(label, value) for label, value, _ in self._metrics()],
+            'results': format_summary([Summary.from_dict(entry) for entry in facts['results']])
+            if facts.get('results')
+            else None,
             'fusion': self._fusion_lines(),
             'cost': self._cost_rows(),
             'sibling': self._sibling(sibling),

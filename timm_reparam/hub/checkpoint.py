@@ -53,6 +53,7 @@ except ImportError:  # only POSIX has it; elsewhere two saves into one folder at
     fcntl = None  # type: ignore[assignment]  # a module's name cannot be declared optional
 
 __all__ = [
+    'add_facts',
     'check_pair',
     'check_tag',
     'convert_checkpoint',
@@ -490,6 +491,26 @@ def copy_checkpoints(folders: Sequence[str | Path], zoo: str | Path) -> list[Pat
     return [draft.target for draft in drafts]
 
 
+def add_facts(folder: str | Path, facts: Mapping[str, Any]) -> Path:
+    """Add to what is known of a saved checkpoint, for instance its licence, and render its card again.
+
+    A card that somebody has written stays as it is.
+
+    Args:
+        folder: Checkpoint folder.
+        facts: Facts that are new or other than before, see :mod:`timm_reparam.hub.cards`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ReparamError: The folder is no checkpoint or cannot be written, or a fact has the wrong form.
+    """
+    folder = Path(folder).absolute()
+    _write_all([_Copy(folder, folder, facts)])
+    return folder
+
+
 class _Draft:
     """A checkpoint that is checked and ready to be written; nothing on disk has changed yet."""
 
@@ -556,16 +577,21 @@ class _Draft:
     def write_texts(self, folder: Path) -> None:
         """Write the facts and the card, which is rendered from what lies in the folder."""
         if self.facts is not None:
-            _write_text(folder / FACTS_NAME, json.dumps(self.facts, indent=2) + '\n')
+            _write_facts(folder, self.facts)
         _write_text(folder / CARD_NAME, render_card(folder) if self.card is None else self.card)
 
 
 class _Copy:
-    """A checkpoint folder that is ready to be copied."""
+    """A checkpoint folder that is ready to be copied, with more facts if there are any."""
 
-    def __init__(self, source: Path, target: Path):
+    def __init__(self, source: Path, target: Path, facts: Mapping[str, Any] | None = None):
         self.source, self.target = source, target
         self.architecture = read_config(source)['architecture']
+        self.facts = None if facts is None else check_facts({**(read_facts(source) or {}), **facts})
+        card = source / CARD_NAME
+        self._renders = self.facts is not None and (
+            not card.is_file() or card.read_bytes() == render_card(source).encode()
+        )
 
     def write_model(self, folder: Path) -> None:
         """Copy the configuration and the weights."""
@@ -573,10 +599,15 @@ class _Copy:
             shutil.copyfile(self.source / name, folder / name)
 
     def write_texts(self, folder: Path) -> None:
-        """Copy the facts and the card, if they are there."""
-        for name in (FACTS_NAME, CARD_NAME):
-            if (self.source / name).is_file():
-                shutil.copyfile(self.source / name, folder / name)
+        """Write the facts and the card, or copy them, if they are there."""
+        if self.facts is not None:
+            _write_facts(folder, self.facts)
+        elif (self.source / FACTS_NAME).is_file():
+            shutil.copyfile(self.source / FACTS_NAME, folder / FACTS_NAME)
+        if self._renders:
+            _write_text(folder / CARD_NAME, render_card(folder))
+        elif (self.source / CARD_NAME).is_file():
+            shutil.copyfile(self.source / CARD_NAME, folder / CARD_NAME)
 
 
 def _architecture(model: nn.Module) -> str:
@@ -755,6 +786,10 @@ def _flush(*paths: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
+    _write_text(folder / FACTS_NAME, json.dumps(facts, indent=2) + '\n')
 
 
 def _write_text(path: Path, text: str) -> None:
