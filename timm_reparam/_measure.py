@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import platform
 import tempfile
 import time
 import weakref
@@ -29,6 +30,16 @@ PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     'amp': (torch.float32, torch.float16),
     'amp_bfloat16': (torch.float32, torch.bfloat16),
 }
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called: the model of the GPU or of the processor, as far as the system tells."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    info = Path('/proc/cpuinfo')
+    lines = info.read_text(encoding='utf-8', errors='replace').splitlines() if info.is_file() else []
+    models = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
+    return models[0] if models else platform.processor() or platform.machine()
 
 
 @dataclass(frozen=True)

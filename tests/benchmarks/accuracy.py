@@ -53,6 +53,7 @@ from torch import nn
 
 from timm_reparam import ACBlock2d, fuse_model, plan_conversion, register_variant, verify_fusion
 from timm_reparam._files import write_whole
+from timm_reparam._measure import device_name
 from timm_reparam.convert import variant_of
 from timm_reparam.hub.cards import read_facts
 from timm_reparam.hub.checkpoint import add_facts, save_checkpoint, save_pair
@@ -346,7 +347,7 @@ def environment(device: torch.device) -> dict[str, str]:
 
     dirty = '-dirty' if git('status', '--porcelain', '--untracked-files=no') else ''
     return {
-        'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{platform.machine()} CPU',
+        'device': device_name(device),
         'threads': str(torch.get_num_threads()),
         'python': platform.python_version(),
         'torch': torch.__version__,

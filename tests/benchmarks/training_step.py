@@ -38,6 +38,7 @@ from torch import nn
 
 import timm_reparam
 from timm_reparam import plan_conversion
+from timm_reparam._measure import device_name
 from timm_reparam.plot import check_plot, plot_profiles
 from timm_reparam.profile import Profile, compare_profiles, format_profiles
 
@@ -176,21 +177,16 @@ def measure(
 
 def environment(device: str) -> dict[str, Any]:
     """Describe machine, versions and command; of the references' folders only their names."""
-    cpu = platform.processor() or platform.machine()
-    info = Path('/proc/cpuinfo')
-    if info.is_file():
-        names = [line.partition(':')[2].strip() for line in info.read_text().splitlines() if 'model name' in line]
-        cpu = names[0] if names else cpu
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     command = ['python', 'tests/benchmarks/training_step.py']
     command += [Path(word).name if os.path.isabs(word) else word for word in sys.argv[1:]]
     return {
         'command': shlex.join(command),
         'date': date.today().isoformat(),
-        'cpu': cpu,
+        'cpu': device_name(torch.device('cpu')),
         'cores': cores,
         'threads': torch.get_num_threads(),
-        'gpu': torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else None,
+        'gpu': device_name(torch.device(device)) if torch.device(device).type == 'cuda' else None,
         'python': platform.python_version(),
         'torch': torch.__version__,
         'timm': timm.__version__,
