@@ -228,6 +228,16 @@ def test_a_prediction_may_change_at_a_tie_only() -> None:
         accuracy.differing_images(logits, fused + 0.1)
 
 
+def test_settings_that_do_not_matter_do_not_tell_runs_apart() -> None:
+    others = dict(second_lr=0.5, anneal=0.5, conv_options={'map_kernel_size': 1})
+    assert tiny('stock', **others).without_idle_settings() == tiny('stock')
+    kept = tiny('dyconv', **others).without_idle_settings()
+    assert (kept.second_lr, kept.anneal, kept.conv_options) == (0.1, 0.5, others['conv_options'])
+    refocused = tiny('refconv', 'refocus', 2, **others)
+    assert refocused.first == tiny('stock')
+    assert refocused.without_idle_settings() == tiny('refconv', 'refocus', 2, **{**others, 'anneal': 1 / 3})
+
+
 def test_learning_rate() -> None:
     settings = tiny('stock', warmup=1.0, lr=0.4)
     rates = [accuracy.learning_rate(settings, step, 30, 10) for step in range(30)]

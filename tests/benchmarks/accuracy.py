@@ -128,7 +128,19 @@ class Settings:
         """The stock run that this one goes on from."""
         if self.protocol == 'scratch':
             return None
-        return dataclasses.replace(self, method='stock', protocol='scratch', epochs=self.epochs // 2, conv_options={})
+        half = dataclasses.replace(self, method='stock', protocol='scratch', epochs=self.epochs // 2)
+        return half.without_idle_settings()
+
+    def without_idle_settings(self) -> 'Settings':
+        """The same run: settings that its result does not depend on are as by default, so runs can share it."""
+        idle: dict[str, Any] = {}
+        if self.first is None:
+            idle['second_lr'] = Settings.second_lr
+        if self.variant != 'dyconv':
+            idle['anneal'] = Settings.anneal
+        if self.variant is None:
+            idle['conv_options'] = {}
+        return dataclasses.replace(self, **idle)
 
     @property
     def trained_epochs(self) -> int:
@@ -500,7 +512,7 @@ def planned(args: argparse.Namespace) -> list[Settings]:
             for method, protocol in (('stock', 'scratch'), ('stock', 'finetune'), ('refconv', 'refocus')):
                 runs.append(Settings(method, protocol, 2 * args.epochs, seed, **common))
     firsts = [run.first for run in runs if run.first is not None]
-    return list({run.name: run for run in [*firsts, *runs]}.values())
+    return list({run.name: run.without_idle_settings() for run in [*firsts, *runs]}.values())
 
 
 def _run(args: argparse.Namespace) -> None:
