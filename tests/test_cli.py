@@ -385,6 +385,27 @@ def test_hub_commands(capsys: pytest.CaptureFixture, hub: HubServer, tmp_path: P
     assert 'no such model' in capsys.readouterr().err
 
 
+def test_variants_that_were_registered_at_run_time(tmp_path: Path):
+    """Other processes than the one that registered an architecture read what that one saved."""
+    name = timm_reparam.register_variant('regnetx_002', 'doconv')
+    model = timm.create_model(name, num_classes=2).eval()
+    pair = save_pair(model, tmp_path / 'zoo', tag='t', facts={}, data_config=DATA_CONFIG)
+    settings = argparse.Namespace(model=name, num_classes=2, model_kwargs={})
+    torch.save({'args': settings, 'state_dict': model.state_dict()}, tmp_path / 'last.pth.tar')
+    (tmp_path / 'script.py').write_text('import sys, timm\ntimm.create_model(sys.argv[1].partition("=")[2])\n')
+    for words in (
+        ['fuse', str(pair[0]), 'from_folder'],
+        ['fuse', 'last.pth.tar', f'{name}.again_fused'],
+        ['convert', str(pair[1]), '--model', name, '-o', 'back'],
+        ['verify', str(pair[0])],
+        ['profile', name, '--conv-options', 'depth_multiplier=18', '--input-size', '3', '32', '32', '--runs', '0'],
+        ['run', 'script.py', f'--model={name}.some_tag'],
+    ):
+        done = run(*words, cwd=tmp_path)
+        assert done.returncode == int(words[0] == 'run'), done.stderr  # a tag that timm refuses, not the name
+        assert words[0] != 'run' or 'some_tag' in done.stderr.splitlines()[-1], done.stderr
+
+
 def test_run(tmp_path: Path):
     """A script sees its own arguments, its own folder and the variants; its exit status is that of the command."""
     (tmp_path / 'beside.py').write_text('WORD = "beside"')

@@ -19,6 +19,7 @@ import timm_reparam
 from timm_reparam import ReparamError
 from timm_reparam.convert import VARIANTS, convert_model
 from timm_reparam.models import register_variant
+from timm_reparam.models._registry import ensure_registered, is_registered_on_import, is_variant_name
 
 RESNETS = (
     'resnet18 resnet34 resnet50 resnet101 resnet152 resnet18d resnet34d resnet50d resnet101d resnet152d '
@@ -265,13 +266,25 @@ def test_registered_variant_refuses_another_checkpoint(tmp_path, convnext):
 
 
 @pytest.mark.parametrize(('stock', 'variant'), [('resnet18', 'doconv'), ('mobilenetv2_100', 'dyconv')])
-def test_registering_twice_is_refused(stock, variant):
+def test_registering_twice_changes_nothing(stock, variant):
     name = f'{stock}_{variant}'
     entrypoint, cfgs = model_entrypoint(name), get_arch_pretrained_cfgs(name)
-    with pytest.raises(ReparamError, match=name):
-        register_variant(stock, variant)
+    assert register_variant(stock, variant) == name
     assert model_entrypoint(name) is entrypoint
     assert get_arch_pretrained_cfgs(name) == cfgs
+
+
+def test_a_name_that_says_what_it_is_is_registered_when_it_is_needed():
+    assert not timm.is_model('convnext_pico_refconv')
+    assert ensure_registered('convnext_pico_refconv.some_tag')
+    assert timm.list_models('convnext_pico*conv') == ['convnext_pico_refconv']
+    assert is_variant_name('convnext_pico_refconv') and not is_registered_on_import('convnext_pico_refconv')
+    assert ensure_registered('resnet18_doconv') and is_registered_on_import('resnet18_doconv')
+    assert ensure_registered('resnet18.a1_in1k') and not is_registered_on_import('resnet18')
+    before = timm.list_models()
+    for name in ('no_such_model', 'no_such_model_doconv', 'resnet18_doconv_acconv', 'test_resnet_doconv', 'doconv', ''):
+        assert not ensure_registered(name)
+    assert timm.list_models() == before
 
 
 def test_a_name_of_somebody_else_is_not_overwritten():

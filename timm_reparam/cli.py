@@ -24,7 +24,7 @@ from .hub.checkpoint import train_time_path
 from .hub.family_cards import check_cards, write_cards
 from .hub.training import load_training
 from .hub.transport import one_line, without_tokens
-from .models._registry import is_variant_name
+from .models._registry import ensure_registered, is_variant_name
 from .plot import check_plot, plot_curves, plot_gains, plot_kernels, plot_profiles
 from .profile import compare_profiles, format_csv, format_json, format_profiles
 from .results import format_summary, read_results, summarize
@@ -320,10 +320,11 @@ def _models_to_profile(args: argparse.Namespace) -> tuple[list[str], list[nn.Mod
         models.setdefault(name, model.to(args.device).eval())
         stocks.setdefault(name, stock)
 
-    if args.conv_options and not any(is_variant_name(name) for name in args.models):
+    variants = {name for name in args.models if ensure_registered(name) and is_variant_name(name)}
+    if args.conv_options and not variants:
         raise ReparamError('--conv-options: expected a variant among the architectures, resnet18_doconv for instance')
     for name in args.models:
-        options = {'conv_options': args.conv_options} if is_variant_name(name) else {}
+        options = {'conv_options': args.conv_options} if name in variants else {}
         model = _load_model(name, **model_args, **options)
         if Path(name).exists():
             stock, stock_args = f'{name}, stock', {'num_classes': model.num_classes, **get_model_args(model)}
@@ -349,7 +350,7 @@ def _load_model(source: str, **model_args: Any) -> Any:
         return load_checkpoint(source)
     if Path(source).is_file():
         return load_training(source)[0]
-    if timm.is_model(source):
+    if ensure_registered(source):
         return timm.create_model(source, **model_args)
     raise ReparamError(
         f'{source}: neither an architecture that timm knows nor a folder nor a file; see timm-reparam list'
@@ -467,6 +468,8 @@ def _run(args: argparse.Namespace) -> int:
     script = Path(args.script)
     if not script.is_file():
         raise ReparamError(f'{args.script}: expected the path of a Python script, found no file there')
+    for word in args.args:
+        ensure_registered(word.rpartition('=')[2])  # the script creates the models that it is told to
     argv, path = sys.argv, list(sys.path)
     sys.argv = [args.script, *args.args]
     sys.path.insert(0, str(script.absolute().parent))

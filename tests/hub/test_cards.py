@@ -423,6 +423,28 @@ def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert capsys.readouterr().out.count(shapes) == 2
 
 
+@pytest.mark.parametrize('variant', ['doconv', 'dyconv'])
+def test_snippets_register_what_no_import_does(tmp_path: Path, variant: str):
+    """In a process of its own, where nobody has registered the architecture yet."""
+    (tmp_path / 'path' / 'to').mkdir(parents=True)
+    model = timm.create_model(timm_reparam.register_variant('mobilenetv3_small_050', variant), num_classes=2)
+    data_config = {'input_size': (3, 64, 64), 'crop_pct': 1.0, 'interpolation': 'bilinear'}
+    folders = save_pair(model, tmp_path / 'path' / 'to', tag='t', report=REPORT, data_config=data_config)
+    Image.new('RGB', (70, 80)).save(tmp_path / 'image.jpg')
+    call = f"timm_reparam.register_variant('mobilenetv3_small_050', '{variant}')\n"
+    for folder in folders:
+        blocks = re.findall(r'(?ms)^```python\n(.*?)^```', (folder / 'README.md').read_text())
+        needs_plugin = folder is folders[0] or variant == 'dyconv'
+        assert [block.count(call) for block in blocks] == [int(needs_plugin)] * 2
+        code = '\n'.join(blocks)
+        root = Path(timm_reparam.__file__).parents[1]
+        done = subprocess.run(
+            [sys.executable, '-c', code], cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(root)},
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.filterwarnings('ignore:.*without pretrained weights')
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_every_method(tmp_path: Path, variant: str):

@@ -37,6 +37,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from ..convert import VARIANTS
 from ..errors import ReparamError
 from ..layers.base import Method
+from ..models._registry import is_registered_on_import
 from ..results import Summary, format_summary
 
 __all__ = [
@@ -308,6 +309,7 @@ class _Context:
             'title': _markdown(self._title()),
             'source': f'hf-hub:{self.repo}' if self.repo else f'local-dir:path/to/{self.name or "this-folder"}',
             'needs_plugin': self.form == 'train_time' or self.is_dynamic,
+            'registration': self._registration(),
             'image_mode': _IMAGE_MODES.get(input_size[0]) if input_size else None,
             'architecture': _code(config['architecture']),
             'stock_architecture': _code(self.stock_architecture),
@@ -333,6 +335,15 @@ class _Context:
                 f'{_markdown(name)} {_markdown(version)}' for name, version in (facts.get('environment') or {}).items()
             ),
         }
+
+    def _registration(self) -> str | None:
+        """The call that registers the architecture, or None if importing the package does."""
+        stock, _, variant = self.config['architecture'].rpartition('_')
+        if variant not in VARIANTS or not re.fullmatch(r'[A-Za-z0-9_]+', stock):
+            return None
+        if is_registered_on_import(self.config['architecture']):
+            return None
+        return f"timm_reparam.register_variant('{stock}', '{variant}')"
 
     def _start(self) -> str | None:
         """Where the weights started, or None if the facts do not say."""

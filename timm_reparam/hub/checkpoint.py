@@ -33,7 +33,7 @@ from torch import nn
 from ..convert import FusionReport, fuse_model, is_variant, stock_architecture, variant_of, verify_fusion
 from ..errors import ReparamError
 from ..layers import DynamicConv2d
-from ..models._registry import cfg_with_weights, is_variant_name
+from ..models._registry import cfg_with_weights, ensure_registered, is_variant_name
 from .cards import (
     CARD_NAME,
     CONFIG_NAME,
@@ -255,7 +255,7 @@ def load_checkpoint(folder: str | Path) -> nn.Module:
     if not weights.is_file():
         raise ReparamError(f'{weights}: not found; only safetensors are loaded')
     architecture = config['architecture']
-    if not timm.is_model(architecture):
+    if not ensure_registered(architecture):
         raise ReparamError(f'{folder / CONFIG_NAME}: expected an architecture that timm knows, got {architecture!r}')
     try:
         model = timm.create_model(f'local-dir:{folder}', pretrained=True)
@@ -334,9 +334,9 @@ def convert_checkpoint(
             :func:`save_checkpoint` refuses.
     """
     source, target = Path(source), Path(target).absolute()
-    if not is_variant_name(model_name):
+    if not (ensure_registered(model_name) and is_variant_name(model_name)):
         raise ReparamError(
-            f'{model_name!r}: expected the name of a variant; see timm-reparam list, or register_variant'
+            f'{model_name!r}: expected the name of a variant, such as resnet18_doconv; see timm-reparam list'
         )
     cfg: dict[str, Any] | None = None
     facts: dict[str, Any] = {}

@@ -14,6 +14,7 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 
 from ..convert import FusionReport
 from ..errors import ReparamError
+from ..models._registry import ensure_registered
 from .cards import CONFIG_NAME, FACTS_NAME, WEIGHTS_NAME, read_config, read_facts, sha256_of
 from .checkpoint import (
     FILES,
@@ -297,7 +298,7 @@ def _check_config(folder: Path) -> None:
     """Raise ReparamError unless config.json describes the weights beside it, before anything is built from it."""
     config = read_config(folder)
     place, architecture = f'{folder.name}/{CONFIG_NAME}', config['architecture']
-    if not timm.is_model(architecture):
+    if not ensure_registered(architecture):
         raise ReparamError(f'{place}: expected an architecture that timm knows, got {architecture!r}')
     elsewhere = [key for key in _ELSEWHERE if config['pretrained_cfg'].get(key)]
     if elsewhere:

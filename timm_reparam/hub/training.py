@@ -15,6 +15,7 @@ from timm.models import clean_state_dict
 from torch import nn
 
 from ..errors import ReparamError
+from ..models._registry import ensure_registered
 from .cards import WEIGHTS_NAME
 
 __all__ = ['PRIVATE_SETTINGS', 'base_model_facts', 'load_training', 'read_training']
@@ -94,7 +95,7 @@ def load_training(path: str | Path) -> tuple[nn.Module, dict[str, Any], dict[str
     name = settings.get('model')
     if name is None:
         raise ReparamError(f"{path}: expected the settings of the run ('args') beside the weights, found none")
-    if not timm.is_model(name):
+    if not ensure_registered(name):
         raise ReparamError(f'{path}: expected an architecture that timm knows, got {name!r}')
     try:
         with warnings.catch_warnings():

@@ -45,7 +45,8 @@ def register_family(module_name: str, variant: str, stock_names: Iterable[str]) 
 def register_variant(stock_name: str, variant: str) -> str:
     """Register the variant of any timm architecture as ``<stock_name>_<variant>``.
 
-    It is listed under the family ``<stock module>_<variant>``, such as ``convnext_doconv``.
+    It is listed under the family ``<stock module>_<variant>``, such as ``convnext_doconv``. What is registered stays as
+    it is.
 
     Args:
         stock_name: Name of the architecture, without a tag.
@@ -55,13 +56,15 @@ def register_variant(stock_name: str, variant: str) -> str:
         The new name, for ``timm.create_model``.
 
     Raises:
-        ReparamError: the architecture or the variant is unknown, or the name exists.
+        ReparamError: the architecture or the variant is unknown, or somebody else has registered the name.
     """
     layers_of(variant)  # refuses what is none
     if not is_model(stock_name):
         raise ReparamError(f'{stock_name!r} is no architecture of timm; see timm.list_models(), and leave out the tag')
     if is_variant_name(stock_name):
         raise ReparamError(f'{stock_name!r} is a variant already; name the stock architecture')
+    if is_variant_name(f'{stock_name}_{variant}'):
+        return f'{stock_name}_{variant}'
     family = f'{model_entrypoint(stock_name).__module__.rpartition(".")[-1]}_{variant}'
     module_name = f'{__package__}.{family}'
     module = sys.modules.get(module_name)
@@ -83,12 +86,33 @@ def is_variant_name(name: str) -> bool:
     return is_model(name) and model_entrypoint(name).__module__.startswith(f'{__package__}.')
 
 
+def ensure_registered(name: str) -> bool:
+    """Whether timm has an architecture, which is registered first if its name is that of a variant.
+
+    So what was made after `register_variant` is read by a process that did not call it.
+
+    Args:
+        name: Name of an architecture, with or without a tag.
+    """
+    architecture = name.partition('.')[0]
+    stock_name, _, variant = architecture.rpartition('_')
+    unknown = not is_model(architecture) and variant in VARIANTS and is_model(stock_name)
+    if unknown and not is_variant_name(stock_name) and not architecture.startswith('test_'):
+        register_variant(stock_name, variant)
+    return is_model(architecture)
+
+
+def is_registered_on_import(name: str) -> bool:
+    """Whether importing this package registers an architecture, so that no call has to."""
+    return is_variant_name(name) and hasattr(sys.modules[model_entrypoint(name).__module__], '__file__')
+
+
 def _register(module: types.ModuleType, stock_name: str, variant: str) -> str:
     name = f'{stock_name}_{variant}'
     if name.startswith('test_'):
         raise ReparamError(f"{name!r}: names that start with 'test_' are for timm's own tests; register another model")
     if is_model(name):
-        raise ReparamError(f'{name!r} is registered already and would be overwritten')
+        raise ReparamError(f'{name!r} is registered already, by somebody else, and would be overwritten')
     cfgs = {tag.partition('.')[2]: cfg for tag, cfg in get_arch_pretrained_cfgs(stock_name).items()}
     if cfgs:
         module.default_cfgs[name] = DefaultCfg(tags=deque(cfgs), cfgs=cfgs, is_pretrained=True)
