@@ -229,13 +229,27 @@ def test_a_prediction_may_change_at_a_tie_only() -> None:
 
 
 def test_settings_that_do_not_matter_do_not_tell_runs_apart() -> None:
-    others = dict(second_lr=0.5, anneal=0.5, conv_options={'map_kernel_size': 1})
+    others = dict(second_lr=0.5, map_lr=2.0, anneal=0.5, conv_options={'map_kernel_size': 1})
     assert tiny('stock', **others).without_idle_settings() == tiny('stock')
     kept = tiny('dyconv', **others).without_idle_settings()
     assert (kept.second_lr, kept.anneal, kept.conv_options) == (0.1, 0.5, others['conv_options'])
     refocused = tiny('refconv', 'refocus', 2, **others)
     assert refocused.first == tiny('stock')
     assert refocused.without_idle_settings() == tiny('refconv', 'refocus', 2, **{**others, 'anneal': 1 / 3})
+
+
+@pytest.mark.filterwarnings('ignore:.*without pretrained weights')
+def test_maps_have_a_learning_rate_of_their_own() -> None:
+    """Every parameter is in one group; biases and norms are not decayed."""
+    model = accuracy.build(tiny('refconv'), 1)
+    groups = tiny('refconv', map_lr=10.0).parameter_groups(model)
+    named = {parameter: name for name, parameter in model.named_parameters()}
+    assert sorted(named[p] for group in groups for p in group['params']) == sorted(named.values())
+    for group in groups:
+        for parameter in group['params']:
+            assert group['lr_scale'] == (10.0 if named[parameter].endswith('map_weight') else 1.0)
+            assert group['weight_decay'] == (5e-4 if parameter.ndim > 1 else 0)
+    assert [group['lr_scale'] for group in tiny('stock').parameter_groups(nn.Linear(1, 1))] == [1.0, 1.0]
 
 
 def test_learning_rate() -> None:

@@ -47,7 +47,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.utils import ParseKwargs
 from torch import nn
 
@@ -57,6 +57,7 @@ from timm_reparam._measure import device_name
 from timm_reparam.convert import variant_of
 from timm_reparam.hub.cards import read_facts
 from timm_reparam.hub.checkpoint import add_facts, save_checkpoint, save_pair
+from timm_reparam.layers import RefConv2d
 from timm_reparam.profile import compare_profiles
 from timm_reparam.results import COLUMNS, METHODS, Summary, format_summary, of_variant, read_results, summarize
 
@@ -83,6 +84,7 @@ class Settings:
         batch_size: Images in a batch; lr: peak learning rate; weight_decay; label_smoothing.
         warmup: Epochs of linear warmup before the cosine.
         second_lr: Peak learning rate of the second half of `refocus` and `finetune`.
+        map_lr: Factor of the learning rate of RefConv's maps.
         anneal: Share of the steps in which dynamic convolution's temperature falls.
         conv_options: Options of the layers beside `OPTIONS`.
         amp: Whether to train under autocast to bfloat16; channels_last.
@@ -102,6 +104,7 @@ class Settings:
     label_smoothing: float = 0.0
     warmup: float = 1.0
     second_lr: float = 0.1
+    map_lr: float = 1.0
     anneal: float = 1 / 3
     conv_options: dict[str, Any] = field(default_factory=dict)
     amp: bool = False
@@ -136,11 +139,24 @@ class Settings:
         idle: dict[str, Any] = {}
         if self.first is None:
             idle['second_lr'] = Settings.second_lr
+        if self.variant != 'refconv':
+            idle['map_lr'] = Settings.map_lr
         if self.variant != 'dyconv':
             idle['anneal'] = Settings.anneal
         if self.variant is None:
             idle['conv_options'] = {}
         return dataclasses.replace(self, **idle)
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """timm's groups, biases and norms without decay, and RefConv's maps apart from the rest."""
+        maps = {module.map_weight for module in model.modules() if isinstance(module, RefConv2d)}
+        groups = []
+        for group in param_groups_weight_decay(model, self.weight_decay):
+            for are_maps, scale in ((False, 1.0), (True, self.map_lr)):
+                parameters = [parameter for parameter in group['params'] if (parameter in maps) == are_maps]
+                if parameters:
+                    groups.append({**group, 'params': parameters, 'lr_scale': scale})
+        return groups
 
     @property
     def trained_epochs(self) -> int:
@@ -351,6 +367,11 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, (json.dumps(value, indent=2) + '\n').encode())
 
 
+def as_json(settings: Settings) -> dict[str, Any]:
+    """Settings as they are read again, without tuples."""
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
+
+
 def environment(device: torch.device) -> dict[str, str]:
     def git(*words: str) -> str:
         where = Path(__file__).parent
@@ -373,8 +394,8 @@ def train(settings: Settings, data: Data, runs: Path, device: torch.device) -> d
     folder = runs / settings.name
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / 'settings.json'
-    given = json.loads(json.dumps(dataclasses.asdict(settings)))  # as it is read again, without tuples
-    if record.is_file() and read_json(record) != given:
+    given = as_json(settings)
+    if record.is_file() and as_json(Settings(**read_json(record))) != given:
         raise SystemExit(f'{folder}: holds a run with other settings; give another --runs folder')
     write_json(record, given)
     result = folder / 'result.json'
@@ -390,7 +411,9 @@ def train(settings: Settings, data: Data, runs: Path, device: torch.device) -> d
     model = build(settings, steps, weights).to(device)
     if settings.channels_last:
         model.to(memory_format=torch.channels_last)
-    optimizer = create_optimizer_v2(model, 'sgd', settings.lr, settings.weight_decay, momentum=0.9)  # Nesterov's
+    optimizer = create_optimizer_v2(
+        model, 'sgd', settings.lr, momentum=0.9, param_group_fn=settings.parameter_groups
+    )  # Nesterov's
     history: list[dict[str, float]] = []
     checkpoint = folder / 'last.pth.tar'
     if checkpoint.is_file():
@@ -407,7 +430,7 @@ def train(settings: Settings, data: Data, runs: Path, device: torch.device) -> d
         for index, (images, labels) in enumerate(data.batches(settings, skipped + epoch)):
             lr = learning_rate(settings, epoch * steps_per_epoch + index, steps, steps_per_epoch)
             for group in optimizer.param_groups:
-                group['lr'] = lr
+                group['lr'] = lr * group['lr_scale']
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.amp):
                 logits = model(images.to(device))
             loss = F.cross_entropy(logits.float(), labels.to(device), label_smoothing=settings.label_smoothing)
