@@ -18,6 +18,7 @@ from stand_in import randomise
 from torch import nn
 
 from timm_reparam import ACBlock2d, is_variant, plan_conversion
+from timm_reparam.layers import RefConv2d
 from timm_reparam.results import COLUMNS, METHODS, format_summary, read_results, summarize
 
 sys.path.insert(0, str(Path(__file__).parent / 'benchmarks'))
@@ -238,18 +239,37 @@ def test_settings_that_do_not_matter_do_not_tell_runs_apart() -> None:
     assert refocused.without_idle_settings() == tiny('refconv', 'refocus', 2, **{**others, 'anneal': 1 / 3})
 
 
-@pytest.mark.filterwarnings('ignore:.*without pretrained weights')
 def test_maps_have_a_learning_rate_of_their_own() -> None:
-    """Every parameter is in one group; biases and norms are not decayed."""
+    """A small step of the map moves a kernel on the average as far as a step of its own would."""
+    torch.manual_seed(0)
+    layer = RefConv2d(64, 64, 3, bias=False).double()
+    layer.map_weight.data.zero_()
+    settings = tiny('refconv', map_lr=0.5)
+    (group,) = settings.parameter_groups(layer)
+    gradient = torch.randn_like(layer.weight)
+    layer._compose().backward(gradient)
+    step = 1e-6 * group['lr_scale'] * layer.map_weight.grad
+    layer.map_weight.data.sub_(step)
+    moved = layer.weight - layer.equivalent_kernel()
+    along = (moved * gradient).sum() / gradient.square().sum() / 1e-6
+    # a tap beside the middle of the kernel meets fewer of its elements: 49 of 81 pairs
+    assert along.item() == pytest.approx(0.5 * 49 / 81, rel=0.05)
+    assert group['lr_scale'] * group['weight_decay'] == pytest.approx(settings.weight_decay)
+
+
+@pytest.mark.filterwarnings('ignore:.*without pretrained weights')
+@pytest.mark.parametrize('map_lr', [0.0, 1.0])
+def test_every_parameter_is_in_one_group(map_lr: float) -> None:
+    """Biases and norms are not decayed."""
     model = accuracy.build(tiny('refconv'), 1)
-    groups = tiny('refconv', map_lr=10.0).parameter_groups(model)
+    groups = tiny('refconv', map_lr=map_lr).parameter_groups(model)
     named = {parameter: name for name, parameter in model.named_parameters()}
     assert sorted(named[p] for group in groups for p in group['params']) == sorted(named.values())
     for group in groups:
         for parameter in group['params']:
-            assert group['lr_scale'] == (10.0 if named[parameter].endswith('map_weight') else 1.0)
-            assert group['weight_decay'] == (5e-4 if parameter.ndim > 1 else 0)
-    assert [group['lr_scale'] for group in tiny('stock').parameter_groups(nn.Linear(1, 1))] == [1.0, 1.0]
+            assert (group['weight_decay'] > 0) == (parameter.ndim > 1)
+            is_own = bool(map_lr) and named[parameter].endswith('map_weight')
+            assert is_own == (group['lr_scale'] != 1) and (not is_own or len(group['params']) == 1)
 
 
 def test_learning_rate() -> None:

@@ -84,7 +84,8 @@ class Settings:
         batch_size: Images in a batch; lr: peak learning rate; weight_decay; label_smoothing.
         warmup: Epochs of linear warmup before the cosine.
         second_lr: Peak learning rate of the second half of `refocus` and `finetune`.
-        map_lr: Factor of the learning rate of RefConv's maps.
+        map_lr: How fast refocused kernels move, roughly, relative to kernels that are trained themselves: the learning rate of
+            RefConv's maps is this over the square of the kernels' size. 0 treats maps as every other parameter.
         anneal: Share of the steps in which dynamic convolution's temperature falls.
         conv_options: Options of the layers beside `OPTIONS`.
         amp: Whether to train under autocast to bfloat16; channels_last.
@@ -104,7 +105,7 @@ class Settings:
     label_smoothing: float = 0.0
     warmup: float = 1.0
     second_lr: float = 0.1
-    map_lr: float = 1.0
+    map_lr: float = 0.0
     anneal: float = 1 / 3
     conv_options: dict[str, Any] = field(default_factory=dict)
     amp: bool = False
@@ -148,14 +149,20 @@ class Settings:
         return dataclasses.replace(self, **idle)
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """timm's groups, biases and norms without decay, and RefConv's maps apart from the rest."""
-        maps = {module.map_weight for module in model.modules() if isinstance(module, RefConv2d)}
+        """timm's groups, biases and norms without decay; those of RefConv's maps apart if `map_lr` says so."""
+        layers = {module.map_weight: module for module in model.modules() if isinstance(module, RefConv2d)}
+        if not self.map_lr:
+            layers = {}
         groups = []
         for group in param_groups_weight_decay(model, self.weight_decay):
-            for are_maps, scale in ((False, 1.0), (True, self.map_lr)):
-                parameters = [parameter for parameter in group['params'] if (parameter in maps) == are_maps]
-                if parameters:
-                    groups.append({**group, 'params': parameters, 'lr_scale': scale})
+            others = [parameter for parameter in group['params'] if parameter not in layers]
+            if others:
+                groups.append({**group, 'params': others, 'lr_scale': 1.0})
+        for parameter, layer in layers.items():
+            # A step of the map by its gradient moves the kernel by W W^T times the kernel's own gradient.
+            taps = parameter.shape[2] * parameter.shape[3]
+            scale = self.map_lr / (taps * layer.weight.square().mean().item())
+            groups.append(dict(params=[parameter], lr_scale=scale, weight_decay=self.weight_decay / scale))
         return groups
 
     @property
@@ -592,17 +599,17 @@ def _costs(args: argparse.Namespace) -> None:
 
 
 def _table(args: argparse.Namespace) -> None:
-    costs = args.runs / 'costs.json'
-    ratios = read_json(costs) if costs.is_file() else {}
     rows = []
-    for path in sorted(args.runs.glob('*/result.json')):
-        result = read_json(path)
-        if not result['holdout']:
-            row = {**result['row'], 'step_ratio': ratios.get(result['row']['method'], '')}
-            rows.append({k: float(f'{v:.6g}') if isinstance(v, float) else v for k, v in row.items()})
-    rows.sort(
-        key=lambda row: (row['model'], row['epochs'], row['protocol'], list(METHODS).index(row['method']), row['seed'])
-    )
+    for runs in args.runs:
+        costs = runs / 'costs.json'
+        ratios = read_json(costs) if costs.is_file() else {}
+        for path in sorted(runs.glob('*/result.json')):
+            result = read_json(path)
+            if not result['holdout']:
+                row = {**result['row'], 'step_ratio': ratios.get(result['row']['method'], '')}
+                rows.append({k: float(f'{v:.6g}') if isinstance(v, float) else v for k, v in row.items()})
+    columns = ('model', 'size', 'epochs', 'protocol')
+    rows.sort(key=lambda row: (*(row[name] for name in columns), list(METHODS).index(row['method']), row['seed']))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     writer = csv.DictWriter(text, tuple(COLUMNS), lineterminator='\n')
@@ -610,8 +617,9 @@ def _table(args: argparse.Namespace) -> None:
     writer.writerows(rows)
     write_whole(args.output, text.getvalue().encode())
     summaries = summarize(read_results(args.output))
-    for folder in sorted(args.runs.glob('*/zoo/*')):
-        add_comparison(folder, Settings(**read_json(folder.parents[1] / 'settings.json')), summaries)
+    for runs in args.runs:
+        for folder in sorted(runs.glob('*/zoo/*')):
+            add_comparison(folder, Settings(**read_json(folder.parents[1] / 'settings.json')), summaries)
     print(f'{len(rows)} runs in {args.output}\n\n{format_summary(summaries)}')
 
 
@@ -696,9 +704,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument('--rounds', type=int, default=20, metavar='N', help='(default: 20)')
     command.set_defaults(command=_costs)
 
-    command = commands.add_parser(
-        'table', parents=[common], help='write the results, also into the cards of the models'
-    )
+    command = commands.add_parser('table', help='write the results, also into the cards of the models')
+    command.add_argument('--runs', type=Path, nargs='+', required=True, metavar='FOLDER', help='of the runs')
     command.add_argument('-o', '--output', type=Path, required=True, metavar='FILE', help='the .csv')
     command.set_defaults(command=_table)
 

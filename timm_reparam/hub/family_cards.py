@@ -212,30 +212,38 @@ def _stored_costs(folder: Path) -> Costs:
         raise ReparamError(f'{path}: expected three counts for each form of each model ({error})') from error
 
 
-def _results(folder: Path, backbone: str, variant: str) -> dict[str, str] | None:
-    """What the card says of the runs of a family, or None if there are none."""
+def _results(folder: Path, backbone: str, variant: str) -> list[dict[str, str]]:
+    """What the card says of the runs of a family: of each network at each image size its settings and a table."""
     path = folder / RESULTS_NAME
     if not path.is_file():
-        return None
+        return []
     of_family = [
         row
         for row in read_results(path)
         if timm.models.model_entrypoint(row['model']).__module__.endswith(f'.{backbone}')
     ]
     chosen = of_variant(summarize(of_family), variant)
-    if not chosen:
-        return None
-    models = {summary.model for summary in chosen}
-    rows = [row for row in of_family if row['model'] in models]
-    settings: dict[str, set[str]] = {}
-    for row in rows:
-        options = json.loads(row['options'] or '{}')
-        arguments = ', '.join(f'{name}={value}' for name, value in (options.get('model_kwargs') or {}).items())
-        settings.setdefault('model', set()).add(f'`{row["model"]}`' + (f' ({arguments})' if arguments else ''))
-        for name in ('size', 'batch_size', 'lr', 'weight_decay'):
-            settings.setdefault(name, set()).add(str(row[name]))
-    words = {name: ', '.join(sorted(values)) for name, values in settings.items()}
-    return {**words, 'table': format_summary(chosen), 'seeds': str(max(summary.n for summary in chosen))}
+    results = []
+    for model, size in dict.fromkeys((summary.model, summary.size) for summary in chosen):
+        summaries = [summary for summary in chosen if (summary.model, summary.size) == (model, size)]
+        methods = {summary.method for summary in summaries}
+        rows = [row for row in of_family if (row['model'], row['size']) == (model, size) and row['method'] in methods]
+        arguments = [json.loads(row['options'] or '{}').get('model_kwargs') or {} for row in rows]
+        words = {
+            name: ', '.join(sorted({str(row[name]) for row in rows}))
+            for name in ('batch_size', 'lr', 'weight_decay', 'device')
+        }
+        options = {', '.join(f'{name}={value}' for name, value in given.items()) for given in arguments}
+        results.append(
+            {
+                **words,
+                'model': f'`{model}`' + (f' ({" or ".join(sorted(options))})' if any(options) else ''),
+                'size': str(size),
+                'seeds': str(max(summary.n for summary in summaries)),
+                'table': format_summary(summaries),
+            }
+        )
+    return results
 
 
 def _cost_rows(costs: Costs, is_dynamic: bool) -> list[list[str]]:
