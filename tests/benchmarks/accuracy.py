@@ -84,8 +84,8 @@ class Settings:
         batch_size: Images in a batch; lr: peak learning rate; weight_decay; label_smoothing.
         warmup: Epochs of linear warmup before the cosine.
         second_lr: Peak learning rate of the second half of `refocus` and `finetune`.
-        map_lr: How fast refocused kernels move, roughly, relative to kernels that are trained themselves: the learning rate of
-            RefConv's maps is this over the square of the kernels' size. 0 treats maps as every other parameter.
+        map_lr: How fast refocused kernels move, roughly relative to kernels that are trained themselves: the learning
+            rate of RefConv's maps is this over the square of the kernels' size. 0 treats maps as all other parameters.
         anneal: Share of the steps in which dynamic convolution's temperature falls.
         conv_options: Options of the layers beside `OPTIONS`.
         amp: Whether to train under autocast to bfloat16; channels_last.
