@@ -158,8 +158,9 @@ def test_every_method_runs_and_is_saved(method: str, data: Data, tmp_path: Path)
         assert row['train_parameters'] > accuracy.train(tiny('stock'), data, tmp_path, CPU)['row']['train_parameters']
     folder = tmp_path / tiny(method).name
     variant = tiny(method).variant
+    tag = 'cifar10_none' if method == 'acconv_none' else 'cifar10'
     saved = {None: ['resnet10t.cifar10'] if method == 'stock' else []}.get(
-        variant, [f'resnet10t_{variant}.cifar10', f'resnet10t_{variant}.cifar10_fused']
+        variant, [f'resnet10t_{variant}.{tag}', f'resnet10t_{variant}.{tag}_fused']
     )
     zoo = folder / 'zoo'
     assert sorted(path.name for path in zoo.iterdir()) == saved if saved else not zoo.exists()

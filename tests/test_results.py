@@ -10,7 +10,15 @@ import pytest
 from scipy import stats
 
 from timm_reparam import ReparamError
-from timm_reparam.results import COLUMNS, Summary, format_summary, read_results, student_quantile, summarize
+from timm_reparam.results import (
+    COLUMNS,
+    Summary,
+    format_summary,
+    read_results,
+    setup_words,
+    student_quantile,
+    summarize,
+)
 
 
 def row(method: str, seed: float, top1: float | None, **changes: Any) -> dict[str, Any]:
@@ -198,6 +206,9 @@ def test_summaries_come_back_from_json():
         ({'protocol': 'other'}, 'protocol: expected one of scratch'),
         ({'against': 'other'}, 'against: expected one of scratch'),
         ({'model': 'a`|b'}, 'model: expected the name of an architecture'),
+        ({'arguments': 'a=1`'}, 'arguments: expected name=value'),
+        ({'arguments': 'a=1\n# owned'}, 'arguments: expected name=value'),
+        ({'arguments': 'a|b'}, 'arguments: expected name=value'),
     ],
 )
 def test_summaries_of_the_wrong_form(changes: dict[str, Any] | None, words: str):
@@ -205,3 +216,26 @@ def test_summaries_of_the_wrong_form(changes: dict[str, Any] | None, words: str)
     given = None if changes is None else {name: value for name, value in values.items() if value is not ...}
     with pytest.raises(ReparamError, match=words):
         Summary.from_dict(given)
+
+
+def test_networks_of_one_architecture_are_compared_each_with_its_own(tmp_path: Path):
+    wide, narrow = ({'options': f'{{"model_kwargs": {{"width": {width}, "kind": [1, 2]}}}}'} for width in (64, 8))
+    rows = [row('stock', 0, 90.0, train_parameters=1000, **wide), row('doconv', 0, 91.0, **wide)]
+    assert setup_words(summarize(rows)) == {('resnet18', 'width=64, kind=[1, 2]', 32): '`resnet18`, 32 px'}
+    rows += [row('stock', 0, 70.0, train_parameters=100, **narrow), row('doconv', 0, 73.0, **narrow)]
+    summaries = summarize(read_results(write(tmp_path / 'r.csv', rows)))
+    assert [(one.arguments[:8], one.difference) for one in summaries if one.method == 'doconv'] == [
+        ('width=64', 1.0),
+        ('width=8,', 3.0),
+    ]
+    lines = format_summary(summaries).splitlines()
+    assert [line.split(' | ')[0] for line in lines[2:]] == [
+        *['| `resnet18(width=64, kind=[1, 2])`, 32 px'] * 2,
+        *['| `resnet18(width=8, kind=[1, 2])`, 32 px'] * 2,
+    ]
+
+
+@pytest.mark.parametrize('options', ['{', '[]', '{"model_kwargs": 3}'])
+def test_options_that_are_no_json_object(tmp_path: Path, options: str):
+    with pytest.raises(ReparamError, match='line 2: options: expected a json object'):
+        read_results(write(tmp_path / 'r.csv', [row('stock', 0, 90.0, options=options)]))

@@ -26,7 +26,7 @@ from .errors import ReparamError
 from .layers import ACBlock2d
 from .layers.base import exact, exact_copy
 from .profile import Profile, reference_words, setting_words
-from .results import METHODS, Summary
+from .results import METHODS, Summary, setup_words
 
 __all__ = [
     'Curve',
@@ -441,10 +441,10 @@ def plot_gains(summaries: Sequence[Summary], path: str | Path) -> None:
     Raises:
         ReparamError: There is no difference to draw, a variant's step ratio is not known, or what `check_plot` refuses.
     """
-    panels: dict[tuple[str, int], list[Summary]] = {}
+    panels: dict[tuple[str, str, int], list[Summary]] = {}
     for summary in summaries:
         if summary.against is not None:
-            panels.setdefault((summary.model, summary.size), []).append(summary)
+            panels.setdefault(summary.setup, []).append(summary)
     compared = [summary for summary in summaries if summary.difference is not None]
     if not compared:
         raise ReparamError(f'{path}: expected runs of a variant and of stock with the same seed and epochs, found none')
@@ -456,9 +456,10 @@ def plot_gains(summaries: Sequence[Summary], path: str | Path) -> None:
         grid = figure.subplots(math.ceil(len(panels) / columns), columns, squeeze=False)
         for axes in grid.flat[len(panels) :]:
             axes.set_axis_off()
-        for axes, ((model, size), entries) in zip(grid.flat, panels.items()):
+        titles = setup_words(summaries)
+        for axes, (setup, entries) in zip(grid.flat, panels.items()):
             _draw_gains(axes, entries)
-            axes.set_title(f'{model}, {size} px', fontsize='medium')
+            axes.set_title(titles[setup].replace('`', ''), fontsize='medium', wrap=True)
 
 
 def _draw_gains(axes: Any, entries: Sequence[Summary]) -> None:

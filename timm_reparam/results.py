@@ -1,11 +1,12 @@
 """What a variant gains: training runs of a results file condensed to means, paired differences and their intervals."""
 
 import csv
+import json
 import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -18,8 +19,10 @@ __all__ = [
     'METHODS',
     'Summary',
     'format_summary',
+    'model_arguments',
     'of_variant',
     'read_results',
+    'setup_words',
     'student_quantile',
     'summarize',
 ]
@@ -71,6 +74,7 @@ class Summary:
         difference: Mean over these pairs of top-1 minus stock's, in points; None without pairs.
         low: Lower end of the difference's 95 % confidence interval, by Student's t; None with fewer than two pairs.
         high: Upper end.
+        arguments: What the architecture was built with, besides its defaults.
     """
 
     model: str
@@ -89,6 +93,12 @@ class Summary:
     difference: float | None = None
     low: float | None = None
     high: float | None = None
+    arguments: str = ''
+
+    @property
+    def setup(self) -> tuple[str, str, int]:
+        """What is compared within: the model, its arguments, and the size of the images."""
+        return self.model, self.arguments, self.size
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, for json."""
@@ -111,9 +121,10 @@ class Summary:
         """
         if not isinstance(values, Mapping):
             raise ReparamError(f'{place}: expected a dict, got {type(values).__name__}')
-        expected = {field.name for field in fields(cls)}
-        if values.keys() != expected:
-            missing, unknown = sorted(expected - values.keys()), sorted(values.keys() - expected)
+        known = {field.name for field in fields(cls)}
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
+        missing, unknown = sorted(needed - values.keys()), sorted(values.keys() - known)
+        if missing or unknown:
             raise ReparamError(f'{place}: expected the fields of a Summary; missing: {missing}, unknown: {unknown}')
         hints = get_type_hints(cls)
         for name, value in values.items():
@@ -122,13 +133,15 @@ class Summary:
             if not isinstance(value, kinds) or isinstance(value, bool):
                 words = ' or '.join('None' if kind is type(None) else kind.__name__ for kind in kinds)
                 raise ReparamError(f'{place}.{name}: expected {words}, got {value!r}')
-        for name, known in (('method', METHODS), ('protocol', _AGAINST), ('against', (*_AGAINST, None))):
-            if values[name] not in known:
+        for name, names in (('method', METHODS), ('protocol', _AGAINST), ('against', (*_AGAINST, None))):
+            if values.get(name) not in names:
                 raise ReparamError(
-                    f'{place}.{name}: expected one of {", ".join(map(str, known))}, got {values[name]!r}'
+                    f'{place}.{name}: expected one of {", ".join(map(str, names))}, got {values[name]!r}'
                 )
         if not re.fullmatch(r'[A-Za-z0-9_.-]+', values['model']):
             raise ReparamError(f'{place}.model: expected the name of an architecture, got {values["model"]!r}')
+        if not re.fullmatch(r'[ -_a-{}~]*', values.get('arguments', '')):  # what a code span in a table can hold
+            raise ReparamError(f'{place}.arguments: expected name=value, in ascii, got {values["arguments"]!r}')
         return cls(**values)
 
 
@@ -172,14 +185,15 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
 def summarize(rows: Iterable[Mapping[str, Any]]) -> list[Summary]:
     """Condense runs to one entry a method, and compare each with stock, run by run.
 
-    A pair shares model, size, epochs and seed. Runs from scratch are compared with stock from scratch, fine-tuned ones
-    with fine-tuned stock, refocused ones with fine-tuned stock and, in a second entry, with stock from scratch.
+    A pair shares model, its arguments, size, epochs and seed. Runs from scratch are compared with stock from scratch,
+    fine-tuned ones with fine-tuned stock, refocused ones with fine-tuned stock and, in a second entry, with stock from
+    scratch.
 
     Args:
         rows: As `read_results` returns them.
 
     Returns:
-        The entries by model, size and epochs, and within these in the order of the protocols and of `METHODS`.
+        The entries by model, arguments, size and epochs, within these in the order of the protocols and of `METHODS`.
 
     Raises:
         ReparamError: Runs of one entry have different numbers of parameters.
@@ -189,17 +203,18 @@ def summarize(rows: Iterable[Mapping[str, Any]]) -> list[Summary]:
         groups.setdefault(_group(row), {})[row['seed']] = row
 
     def place(group: tuple) -> tuple:
-        model, size, epochs, protocol, method = group
-        return model, size, epochs, list(_AGAINST).index(protocol), list(METHODS).index(method)
+        *setup, epochs, protocol, method = group
+        return *setup, epochs, list(_AGAINST).index(protocol), list(METHODS).index(method)
 
     summaries = []
     for group in sorted(groups, key=place):
-        model, size, epochs, protocol, method = group
+        model, arguments, size, epochs, protocol, method = group
         runs = groups[group]
         top1 = [row['top1'] for row in runs.values()]
         ratios = [row['step_ratio'] for row in runs.values() if row['step_ratio'] is not None]
         common: dict[str, Any] = dict(
-            **dict(model=model, size=size, method=method, protocol=protocol, epochs=epochs, n=len(runs)),
+            **dict(model=model, arguments=arguments, size=size, method=method, protocol=protocol, epochs=epochs),
+            n=len(runs),
             mean=statistics.fmean(top1),
             std=statistics.stdev(top1) if len(top1) > 1 else None,
             step_ratio=statistics.fmean(ratios) if ratios else None,
@@ -209,12 +224,25 @@ def summarize(rows: Iterable[Mapping[str, Any]]) -> list[Summary]:
             summaries.append(Summary(**common))
             continue
         for against in _AGAINST[protocol]:
-            stock = groups.get((model, size, epochs, against, 'stock'), {})
+            stock = groups.get((model, arguments, size, epochs, against, 'stock'), {})
             differences = [row['top1'] - stock[seed]['top1'] for seed, row in runs.items() if seed in stock]
             mean, low, high = _interval(differences)
             compared: dict[str, Any] = dict(difference=mean, low=low, high=high, pairs=len(differences))
             summaries.append(Summary(**common, against=against, **compared))
     return summaries
+
+
+def model_arguments(row: Mapping[str, Any]) -> str:
+    """What the architecture of a run was built with, besides its defaults.
+
+    Args:
+        row: One of `read_results`.
+
+    Returns:
+        ``model_kwargs`` of its options, as ``name=value, …``.
+    """
+    arguments = json.loads(row['options'] or '{}').get('model_kwargs') or {}
+    return ', '.join(f'{name}={value}' for name, value in arguments.items())
 
 
 def of_variant(summaries: Iterable[Summary], variant: str) -> list[Summary]:
@@ -229,12 +257,12 @@ def of_variant(summaries: Iterable[Summary], variant: str) -> list[Summary]:
     """
     summaries = list(summaries)
     chosen = [summary for summary in summaries if METHODS[summary.method] == variant]
-    compared = {(summary.model, summary.size, summary.epochs, summary.against) for summary in chosen}
+    compared = {(summary.setup, summary.epochs, summary.against) for summary in chosen}
     return [
         summary
         for summary in summaries
         if summary in chosen
-        or (summary.method == 'stock' and (summary.model, summary.size, summary.epochs, summary.protocol) in compared)
+        or (summary.method == 'stock' and (summary.setup, summary.epochs, summary.protocol) in compared)
     ]
 
 
@@ -247,7 +275,7 @@ def format_summary(summaries: Sequence[Summary]) -> str:
     Returns:
         The table, one line a summary; a column of the model only where there are several.
     """
-    setups = {(summary.model, summary.size) for summary in summaries}
+    setups = setup_words(summaries)
     header = ['method', 'epochs', 'runs', 'top-1 (%)', 'difference to stock (95 % interval)', 'training step']
     header.append('parameters, train-time / fused')
     rows = [['model', *header] if len(setups) > 1 else header]
@@ -264,10 +292,27 @@ def format_summary(summaries: Sequence[Summary]) -> str:
                 for number in (summary.train_parameters, summary.fused_parameters)
             ),
         ]
-        rows.append([f'`{summary.model}`, {summary.size} px', *row] if len(setups) > 1 else row)
+        rows.append([setups[summary.setup], *row] if len(setups) > 1 else row)
     texts = rows[0].index('epochs')
     rows.insert(1, ['---'] * texts + ['---:'] * (len(rows[0]) - texts))
     return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+
+
+def setup_words(summaries: Iterable[Summary]) -> dict[tuple[str, str, int], str]:
+    """Name what summaries are compared within.
+
+    Args:
+        summaries: As `summarize` returns them.
+
+    Returns:
+        By `Summary.setup` the model and the size in Markdown, the arguments where a model has been built with several.
+    """
+    setups = list(dict.fromkeys(summary.setup for summary in summaries))
+    built = {model: {one for name, one, _ in setups if name == model} for model, _, _ in setups}
+    return {
+        (model, arguments, size): f'`{model}{f"({arguments})" if len(built[model]) > 1 else ""}`, {size} px'
+        for model, arguments, size in setups
+    }
 
 
 def student_quantile(probability: float, degrees: int) -> float:
@@ -336,6 +381,10 @@ def _parsed(row: Mapping[str, str | None], place: str) -> dict[str, Any]:
             raise ReparamError(f'{place}: {column}: expected {kind.__name__}, got {text!r}') from error
         if column in _REQUIRED and kind is float and not math.isfinite(values[column]):
             raise ReparamError(f'{place}: {column}: expected a finite number, got {text!r}')
+    try:
+        model_arguments(values)
+    except (AttributeError, ValueError) as error:
+        raise ReparamError(f'{place}: options: expected a json object, got {values["options"]!r}') from error
     for column, known in (('method', METHODS), ('protocol', _AGAINST)):
         if values[column] not in known:
             raise ReparamError(f'{place}: {column}: expected one of {", ".join(known)}, got {values[column]!r}')
@@ -343,7 +392,7 @@ def _parsed(row: Mapping[str, str | None], place: str) -> dict[str, Any]:
 
 
 def _group(row: Mapping[str, Any]) -> tuple:
-    return row['model'], row['size'], row['epochs'], row['protocol'], row['method']
+    return row['model'], model_arguments(row), row['size'], row['epochs'], row['protocol'], row['method']
 
 
 def _words(row: Mapping[str, Any]) -> str:

@@ -59,7 +59,16 @@ from timm_reparam.hub.cards import read_facts
 from timm_reparam.hub.checkpoint import add_facts, save_checkpoint, save_pair
 from timm_reparam.layers import RefConv2d
 from timm_reparam.profile import compare_profiles
-from timm_reparam.results import COLUMNS, METHODS, Summary, format_summary, of_variant, read_results, summarize
+from timm_reparam.results import (
+    COLUMNS,
+    METHODS,
+    Summary,
+    format_summary,
+    model_arguments,
+    of_variant,
+    read_results,
+    summarize,
+)
 
 NUM_CLASSES, SIDE, CROP_PADDING = 10, 32, 4
 # Largest number of images that are evaluated at once.
@@ -627,11 +636,12 @@ def add_comparison(folder: Path, settings: Settings, summaries: Sequence[Summary
     """Put the rows of a model's method, and of the stock runs that it is compared with, into the model's card."""
     if settings.variant is None or settings.holdout:
         return
+    row = read_json(folder.parents[1] / 'result.json')['row']
+    run = ((settings.model, model_arguments(row), settings.size), settings.epochs)
     entries = [
         summary.to_dict()
         for summary in of_variant(summaries, settings.variant)
-        if (summary.model, summary.size, summary.epochs) == (settings.model, settings.size, settings.epochs)
-        and summary.method in ('stock', settings.method)
+        if (summary.setup, summary.epochs) == run and summary.method in ('stock', settings.method)
     ]
     if entries and (read_facts(folder) or {}).get('results') != entries:
         add_facts(folder, dict(results=entries))

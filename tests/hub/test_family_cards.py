@@ -58,7 +58,11 @@ def results_file(folder: Path, **changes: str) -> None:
 def test_cards_state_the_runs_of_their_family(folder: Path):
     results_file(folder)
     card = render_family_card('resnet_doconv', folder=folder)
-    assert '## Measured on CIFAR-10' in card and '`resnet10t` (stem_width=16)' in card and '0.25 with warmup' in card
+    assert (
+        '## Measured on CIFAR-10' in card
+        and '`resnet10t` (stem_width=16)' in card
+        and 'learning rate 0.25, weight' in card
+    )
     rows = [line for line in card.splitlines() if line.startswith('| `') and ' ± ' in line]
     assert [row.split('|')[1].strip() for row in rows] == ['`stock`', '`doconv`']
     assert '80.50 ± 0.71' in rows[0] and '+1.00 [+1.00, +1.00]' in rows[1] and '1.50 k / 1.00 k' in rows[1]
@@ -71,6 +75,23 @@ def test_cards_state_the_runs_of_their_family(folder: Path):
     assert 'resnet_doconv.md' in check_cards(folder)
     assert 'resnet_doconv.md' in write_cards(folder, recount=False)
     assert check_cards(folder) == []
+
+
+def test_each_network_and_image_size_has_a_table(folder: Path):
+    results_file(folder)
+    first = (folder / RESULTS_NAME).read_text()
+    results_file(folder, size='48', lr='0.5', options='{"model_kwargs": {"stem_width": 8}}', device='a faster one')
+    second = (folder / RESULTS_NAME).read_text()
+    (folder / RESULTS_NAME).write_text(first + second.partition('\n')[2])
+    card = render_family_card('resnet_doconv', folder=folder).partition('## Measured')[2]
+    for words in ('(stem_width=16), images of 32 px', 'learning rate 0.25', '(stem_width=8), images of 48 px',
+                  'learning rate 0.5', 'on a faster one:'):  # fmt: skip
+        assert card.count(words) == 1
+    rows = [line.split('|')[1].strip() for line in card.splitlines() if line.startswith('| `')]
+    assert rows == ['`stock`', '`doconv`'] * 2
+    assert "a layer's map was" not in card
+    results_file(folder, options='{"map_lr": 3.0}')
+    assert "a layer's map was 3.0 times" in render_family_card('resnet_refconv', folder=folder)
 
 
 def test_cards_without_results(folder: Path):

@@ -21,7 +21,7 @@ from ..convert import VARIANTS, fuse_model
 from ..errors import ReparamError
 from ..models._backbones import MOBILENETV2S, RESNETS
 from ..profile import compare_profiles
-from ..results import format_summary, of_variant, read_results, summarize
+from ..results import format_summary, model_arguments, of_variant, read_results, summarize
 from .cards import bibtex, template_folder
 
 __all__ = ['check_cards', 'families', 'measure_costs', 'render_family_card', 'write_cards']
@@ -224,20 +224,25 @@ def _results(folder: Path, backbone: str, variant: str) -> list[dict[str, str]]:
     ]
     chosen = of_variant(summarize(of_family), variant)
     results = []
-    for model, size in dict.fromkeys((summary.model, summary.size) for summary in chosen):
-        summaries = [summary for summary in chosen if (summary.model, summary.size) == (model, size)]
+    for setup in dict.fromkeys(summary.setup for summary in chosen):
+        model, arguments, size = setup
+        summaries = [summary for summary in chosen if summary.setup == setup]
         methods = {summary.method for summary in summaries}
-        rows = [row for row in of_family if (row['model'], row['size']) == (model, size) and row['method'] in methods]
-        arguments = [json.loads(row['options'] or '{}').get('model_kwargs') or {} for row in rows]
+        rows = [
+            row
+            for row in of_family
+            if (row['model'], model_arguments(row), row['size']) == setup and row['method'] in methods
+        ]
+        options = [json.loads(row['options'] or '{}') for row in rows]
         words = {
             name: ', '.join(sorted({str(row[name]) for row in rows}))
             for name in ('batch_size', 'lr', 'weight_decay', 'device')
         }
-        options = {', '.join(f'{name}={value}' for name, value in given.items()) for given in arguments}
         results.append(
             {
                 **words,
-                'model': f'`{model}`' + (f' ({" or ".join(sorted(options))})' if any(options) else ''),
+                'model': f'`{model}`' + (f' ({arguments})' if arguments else ''),
+                'map_lr': ', '.join(sorted({str(given['map_lr']) for given in options if given.get('map_lr')})),
                 'size': str(size),
                 'seeds': str(max(summary.n for summary in summaries)),
                 'table': format_summary(summaries),
