@@ -221,17 +221,17 @@ def test_summaries_of_the_wrong_form(changes: dict[str, Any] | None, words: str)
 def test_networks_of_one_architecture_are_compared_each_with_its_own(tmp_path: Path):
     wide, narrow = ({'options': f'{{"model_kwargs": {{"width": {width}, "kind": [1, 2]}}}}'} for width in (64, 8))
     rows = [row('stock', 0, 90.0, train_parameters=1000, **wide), row('doconv', 0, 91.0, **wide)]
-    assert setup_words(summarize(rows)) == {('resnet18', 'width=64, kind=[1, 2]', 32): '`resnet18`, 32 px'}
+    assert setup_words(summarize(rows)) == {('resnet18', 'width=64 kind=[1,2]', 32): '`resnet18`, 32 px'}
     rows += [row('stock', 0, 70.0, train_parameters=100, **narrow), row('doconv', 0, 73.0, **narrow)]
     summaries = summarize(read_results(write(tmp_path / 'r.csv', rows)))
     assert [(one.arguments[:8], one.difference) for one in summaries if one.method == 'doconv'] == [
         ('width=64', 1.0),
-        ('width=8,', 3.0),
+        ('width=8 ', 3.0),
     ]
     lines = format_summary(summaries).splitlines()
     assert [line.split(' | ')[0] for line in lines[2:]] == [
-        *['| `resnet18(width=64, kind=[1, 2])`, 32 px'] * 2,
-        *['| `resnet18(width=8, kind=[1, 2])`, 32 px'] * 2,
+        *['| `resnet18 width=64`, 32 px'] * 2,
+        *['| `resnet18 width=8`, 32 px'] * 2,
     ]
 
 

@@ -459,7 +459,7 @@ def plot_gains(summaries: Sequence[Summary], path: str | Path) -> None:
         titles = setup_words(summaries)
         for axes, (setup, entries) in zip(grid.flat, panels.items()):
             _draw_gains(axes, entries)
-            axes.set_title(titles[setup].replace('`', ''), fontsize='medium', wrap=True)
+            axes.set_title(titles[setup].replace('`', ''), fontsize='small')
 
 
 def _draw_gains(axes: Any, entries: Sequence[Summary]) -> None:

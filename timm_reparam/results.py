@@ -239,10 +239,10 @@ def model_arguments(row: Mapping[str, Any]) -> str:
         row: One of `read_results`.
 
     Returns:
-        ``model_kwargs`` of its options, as ``name=value, …``.
+        ``model_kwargs`` of its options as on a command line, ``name=value …``.
     """
     arguments = json.loads(row['options'] or '{}').get('model_kwargs') or {}
-    return ', '.join(f'{name}={value}' for name, value in arguments.items())
+    return ' '.join(f'{name}={str(value).replace(" ", "")}' for name, value in arguments.items())
 
 
 def of_variant(summaries: Iterable[Summary], variant: str) -> list[Summary]:
@@ -305,14 +305,15 @@ def setup_words(summaries: Iterable[Summary]) -> dict[tuple[str, str, int], str]
         summaries: As `summarize` returns them.
 
     Returns:
-        By `Summary.setup` the model and the size in Markdown, the arguments where a model has been built with several.
+        By `Summary.setup` the model and the size in Markdown, with the arguments that tell it from others of the model.
     """
     setups = list(dict.fromkeys(summary.setup for summary in summaries))
-    built = {model: {one for name, one, _ in setups if name == model} for model, _, _ in setups}
-    return {
-        (model, arguments, size): f'`{model}{f"({arguments})" if len(built[model]) > 1 else ""}`, {size} px'
-        for model, arguments, size in setups
-    }
+    words = {}
+    for model, arguments, size in setups:
+        others = [other.split() for name, other, _ in setups if name == model]
+        own = [word for word in arguments.split() if not all(word in other for other in others)]
+        words[model, arguments, size] = f'`{" ".join([model, *own])}`, {size} px'
+    return words
 
 
 def student_quantile(probability: float, degrees: int) -> float:

@@ -1,7 +1,7 @@
 """Time and bytes of syncing a zoo of 50 models to the loopback Hub: the first time, again, and with one model changed.
 
     python tests/benchmarks/sync.py [--models 50] [--workers 4] [--model resnet10t_doconv] [--json]
-    python tests/benchmarks/sync.py --zoo runs/*conv-*-s0/zoo            # trained pairs, those of accuracy.py here
+    python tests/benchmarks/sync.py --zoo tests/benchmarks/zoo           # trained pairs, a result of accuracy.py
 
 The models are small (8 channels), unless another --model is given: what is timed is what a sync does beside hashing
 and sending large files, over a connection without delay. The bytes are counted by the server.

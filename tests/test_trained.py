@@ -1,0 +1,36 @@
+"""The trained pairs in tests/benchmarks/zoo: they load, they are proved, and their cards state how they compare."""
+
+from pathlib import Path
+
+import pytest
+import timm
+
+from timm_reparam.convert import VARIANTS, variant_of
+from timm_reparam.hub import load_checkpoint, verify_checkpoint
+from timm_reparam.hub.cards import read_facts
+from timm_reparam.hub.publish import check_claims
+from timm_reparam.results import Summary, format_summary
+
+ZOO = Path(__file__).parent / 'benchmarks' / 'zoo'
+PAIRS = [(ZOO / f'resnet10t_{variant}.cifar10', ZOO / f'resnet10t_{variant}.cifar10_fused') for variant in VARIANTS]
+
+
+def test_there_is_a_pair_of_every_variant_and_nothing_else():
+    assert sorted(ZOO.iterdir()) == sorted(folder for pair in PAIRS for folder in pair)
+    assert sum(file.stat().st_size for file in ZOO.rglob('*')) < 3_000_000
+
+
+@pytest.mark.parametrize('folder, fused', PAIRS, ids=VARIANTS)
+def test_a_trained_pair(folder: Path, fused: Path):
+    assert verify_checkpoint(folder, fused).passed
+    facts = read_facts(folder)
+    assert facts is not None and facts['metrics']['fused']['top1'] == facts['metrics']['train_time']['top1']
+    table = format_summary([Summary.from_dict(entry) for entry in facts['results']])
+    for form in (folder, fused):
+        assert check_claims(form) == []
+        assert table in (form / 'README.md').read_text(encoding='utf-8')
+    model = load_checkpoint(fused)
+    if facts['variant'] != 'dyconv':
+        stock = timm.create_model('resnet10t', **timm.models.get_model_args(model), num_classes=10)
+        assert [type(module) for module in model.modules()] == [type(module) for module in stock.modules()]
+    assert variant_of(load_checkpoint(folder)) == facts['variant']
