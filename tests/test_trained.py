@@ -31,6 +31,6 @@ def test_a_trained_pair(folder: Path, fused: Path):
         assert table in (form / 'README.md').read_text(encoding='utf-8')
     model = load_checkpoint(fused)
     if facts['variant'] != 'dyconv':
-        stock = timm.create_model('resnet10t', **timm.models.get_model_args(model), num_classes=10)
+        stock = timm.create_model('resnet10t', **timm.models.get_model_args(model))
         assert [type(module) for module in model.modules()] == [type(module) for module in stock.modules()]
     assert variant_of(load_checkpoint(folder)) == facts['variant']
