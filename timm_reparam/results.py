@@ -19,9 +19,9 @@ __all__ = [
     'METHODS',
     'Summary',
     'format_summary',
-    'model_arguments',
     'of_variant',
     'read_results',
+    'setup_of',
     'setup_words',
     'student_quantile',
     'summarize',
@@ -232,17 +232,18 @@ def summarize(rows: Iterable[Mapping[str, Any]]) -> list[Summary]:
     return summaries
 
 
-def model_arguments(row: Mapping[str, Any]) -> str:
-    """What the architecture of a run was built with, besides its defaults.
+def setup_of(row: Mapping[str, Any]) -> tuple[str, str, int]:
+    """What a run is compared within, as `Summary.setup`.
 
     Args:
         row: One of `read_results`.
 
     Returns:
-        ``model_kwargs`` of its options as on a command line, ``name=value …``.
+        The model, ``model_kwargs`` of its options as on a command line, ``name=value …``, and the size of the images.
     """
     arguments = json.loads(row['options'] or '{}').get('model_kwargs') or {}
-    return ' '.join(f'{name}={str(value).replace(" ", "")}' for name, value in arguments.items())
+    words = ' '.join(f'{name}={str(value).replace(" ", "")}' for name, value in arguments.items())
+    return row['model'], words, row['size']
 
 
 def of_variant(summaries: Iterable[Summary], variant: str) -> list[Summary]:
@@ -383,7 +384,7 @@ def _parsed(row: Mapping[str, str | None], place: str) -> dict[str, Any]:
         if column in _REQUIRED and kind is float and not math.isfinite(values[column]):
             raise ReparamError(f'{place}: {column}: expected a finite number, got {text!r}')
     try:
-        model_arguments(values)
+        setup_of(values)
     except (AttributeError, ValueError) as error:
         raise ReparamError(f'{place}: options: expected a json object, got {values["options"]!r}') from error
     for column, known in (('method', METHODS), ('protocol', _AGAINST)):
@@ -393,7 +394,7 @@ def _parsed(row: Mapping[str, str | None], place: str) -> dict[str, Any]:
 
 
 def _group(row: Mapping[str, Any]) -> tuple:
-    return row['model'], model_arguments(row), row['size'], row['epochs'], row['protocol'], row['method']
+    return *setup_of(row), row['epochs'], row['protocol'], row['method']
 
 
 def _words(row: Mapping[str, Any]) -> str:

@@ -64,9 +64,9 @@ from timm_reparam.results import (
     METHODS,
     Summary,
     format_summary,
-    model_arguments,
     of_variant,
     read_results,
+    setup_of,
     summarize,
 )
 
@@ -159,9 +159,8 @@ class Settings:
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """timm's groups, biases and norms without decay; those of RefConv's maps apart if `map_lr` says so."""
-        layers = {module.map_weight: module for module in model.modules() if isinstance(module, RefConv2d)}
-        if not self.map_lr:
-            layers = {}
+        modules = model.modules() if self.map_lr else ()
+        layers = {module.map_weight: module for module in modules if isinstance(module, RefConv2d)}
         groups = []
         for group in param_groups_weight_decay(model, self.weight_decay):
             others = [parameter for parameter in group['params'] if parameter not in layers]
@@ -284,9 +283,7 @@ def build(settings: Settings, steps: int, weights: Path | None = None) -> nn.Mod
     if weights is not None:
         arguments.update(pretrained=True, pretrained_cfg_overlay=dict(file=str(weights), num_classes=NUM_CLASSES))
     if variant is not None:
-        name = f'{settings.model}_{variant}'
-        if not timm.is_model(name):
-            register_variant(settings.model, variant)
+        name = register_variant(settings.model, variant)
         init = 'scratch' if weights is None else 'lift'
         options = {**OPTIONS.get(settings.method, {}), **settings.conv_options, 'init': init}
         if variant == 'dyconv':
@@ -427,9 +424,8 @@ def train(settings: Settings, data: Data, runs: Path, device: torch.device) -> d
     model = build(settings, steps, weights).to(device)
     if settings.channels_last:
         model.to(memory_format=torch.channels_last)
-    optimizer = create_optimizer_v2(
-        model, 'sgd', settings.lr, momentum=0.9, param_group_fn=settings.parameter_groups
-    )  # Nesterov's
+    # timm's SGD has Nesterov's momentum
+    optimizer = create_optimizer_v2(model, 'sgd', settings.lr, momentum=0.9, param_group_fn=settings.parameter_groups)
     history: list[dict[str, float]] = []
     checkpoint = folder / 'last.pth.tar'
     if checkpoint.is_file():
@@ -608,7 +604,7 @@ def _costs(args: argparse.Namespace) -> None:
 
 
 def _table(args: argparse.Namespace) -> None:
-    rows = []
+    rows, finished = [], []
     for runs in args.runs:
         costs = runs / 'costs.json'
         ratios = read_json(costs) if costs.is_file() else {}
@@ -617,6 +613,7 @@ def _table(args: argparse.Namespace) -> None:
             if not result['holdout']:
                 row = {**result['row'], 'step_ratio': ratios.get(result['row']['method'], '')}
                 rows.append({k: float(f'{v:.6g}') if isinstance(v, float) else v for k, v in row.items()})
+                finished.append((path.parent, row))
     columns = ('model', 'size', 'epochs', 'protocol')
     rows.sort(key=lambda row: (*(row[name] for name in columns), list(METHODS).index(row['method']), row['seed']))
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -626,25 +623,25 @@ def _table(args: argparse.Namespace) -> None:
     writer.writerows(rows)
     write_whole(args.output, text.getvalue().encode())
     summaries = summarize(read_results(args.output))
-    for runs in args.runs:
-        for folder in sorted(runs.glob('*/zoo/*')):
-            add_comparison(folder, Settings(**read_json(folder.parents[1] / 'settings.json')), summaries)
+    for run, row in finished:
+        add_comparison(run, row, summaries)
     print(f'{len(rows)} runs in {args.output}\n\n{format_summary(summaries)}')
 
 
-def add_comparison(folder: Path, settings: Settings, summaries: Sequence[Summary]) -> None:
-    """Put the rows of a model's method, and of the stock runs that it is compared with, into the model's card."""
-    if settings.variant is None or settings.holdout:
+def add_comparison(run: Path, row: dict[str, Any], summaries: Sequence[Summary]) -> None:
+    """Put the rows of a run's method, and of the stock runs that it is compared with, into the cards of its models."""
+    variant = METHODS[row['method']]
+    if variant is None:
         return
-    row = read_json(folder.parents[1] / 'result.json')['row']
-    run = ((settings.model, model_arguments(row), settings.size), settings.epochs)
     entries = [
         summary.to_dict()
-        for summary in of_variant(summaries, settings.variant)
-        if (summary.setup, summary.epochs) == run and summary.method in ('stock', settings.method)
+        for summary in of_variant(summaries, variant)
+        if (summary.setup, summary.epochs) == (setup_of(row), row['epochs'])
+        and summary.method in ('stock', row['method'])
     ]
-    if entries and (read_facts(folder) or {}).get('results') != entries:
-        add_facts(folder, dict(results=entries))
+    for folder in sorted(run.glob('zoo/*')):
+        if (read_facts(folder) or {}).get('results') != entries:
+            add_facts(folder, dict(results=entries))
 
 
 def _repeat(args: argparse.Namespace) -> int:

@@ -349,7 +349,7 @@ for _ in range(5):
     assert load_checkpoint(tmp_path / 'm').num_classes in (3, 4)
 
 
-@pytest.mark.parametrize('checked', ['save', 'pair'])
+@pytest.mark.parametrize('checked', ['save', 'pair', 'facts'])
 def test_looks_only_when_no_other_save_is_at_work(tmp_path: Path, checked: str):
     """What lies there while another save exchanges folders is no reason to refuse."""
     fcntl = pytest.importorskip('fcntl')
@@ -362,6 +362,8 @@ def test_looks_only_when_no_other_save_is_at_work(tmp_path: Path, checked: str):
         try:
             if checked == 'save':
                 outcome.append(save_checkpoint(model, target))
+            elif checked == 'facts':
+                outcome.append(add_facts(target, {'license': 'mit'}))
             else:
                 outcome.append(check_pair(SMALL, tmp_path, tag='a'))
         except BaseException as error:
@@ -379,7 +381,7 @@ def test_looks_only_when_no_other_save_is_at_work(tmp_path: Path, checked: str):
     finally:
         os.close(descriptor)
     thread.join(60)
-    assert outcome == [target if checked == 'save' else None]
+    assert outcome == [None if checked == 'pair' else target]
 
 
 # Refusals, with everything left as it was

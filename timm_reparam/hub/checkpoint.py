@@ -586,12 +586,12 @@ class _Copy:
 
     def __init__(self, source: Path, target: Path, facts: Mapping[str, Any] | None = None):
         self.source, self.target = source, target
-        self.architecture = read_config(source)['architecture']
-        self.facts = None if facts is None else check_facts({**(read_facts(source) or {}), **facts})
-        card = source / CARD_NAME
-        self._renders = self.facts is not None and (
-            not card.is_file() or card.read_bytes() == render_card(source).encode()
-        )
+        self.facts = None if facts is None else check_facts(facts)
+
+    @property
+    def architecture(self) -> str:
+        """What the source holds; read when it is asked for, with the lock held, for the source may be the target."""
+        return read_config(self.source)['architecture']
 
     def write_model(self, folder: Path) -> None:
         """Copy the configuration and the weights."""
@@ -599,15 +599,16 @@ class _Copy:
             shutil.copyfile(self.source / name, folder / name)
 
     def write_texts(self, folder: Path) -> None:
-        """Write the facts and the card, or copy them, if they are there."""
+        """Copy the facts and the card, if they are there; with more facts the card is rendered, if it was before."""
+        for name in (FACTS_NAME, CARD_NAME):
+            if (self.source / name).is_file():
+                shutil.copyfile(self.source / name, folder / name)
         if self.facts is not None:
-            _write_facts(folder, self.facts)
-        elif (self.source / FACTS_NAME).is_file():
-            shutil.copyfile(self.source / FACTS_NAME, folder / FACTS_NAME)
-        if self._renders:
-            _write_text(folder / CARD_NAME, render_card(folder))
-        elif (self.source / CARD_NAME).is_file():
-            shutil.copyfile(self.source / CARD_NAME, folder / CARD_NAME)
+            card = folder / CARD_NAME
+            renders = not card.is_file() or card.read_bytes() == render_card(folder).encode()
+            _write_facts(folder, {**(read_facts(folder) or {}), **self.facts})
+            if renders:
+                _write_text(card, render_card(folder))
 
 
 def _architecture(model: nn.Module) -> str:

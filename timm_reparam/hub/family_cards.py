@@ -21,7 +21,7 @@ from ..convert import VARIANTS, fuse_model
 from ..errors import ReparamError
 from ..models._backbones import MOBILENETV2S, RESNETS
 from ..profile import compare_profiles
-from ..results import format_summary, model_arguments, of_variant, read_results, summarize
+from ..results import format_summary, of_variant, read_results, setup_of, summarize
 from .cards import bibtex, template_folder
 
 __all__ = ['check_cards', 'families', 'measure_costs', 'render_family_card', 'write_cards']
@@ -228,11 +228,7 @@ def _results(folder: Path, backbone: str, variant: str) -> list[dict[str, str]]:
         model, arguments, size = setup
         summaries = [summary for summary in chosen if summary.setup == setup]
         methods = {summary.method for summary in summaries}
-        rows = [
-            row
-            for row in of_family
-            if (row['model'], model_arguments(row), row['size']) == setup and row['method'] in methods
-        ]
+        rows = [row for row in of_family if setup_of(row) == setup and row['method'] in methods]
         options = [json.loads(row['options'] or '{}') for row in rows]
         words = {
             name: ', '.join(sorted({str(row[name]) for row in rows}))
