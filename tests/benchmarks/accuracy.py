@@ -285,7 +285,7 @@ def build(settings: Settings, steps: int, weights: Path | None = None) -> nn.Mod
     if variant is not None:
         name = register_variant(settings.model, variant)
         init = 'scratch' if weights is None else 'lift'
-        options = {**OPTIONS.get(settings.method, {}), **settings.conv_options, 'init': init}
+        options = {**OPTIONS.get(settings.method, {}), 'init': init, **settings.conv_options}
         if variant == 'dyconv':
             options = {'temperature_steps': max(round(settings.anneal * steps), 1), **options}
         arguments['conv_options'] = options
