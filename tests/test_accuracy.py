@@ -18,6 +18,7 @@ from stand_in import randomise
 from torch import nn
 
 from timm_reparam import ACBlock2d, is_variant, plan_conversion
+from timm_reparam.hub import add_facts
 from timm_reparam.layers import RefConv2d
 from timm_reparam.results import COLUMNS, METHODS, format_summary, read_results, summarize
 
@@ -297,6 +298,13 @@ def test_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert sorted(os.listdir(zoo)) == ['resnet10t_acconv.cifar10_none', 'resnet10t_acconv.cifar10_none_fused']
     table = format_summary(summarize(read_results(results)))
     assert '`acconv_none`' in table and all(table in (form / 'README.md').read_text() for form in zoo.iterdir())
+    content = results.read_bytes()
+    for form in zoo.iterdir():
+        add_facts(form, dict(results=[]))
+    elsewhere = ['--runs', str(tmp_path / 'others'), '-o', str(results)]
+    assert accuracy.main(['table', *elsewhere, '--keep', '--zoo', str(zoo)]) == 0
+    assert results.read_bytes() == content  # rows of runs that are not here stay
+    assert all(table in (form / 'README.md').read_text() for form in zoo.iterdir())
     assert list(row) == list(COLUMNS)
     assert row['step_ratio'] == '1.0' and json.loads(row['options'])['model_kwargs']['stem_width'] == 8
     where[-1] = str(tmp_path / 'again')

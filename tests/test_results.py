@@ -209,6 +209,7 @@ def test_summaries_come_back_from_json():
         ({'arguments': 'a=1`'}, 'arguments: expected name=value'),
         ({'arguments': 'a=1\n# owned'}, 'arguments: expected name=value'),
         ({'arguments': 'a|b'}, 'arguments: expected name=value'),
+        ({'options': 'a`b'}, 'options: expected name=value'),
     ],
 )
 def test_summaries_of_the_wrong_form(changes: dict[str, Any] | None, words: str):
@@ -235,7 +236,31 @@ def test_networks_of_one_architecture_are_compared_each_with_its_own(tmp_path: P
     ]
 
 
-@pytest.mark.parametrize('options', ['{', '[]', '{"model_kwargs": 3}'])
+def test_options_of_the_layers_are_told_apart(tmp_path: Path):
+    """Each set of options is compared with the same stock runs; what does not concern the layers is no option."""
+    given = [
+        '{"conv_options": {}, "map_lr": 0.0, "warmup": 1.0}',
+        '{"conv_options": {"gamma_init": 1.0, "bias": [1, 2]}}',
+        '{"map_lr": 3.0}',
+    ]
+    rows = [row('stock', seed, 90.0 + seed, options=given[0]) for seed in (0, 1)]
+    rows += [
+        row('acconv', seed, 91.0 + gain + seed, options=options)
+        for gain, options in enumerate(given)
+        for seed in (0, 1)
+    ]
+    summaries = summarize(read_results(write(tmp_path / 'r.csv', rows)))
+    assert [(one.label, one.difference, one.pairs) for one in summaries[1:]] == [
+        ('acconv', 1.0, 2),
+        ('acconv gamma_init=1.0 bias=[1,2]', 2.0, 2),
+        ('acconv map_lr=3.0', 3.0, 2),
+    ]
+    assert '\n| `acconv gamma_init=1.0 bias=[1,2]` | 40 | 2 |' in format_summary(summaries)
+    with pytest.raises(ReparamError, match='found twice: resnet18, acconv map_lr=3.0, scratch'):
+        read_results(write(tmp_path / 'r.csv', [*rows, rows[-1]]))
+
+
+@pytest.mark.parametrize('options', ['{', '[]', '{"model_kwargs": 3}', '{"conv_options": [1]}'])
 def test_options_that_are_no_json_object(tmp_path: Path, options: str):
     with pytest.raises(ReparamError, match='line 2: options: expected a json object'):
         read_results(write(tmp_path / 'r.csv', [row('stock', 0, 90.0, options=options)]))

@@ -9,9 +9,10 @@ from timm_reparam.convert import VARIANTS, variant_of
 from timm_reparam.hub import load_checkpoint, verify_checkpoint
 from timm_reparam.hub.cards import read_facts
 from timm_reparam.hub.publish import check_claims
-from timm_reparam.results import Summary, format_summary
+from timm_reparam.results import Summary, format_summary, read_results, summarize
 
 ZOO = Path(__file__).parent / 'benchmarks' / 'zoo'
+RESULTS = Path(__file__).parents[1] / 'model_cards' / 'results' / 'cifar10.csv'
 PAIRS = [(ZOO / f'resnet10t_{variant}.cifar10', ZOO / f'resnet10t_{variant}.cifar10_fused') for variant in VARIANTS]
 
 
@@ -26,6 +27,13 @@ def test_a_trained_pair(folder: Path, fused: Path):
     facts = read_facts(folder)
     assert facts is not None and facts['metrics']['fused']['top1'] == facts['metrics']['train_time']['top1']
     table = format_summary([Summary.from_dict(entry) for entry in facts['results']])
+    recipe = facts['recipe']
+    of_method = [
+        summary.to_dict()
+        for summary in summarize(read_results(RESULTS))
+        if summary.size == recipe['size'] and summary.epochs == recipe['epochs'] and summary.method == recipe['method']
+    ]
+    assert of_method and all(entry in facts['results'] for entry in of_method)
     for form in (folder, fused):
         assert check_claims(form) == []
         assert table in (form / 'README.md').read_text(encoding='utf-8')

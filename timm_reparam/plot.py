@@ -448,7 +448,7 @@ def plot_gains(summaries: Sequence[Summary], path: str | Path) -> None:
     compared = [summary for summary in summaries if summary.difference is not None]
     if not compared:
         raise ReparamError(f'{path}: expected runs of a variant and of stock with the same seed and epochs, found none')
-    unknown = {summary.method: None for summary in compared if summary.step_ratio is None}
+    unknown = {summary.label: None for summary in compared if summary.step_ratio is None}
     if unknown:
         raise ReparamError(f'{path}: step_ratio: expected a ratio to stock, found none of {", ".join(unknown)}')
     columns = min(len(panels), 2)
@@ -470,7 +470,7 @@ def _draw_gains(axes: Any, entries: Sequence[Summary]) -> None:
     settings = list(dict.fromkeys((entry.protocol, entry.against, entry.epochs) for entry in entries))
     missing = []
     for entry in entries:
-        words = entry.method
+        words = entry.label
         words += '' if entry.protocol == entry.against == 'scratch' else f', {entry.protocol} to {entry.against}'
         words += f', {entry.epochs} epochs' if several else ''
         if entry.difference is None:

@@ -20,6 +20,7 @@ __all__ = [
     'Summary',
     'format_summary',
     'of_variant',
+    'options_of',
     'read_results',
     'setup_of',
     'setup_words',
@@ -75,6 +76,7 @@ class Summary:
         low: Lower end of the difference's 95 % confidence interval, by Student's t; None with fewer than two pairs.
         high: Upper end.
         arguments: What the architecture was built with, besides its defaults.
+        options: What its layers and their training were given, besides the method's own settings.
     """
 
     model: str
@@ -94,6 +96,12 @@ class Summary:
     low: float | None = None
     high: float | None = None
     arguments: str = ''
+    options: str = ''
+
+    @property
+    def label(self) -> str:
+        """The method, with its options: what tells the entries of one protocol and setup apart."""
+        return f'{self.method} {self.options}'.rstrip()
 
     @property
     def setup(self) -> tuple[str, str, int]:
@@ -140,8 +148,9 @@ class Summary:
                 )
         if not re.fullmatch(r'[A-Za-z0-9_.-]+', values['model']):
             raise ReparamError(f'{place}.model: expected the name of an architecture, got {values["model"]!r}')
-        if not re.fullmatch(r'[ -_a-{}~]*', values.get('arguments', '')):  # what a code span in a table can hold
-            raise ReparamError(f'{place}.arguments: expected name=value, in ascii, got {values["arguments"]!r}')
+        for name in ('arguments', 'options'):
+            if not re.fullmatch(r'[ -_a-{}~]*', values.get(name, '')):  # what a code span in a table can hold
+                raise ReparamError(f'{place}.{name}: expected name=value, in ascii, got {values[name]!r}')
         return cls(**values)
 
 
@@ -193,7 +202,8 @@ def summarize(rows: Iterable[Mapping[str, Any]]) -> list[Summary]:
         rows: As `read_results` returns them.
 
     Returns:
-        The entries by model, arguments, size and epochs, within these in the order of the protocols and of `METHODS`.
+        The entries by model, arguments, size and epochs, within these in the order of the protocols and of `METHODS`;
+        an entry for each set of options that a method was run with.
 
     Raises:
         ReparamError: Runs of one entry have different numbers of parameters.
@@ -203,17 +213,18 @@ def summarize(rows: Iterable[Mapping[str, Any]]) -> list[Summary]:
         groups.setdefault(_group(row), {})[row['seed']] = row
 
     def place(group: tuple) -> tuple:
-        *setup, epochs, protocol, method = group
-        return *setup, epochs, list(_AGAINST).index(protocol), list(METHODS).index(method)
+        *setup, epochs, protocol, method, options = group
+        return *setup, epochs, list(_AGAINST).index(protocol), list(METHODS).index(method), options
 
     summaries = []
     for group in sorted(groups, key=place):
-        model, arguments, size, epochs, protocol, method = group
+        model, arguments, size, epochs, protocol, method, options = group
         runs = groups[group]
         top1 = [row['top1'] for row in runs.values()]
         ratios = [row['step_ratio'] for row in runs.values() if row['step_ratio'] is not None]
         common: dict[str, Any] = dict(
             **dict(model=model, arguments=arguments, size=size, method=method, protocol=protocol, epochs=epochs),
+            options=options,
             n=len(runs),
             mean=statistics.fmean(top1),
             std=statistics.stdev(top1) if len(top1) > 1 else None,
@@ -224,7 +235,7 @@ def summarize(rows: Iterable[Mapping[str, Any]]) -> list[Summary]:
             summaries.append(Summary(**common))
             continue
         for against in _AGAINST[protocol]:
-            stock = groups.get((model, arguments, size, epochs, against, 'stock'), {})
+            stock = groups.get((model, arguments, size, epochs, against, 'stock', ''), {})
             differences = [row['top1'] - stock[seed]['top1'] for seed, row in runs.items() if seed in stock]
             mean, low, high = _interval(differences)
             compared: dict[str, Any] = dict(difference=mean, low=low, high=high, pairs=len(differences))
@@ -242,8 +253,25 @@ def setup_of(row: Mapping[str, Any]) -> tuple[str, str, int]:
         The model, ``model_kwargs`` of its options as on a command line, ``name=value …``, and the size of the images.
     """
     arguments = json.loads(row['options'] or '{}').get('model_kwargs') or {}
-    words = ' '.join(f'{name}={str(value).replace(" ", "")}' for name, value in arguments.items())
-    return row['model'], words, row['size']
+    return row['model'], _assignments(arguments), row['size']
+
+
+def options_of(row: Mapping[str, Any]) -> str:
+    """What a run's method was given, as `Summary.options`.
+
+    Args:
+        row: One of `read_results`.
+
+    Returns:
+        ``conv_options`` of its options and ``map_lr``, where it is not 0, as on a command line, ``name=value …``.
+    """
+    options = json.loads(row['options'] or '{}')
+    map_lr = options.get('map_lr')
+    return _assignments({**(options.get('conv_options') or {}), **(dict(map_lr=map_lr) if map_lr else {})})
+
+
+def _assignments(values: Mapping[str, Any]) -> str:
+    return ' '.join(f'{name}={str(value).replace(" ", "")}' for name, value in values.items())
 
 
 def of_variant(summaries: Iterable[Summary], variant: str) -> list[Summary]:
@@ -282,7 +310,7 @@ def format_summary(summaries: Sequence[Summary]) -> str:
     rows = [['model', *header] if len(setups) > 1 else header]
     for summary in summaries:
         row = [
-            f'`{summary.method}`' + ('' if summary.protocol == 'scratch' else f', {summary.protocol}'),
+            f'`{summary.label}`' + ('' if summary.protocol == 'scratch' else f', {summary.protocol}'),
             str(summary.epochs),
             str(summary.n),
             f'{summary.mean:.2f}' + ('' if summary.std is None else f' ± {summary.std:.2f}'),
@@ -384,8 +412,8 @@ def _parsed(row: Mapping[str, str | None], place: str) -> dict[str, Any]:
         if column in _REQUIRED and kind is float and not math.isfinite(values[column]):
             raise ReparamError(f'{place}: {column}: expected a finite number, got {text!r}')
     try:
-        setup_of(values)
-    except (AttributeError, ValueError) as error:
+        setup_of(values), options_of(values)
+    except (AttributeError, TypeError, ValueError) as error:
         raise ReparamError(f'{place}: options: expected a json object, got {values["options"]!r}') from error
     for column, known in (('method', METHODS), ('protocol', _AGAINST)):
         if values[column] not in known:
@@ -394,11 +422,12 @@ def _parsed(row: Mapping[str, str | None], place: str) -> dict[str, Any]:
 
 
 def _group(row: Mapping[str, Any]) -> tuple:
-    return *setup_of(row), row['epochs'], row['protocol'], row['method']
+    return *setup_of(row), row['epochs'], row['protocol'], row['method'], options_of(row)
 
 
 def _words(row: Mapping[str, Any]) -> str:
-    return f'{row["model"]}, {row["method"]}, {row["protocol"]}, {row["epochs"]} epochs, {row["size"]} px'
+    method = f'{row["method"]} {options_of(row)}'.rstrip()
+    return f'{row["model"]}, {method}, {row["protocol"]}, {row["epochs"]} epochs, {row["size"]} px'
 
 
 def _one_value(rows: Iterable[Mapping[str, Any]], column: str) -> Any:

@@ -3,7 +3,7 @@ r"""Accuracy on CIFAR-10: the stock backbone and every method, one recipe, paire
     python tests/benchmarks/accuracy.py run --data cifar10 --runs runs --seeds 0 1 2 --jobs 2 \
         --model-kwargs 'channels=(32,48,48,96)' stem_width=16 zero_init_last=False --amp --channels-last
     python tests/benchmarks/accuracy.py costs --runs runs                                # training step, to stock
-    python tests/benchmarks/accuracy.py table --runs runs -o model_cards/results/cifar10.csv
+    python tests/benchmarks/accuracy.py table --runs runs -o model_cards/results/cifar10.csv     # --keep: with its rows
     python tests/benchmarks/accuracy.py repeat model_cards/results/cifar10.csv --row 5 --data cifar10 --runs again
     python tests/benchmarks/accuracy.py run … --holdout 500 --methods stock --lr 0.1     # tuning: no test image is seen
 
@@ -65,6 +65,7 @@ from timm_reparam.results import (
     Summary,
     format_summary,
     of_variant,
+    options_of,
     read_results,
     setup_of,
     summarize,
@@ -604,7 +605,7 @@ def _costs(args: argparse.Namespace) -> None:
 
 
 def _table(args: argparse.Namespace) -> None:
-    rows, finished = [], []
+    rows, folders = [], [folder for zoo in args.zoo for folder in sorted(zoo.iterdir())]
     for runs in args.runs:
         costs = runs / 'costs.json'
         ratios = read_json(costs) if costs.is_file() else {}
@@ -613,9 +614,11 @@ def _table(args: argparse.Namespace) -> None:
             if not result['holdout']:
                 row = {**result['row'], 'step_ratio': ratios.get(result['row']['method'], '')}
                 rows.append({k: float(f'{v:.6g}') if isinstance(v, float) else v for k, v in row.items()})
-                finished.append((path.parent, row))
-    columns = ('model', 'size', 'epochs', 'protocol')
-    rows.sort(key=lambda row: (*(row[name] for name in columns), list(METHODS).index(row['method']), row['seed']))
+                folders += sorted(path.parent.glob('zoo/*'))
+    if args.keep:
+        found = {run_of(row) for row in rows}
+        rows += [row for row in read_results(args.output) if run_of(row) not in found]
+    rows.sort(key=run_of)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     writer = csv.DictWriter(text, tuple(COLUMNS), lineterminator='\n')
@@ -623,25 +626,34 @@ def _table(args: argparse.Namespace) -> None:
     writer.writerows(rows)
     write_whole(args.output, text.getvalue().encode())
     summaries = summarize(read_results(args.output))
-    for run, row in finished:
-        add_comparison(run, row, summaries)
+    for folder in folders:
+        add_comparison(folder, summaries)
     print(f'{len(rows)} runs in {args.output}\n\n{format_summary(summaries)}')
 
 
-def add_comparison(run: Path, row: dict[str, Any], summaries: Sequence[Summary]) -> None:
-    """Put the rows of a run's method, and of the stock runs that it is compared with, into the cards of its models."""
-    variant = METHODS[row['method']]
+def run_of(row: dict[str, Any]) -> tuple:
+    """What tells the runs of a results file apart, and puts them in its order."""
+    columns = ('model', 'size', 'epochs', 'protocol')
+    place = (*(row[name] for name in columns), list(METHODS).index(row['method']), row['seed'])
+    return *place, setup_of(row), options_of(row)
+
+
+def add_comparison(folder: Path, summaries: Sequence[Summary]) -> None:
+    """Put the rows of a model's method, and of the stock runs that it is compared with, into its card."""
+    facts = read_facts(folder) or {}
+    recipe = facts['recipe']
+    variant = METHODS[recipe['method']]
     if variant is None:
         return
+    row = {**recipe, 'options': json.dumps(recipe)}
     entries = [
         summary.to_dict()
         for summary in of_variant(summaries, variant)
         if (summary.setup, summary.epochs) == (setup_of(row), row['epochs'])
-        and summary.method in ('stock', row['method'])
+        and (summary.method == 'stock' or (summary.method, summary.options) == (row['method'], options_of(row)))
     ]
-    for folder in sorted(run.glob('zoo/*')):
-        if (read_facts(folder) or {}).get('results') != entries:
-            add_facts(folder, dict(results=entries))
+    if facts.get('results') != entries:
+        add_facts(folder, dict(results=entries))
 
 
 def _repeat(args: argparse.Namespace) -> int:
@@ -714,6 +726,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.add_parser('table', help='write the results, also into the cards of the models')
     command.add_argument('--runs', type=Path, nargs='+', required=True, metavar='FOLDER', help='of the runs')
     command.add_argument('-o', '--output', type=Path, required=True, metavar='FILE', help='the .csv')
+    command.add_argument('--keep', action='store_true', help='also the rows of the .csv that no folder has a run of')
+    command.add_argument('--zoo', type=Path, nargs='*', default=[], metavar='FOLDER', help='of more such models')
     command.set_defaults(command=_table)
 
     command = commands.add_parser('repeat', parents=[common, data], help='run a row of the results again')
