@@ -241,10 +241,11 @@ def test_settings_that_do_not_matter_do_not_tell_runs_apart() -> None:
     assert refocused.without_idle_settings() == tiny('refconv', 'refocus', 2, **{**others, 'anneal': 1 / 3})
 
 
-def test_maps_have_a_learning_rate_of_their_own() -> None:
+@pytest.mark.parametrize('channels, groups', [(64, 1), (256, 256)])
+def test_maps_have_a_learning_rate_of_their_own(channels: int, groups: int) -> None:
     """A small step of the map moves a kernel on the average as far as a step of its own would."""
     torch.manual_seed(0)
-    layer = RefConv2d(64, 64, 3, bias=False).double()
+    layer = RefConv2d(channels, channels, 3, groups=groups, bias=False).double()
     layer.map_weight.data.zero_()
     settings = tiny('refconv', map_lr=0.5)
     (group,) = settings.parameter_groups(layer)

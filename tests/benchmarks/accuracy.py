@@ -95,7 +95,8 @@ class Settings:
         warmup: Epochs of linear warmup before the cosine.
         second_lr: Peak learning rate of the second half of `refocus` and `finetune`.
         map_lr: How fast refocused kernels move, roughly relative to kernels that are trained themselves: the learning
-            rate of RefConv's maps is this over the square of the kernels' size. 0 treats maps as all other parameters.
+            rate of RefConv's maps is this over the square of the size of the kernels that a map takes in. 0 treats maps
+            as all other parameters.
         anneal: Share of the steps in which dynamic convolution's temperature falls.
         conv_options: Options of the layers beside `OPTIONS`.
         amp: Whether to train under autocast to bfloat16; channels_last.
@@ -168,9 +169,9 @@ class Settings:
             if others:
                 groups.append({**group, 'params': others, 'lr_scale': 1.0})
         for parameter, layer in layers.items():
-            # A step of the map by its gradient moves the kernel by W W^T times the kernel's own gradient.
-            taps = parameter.shape[2] * parameter.shape[3]
-            scale = self.map_lr / (taps * layer.weight.square().mean().item())
+            # A step of the map by its gradient moves a kernel by W W^T times the kernel's own gradient, summed over all
+            # kernels that the map links with it.
+            scale = self.map_lr / (parameter[0].numel() * layer.weight.square().mean().item())
             groups.append(dict(params=[parameter], lr_scale=scale, weight_decay=self.weight_decay / scale))
         return groups
 
