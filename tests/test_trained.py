@@ -7,7 +7,7 @@ import timm
 
 from timm_reparam.convert import VARIANTS, variant_of
 from timm_reparam.hub import load_checkpoint, verify_checkpoint
-from timm_reparam.hub.cards import read_facts
+from timm_reparam.hub.cards import read_facts, render_card
 from timm_reparam.hub.publish import check_claims
 from timm_reparam.results import Summary, format_summary, read_results, summarize
 
@@ -36,7 +36,9 @@ def test_a_trained_pair(folder: Path, fused: Path):
     assert of_method and all(entry in facts['results'] for entry in of_method)
     for form in (folder, fused):
         assert check_claims(form) == []
-        assert table in (form / 'README.md').read_text(encoding='utf-8')
+        card = (form / 'README.md').read_text(encoding='utf-8')
+        assert card == render_card(form), 'made with older templates: write what render_card returns'
+        assert table in card
     model = load_checkpoint(fused)
     if facts['variant'] != 'dyconv':
         stock = timm.create_model('resnet10t', **timm.models.get_model_args(model))
