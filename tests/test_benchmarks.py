@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 from torch import nn
 
 from timm_reparam import plan_conversion
+from timm_reparam.layers import RefConv2d
 
 sys.path.insert(0, str(Path(__file__).parent / 'benchmarks'))
+import map_rates  # noqa: E402
 import training_step  # noqa: E402
 
 SCRIPT = """
@@ -73,3 +76,21 @@ def test_reference_that_cannot_run_is_left_out(folder: Path, monkeypatch: pytest
         'reference DOConv2d',
     ]
     assert all(profile.reference == 'resnet10t' and profile.step_ratio > 0 for profile in profiles)
+
+
+@pytest.mark.parametrize('groups', [1, 2, 6])
+def test_rates_of_a_map_are_those_of_gradient_descent(groups: int):
+    """A step of the map by its gradient moves the kernels by P times their own gradient, P's eigenvalues the rates."""
+    torch.manual_seed(0)
+    layer = RefConv2d(6, 6, 3, groups=groups, bias=False).double()
+
+    rows = [
+        torch.autograd.grad(element, layer.map_weight, retain_graph=True)[0].flatten()
+        for element in layer.equivalent_kernel().flatten()
+    ]
+    jacobian = torch.stack(rows)
+    expected = torch.linalg.eigvalsh(jacobian @ jacobian.T)
+    found = map_rates.map_rates(layer).repeat(layer.map_weight.shape[1], 1).flatten().sort().values
+    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12)
+    ((name, linked, ratio, slow),) = map_rates.rows_of(nn.Sequential(layer))
+    assert (name, linked) == ('0', groups) and ratio > 1 and 0 <= slow < 1
