@@ -6,7 +6,7 @@ import pytest
 import timm
 
 from timm_reparam.convert import VARIANTS, variant_of
-from timm_reparam.hub import load_checkpoint, verify_checkpoint
+from timm_reparam.hub import load_checkpoint, verify, verify_checkpoint
 from timm_reparam.hub.cards import read_facts, render_card
 from timm_reparam.hub.publish import check_claims
 from timm_reparam.results import Summary, format_summary, read_results, summarize
@@ -44,3 +44,9 @@ def test_a_trained_pair(folder: Path, fused: Path):
         stock = timm.create_model('resnet10t', **timm.models.get_model_args(model))
         assert [type(module) for module in model.modules()] == [type(module) for module in stock.modules()]
     assert variant_of(load_checkpoint(folder)) == facts['variant']
+
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('folder', [folder for folder, _ in PAIRS], ids=VARIANTS)
+def test_a_trained_pair_is_verified_without_a_warning(folder: Path):
+    assert verify(folder).passed

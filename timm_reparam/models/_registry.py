@@ -142,7 +142,9 @@ def _create(
     options = dict(conv_options or {})
     init = options.pop('init', 'lift' if pretrained else 'scratch')
     loader = _Loader(stock_name, variant)
-    if not pretrained and any(layer.needs_trained_weights for layer in VARIANTS[variant]):
+    # A model on the meta device has no weights at all: it is built for its shapes.
+    is_for_shapes = torch.get_default_device().type == 'meta'
+    if not pretrained and not is_for_shapes and any(layer.needs_trained_weights for layer in VARIANTS[variant]):
         warnings.warn(
             f'{name} without pretrained weights: its base kernels are frozen at their random start, which is not the '
             'method. Start from trained weights: pretrained=True, or load a checkpoint.',
