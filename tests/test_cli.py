@@ -89,6 +89,13 @@ def test_profile(capsys: pytest.CaptureFixture, pair: tuple[Path, Path]):
     assert stock[-3:] == fused[-3:]
 
 
+@pytest.mark.filterwarnings('error')
+def test_profile_says_nothing_of_weights(capsys: pytest.CaptureFixture):
+    """A RefConv that is only measured needs no trained ones."""
+    assert main(['profile', 'resnet10t_refconv', '--input-size', '3', '32', '32', '--runs', '0']) == 0
+    assert 'resnet10t_refconv, fused' in capsys.readouterr().out
+
+
 def test_profile_with_other_channels(capsys: pytest.CaptureFixture):
     assert (
         main(['profile', 'resnet10t_acconv', '--input-size', '1', '32', '32', '--runs', '0', '--batch-size', '2']) == 0

@@ -6,6 +6,7 @@ import os
 import runpy
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -351,7 +352,9 @@ def _load_model(source: str, **model_args: Any) -> Any:
     if Path(source).is_file():
         return load_training(source)[0]
     if ensure_registered(source):
-        return timm.create_model(source, **model_args)
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', '.*without pretrained weights')  # it is measured or drawn, not trained
+            return timm.create_model(source, **model_args)
     raise ReparamError(
         f'{source}: neither an architecture that timm knows nor a folder nor a file; see timm-reparam list'
     )
