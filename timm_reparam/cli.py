@@ -326,7 +326,7 @@ def _models_to_profile(args: argparse.Namespace) -> tuple[list[str], list[nn.Mod
         raise ReparamError('--conv-options: expected a variant among the architectures, resnet18_doconv for instance')
     for name in args.models:
         options = {'conv_options': args.conv_options} if name in variants else {}
-        model = _load_model(name, **model_args, **options)
+        model = load_model(name, **model_args, **options)
         if Path(name).exists():
             stock, stock_args = f'{name}, stock', {'num_classes': model.num_classes, **get_model_args(model)}
             stock_args.pop('conv_options', None)
@@ -342,10 +342,18 @@ def _models_to_profile(args: argparse.Namespace) -> tuple[list[str], list[nn.Mod
     return names, list(models.values()), [names.index(stocks[name]) for name in names]
 
 
-def _load_model(source: str, **model_args: Any) -> Any:
-    """The model of a checkpoint folder or of a file of the train script, or an architecture by name.
+def load_model(source: str, **model_args: Any) -> Any:
+    """Load the model of a checkpoint folder or of a file of the train script, or build an architecture by name.
 
-    The arguments are those of ``timm.create_model``, for architectures only.
+    Args:
+        source: Folder, file or architecture, variants of any architecture of timm included.
+        **model_args: Arguments of ``timm.create_model``, for architectures only.
+
+    Returns:
+        The model.
+
+    Raises:
+        ReparamError: The source is none of these, or its weights cannot be loaded.
     """
     if Path(source).is_dir():
         return load_checkpoint(source)
@@ -373,7 +381,7 @@ def _plot_kernels(args: argparse.Namespace) -> int:
         tag = source.partition('.')[2]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # for architectures without trained weights: the same picture every time
-            models.append(_load_model(source, pretrained=bool(tag)))
+            models.append(load_model(source, pretrained=bool(tag)))
         path = Path(source).absolute()
         if path.is_dir():
             names.append(path.name)

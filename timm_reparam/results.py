@@ -101,7 +101,7 @@ class Summary:
     @property
     def label(self) -> str:
         """The method, with its options: what tells the entries of one protocol and setup apart."""
-        return f'{self.method} {self.options}'.rstrip()
+        return _label(self.method, self.options)
 
     @property
     def setup(self) -> tuple[str, str, int]:
@@ -425,9 +425,13 @@ def _group(row: Mapping[str, Any]) -> tuple:
     return *setup_of(row), row['epochs'], row['protocol'], row['method'], options_of(row)
 
 
+def _label(method: str, options: str) -> str:
+    return f'{method} {options}'.rstrip()
+
+
 def _words(row: Mapping[str, Any]) -> str:
-    method = f'{row["method"]} {options_of(row)}'.rstrip()
-    return f'{row["model"]}, {method}, {row["protocol"]}, {row["epochs"]} epochs, {row["size"]} px'
+    label = _label(row['method'], options_of(row))
+    return f'{row["model"]}, {label}, {row["protocol"]}, {row["epochs"]} epochs, {row["size"]} px'
 
 
 def _one_value(rows: Iterable[Mapping[str, Any]], column: str) -> Any:

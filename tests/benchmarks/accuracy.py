@@ -634,27 +634,29 @@ def _table(args: argparse.Namespace) -> None:
 
 def run_of(row: dict[str, Any]) -> tuple:
     """What tells the runs of a results file apart, and puts them in its order."""
-    columns = ('model', 'size', 'epochs', 'protocol')
-    place = (*(row[name] for name in columns), list(METHODS).index(row['method']), row['seed'])
-    return *place, setup_of(row), options_of(row)
+    (model, arguments, size), method = setup_of(row), list(METHODS).index(row['method'])
+    return model, size, row['epochs'], row['protocol'], method, row['seed'], arguments, options_of(row)
 
 
 def add_comparison(folder: Path, summaries: Sequence[Summary]) -> None:
     """Put the rows of a model's method, and of the stock runs that it is compared with, into its card."""
     facts = read_facts(folder) or {}
-    recipe = facts['recipe']
-    variant = METHODS[recipe['method']]
-    if variant is None:
-        return
+    recipe = facts.get('recipe') or {}
+    if 'method' not in recipe:
+        raise SystemExit(f'{folder}: expected a model of a run, with its settings in training.json')
+    if METHODS[recipe['method']] is not None and facts.get('results') != (entries := compared_with(recipe, summaries)):
+        add_facts(folder, dict(results=entries))
+
+
+def compared_with(recipe: dict[str, Any], summaries: Sequence[Summary]) -> list[dict[str, Any]]:
+    """The entries of the method that a recipe trains a variant by, and of the stock runs that it is compared with."""
     row = {**recipe, 'options': json.dumps(recipe)}
-    entries = [
+    return [
         summary.to_dict()
-        for summary in of_variant(summaries, variant)
+        for summary in of_variant(summaries, METHODS[recipe['method']])
         if (summary.setup, summary.epochs) == (setup_of(row), row['epochs'])
         and (summary.method == 'stock' or (summary.method, summary.options) == (row['method'], options_of(row)))
     ]
-    if facts.get('results') != entries:
-        add_facts(folder, dict(results=entries))
 
 
 def _repeat(args: argparse.Namespace) -> int:

@@ -10,16 +10,13 @@ rate. Its eigenvalues are the rates; directions of small ones stand still.
 """
 
 import argparse
-import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from timm_reparam.hub import load_checkpoint
+from timm_reparam.cli import load_model
 from timm_reparam.layers import RefConv2d
 
 
@@ -45,13 +42,10 @@ def rows_of(model: nn.Module) -> Iterator[tuple[str, int, float, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description='Rates at which the maps of RefConv let kernels move.')
-    parser.add_argument('model', help='folder of a train-time checkpoint, or a model, which is drawn at random')
-    name = parser.parse_args().model
     torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', '.*without pretrained weights')
-        model = load_checkpoint(name) if Path(name).is_dir() else timm.create_model(name)
+    parser = argparse.ArgumentParser(description='Rates at which the maps of RefConv let kernels move.')
+    parser.add_argument('model', help='train-time checkpoint, or a model, which is drawn at random')
+    model = load_model(parser.parse_args().model)
     print(f'{"layer":<32} {"kernels":>8} {"max/min":>10} {"slow":>6}   (max/min: median; slow: below 1/10 of the mean)')
     for name, linked, ratio, slow in rows_of(model):
         print(f'{name:<32} {linked:>8} {ratio:>10.3g} {slow:>6.0%}')
