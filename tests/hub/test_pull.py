@@ -306,6 +306,17 @@ def test_verify_finds(hub: HubServer, published: str, path: str, edit, words: st
         assert not all(report.checks.values()) and 'NOT proved' in str(report)
 
 
+def test_a_damaged_self_check_is_mended_as_the_error_says(hub: HubServer, published: str, pair: tuple[Path, Path]):
+    repo = f'{published}/{NAMES[1]}'
+    change(hub, repo, CHECK, change_tensors)
+    (problem,) = verify(repo).problems
+    assert problem.endswith('; delete that file on the Hub, publish the pair again')
+    change(hub, repo, CHECK, lambda content: None)
+    publish(pair[0], published)
+    report = verify(repo)
+    assert report.passed, report
+
+
 def test_verify_finds_a_half_new_pair(hub: HubServer, published: str, tmp_path: Path):
     """Each form is right in itself; what each says of the other tells them apart."""
     new = save(tmp_path / 'new', seed=3)

@@ -192,7 +192,8 @@ def _verify_pair(report: VerifyReport, folder: Path, checks: Mapping[Path, Local
                 content = checks[one].source
                 content = content if isinstance(content, bytes) else content.read_bytes()
                 for problem in check_self_check(load_checkpoint(one), content):
-                    raise ReparamError(problem)
+                    # a pair that is equal otherwise is not sent again
+                    raise ReparamError(f'{problem}; delete that file on the Hub, publish the pair again')
     with _problem(report, f'{folder.name}: pair'), one_at_a_time:
         report.fusion = verify_checkpoint(folder)
         if not report.fusion.passed:
