@@ -62,7 +62,7 @@ from timm.loss import (
     load_class_stats,
     resolve_class_weights,
 )
-from timm.models import clean_state_dict, load_checkpoint, safe_model_name
+from timm.models import clean_state_dict, get_model_args, load_checkpoint, safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import (
@@ -1448,7 +1448,12 @@ class CheckpointState:
         run = self.run
         if ema:
             return {} if run.ema is None else dict(state_dict_ema=run.ema.module.state_dict())
-        state = dict(arch=architecture_of(run.model), args=run.settings, state_dict=run.model.state_dict())
+        state = dict(
+            arch=architecture_of(run.model),
+            model_args=get_model_args(run.model),
+            args=run.settings,
+            state_dict=run.model.state_dict(),
+        )
         if task_state := run.task.get_task_state():
             state['task_state'] = task_state
         plateau = getattr(run.scheduler, 'lr_scheduler', None)

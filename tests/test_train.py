@@ -30,9 +30,10 @@ from timm import utils
 from timm.models import load_state_dict
 from timm.task import resume_task_checkpoint
 
-from timm_reparam import DOConv2d, DynamicConv2d, ReparamError, fuse_model, verify_fusion
+from timm_reparam import DOConv2d, DynamicConv2d, ReparamError, cli, fuse_model, verify_fusion
 from timm_reparam.convert import VARIANTS
-from timm_reparam.hub.training import read_training
+from timm_reparam.hub import load_checkpoint
+from timm_reparam.hub.training import load_training, read_training
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -849,6 +850,32 @@ def test_checkpoints_are_read_without_running_code_and_by_timm(flags, tmp_path):
     assert resume_task_checkpoint(task, str(path), optimizer=run.optimizer) == 1
     same(dict(run.model.state_dict()), dict(checkpoint['state_dict']))
     same(dict(load_state_dict(str(path))), dict(checkpoint['state_dict_ema']))
+
+
+@pytest.mark.parametrize(
+    'extra',
+    [
+        (),
+        ('--model-ema',),
+        ('--variant', 'doconv', '--conv-options', 'skip=layer1.*'),
+        ('--aug-splits', '2', '--split-bn'),
+    ],
+    ids=' '.join,
+)
+def test_checkpoints_are_models_for_the_command_line(extra, flags, tmp_path):
+    model = 'resnet18' if '--variant' in extra else 'resnet18_doconv'
+    assert train.main(flags('--epochs', '1', *extra, model=model)) == 0
+    last = tmp_path / 'output/run/last.pth.tar'
+    loaded, data_config, facts = load_training(last)
+    checkpoint = torch.load(last, weights_only=True)
+    weights = checkpoint.get('state_dict_ema', checkpoint['state_dict'])
+    same(dict(loaded.state_dict()), {key: value for key, value in weights.items() if '.aux_bn.' not in key})
+    assert data_config['input_size'][-1] == SIDE and facts['recipe']['epochs'] == 1
+    fused = tmp_path / 'other' / 'resnet18_doconv.again_fused'
+    assert cli.main(['fuse', str(last), str(fused)]) == 0
+    saved = load_checkpoint(tmp_path / 'zoo' / 'resnet18_doconv.photos_fused').eval()
+    x = torch.randn(2, 3, SIDE, SIDE)
+    torch.testing.assert_close(load_checkpoint(fused).eval()(x), saved(x))
 
 
 def test_a_checkpoint_of_timm_can_be_resumed(flags, tmp_path):

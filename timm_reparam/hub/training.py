@@ -78,7 +78,7 @@ def base_model_facts(settings: Mapping[str, Any], pretrained_cfg: Mapping[str, A
 
 
 def load_training(path: str | Path) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
-    """Build the model of a training checkpoint of timm's train script, with the averaged weights if there are any.
+    """Build the model of a training checkpoint of timm's train script or of train.py, with the averaged weights if any.
 
     Args:
         path: The file.
@@ -91,8 +91,10 @@ def load_training(path: str | Path) -> tuple[nn.Module, dict[str, Any], dict[str
         ReparamError: The file is no training checkpoint, or its weights do not fit the model that its settings name.
     """
     checkpoint = read_training(path)
-    settings = vars(checkpoint.get('args') or argparse.Namespace())
-    name = settings.get('model')
+    settings = checkpoint.get('args') or {}
+    settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings  # train.py saves a dict
+    # train.py says which model its flags made, and with which arguments; timm says the flags only
+    name = checkpoint['arch'] if 'model_args' in checkpoint else settings.get('model')
     if name is None:
         raise ReparamError(f"{path}: expected the settings of the run ('args') beside the weights, found none")
     if not ensure_registered(name):
@@ -100,8 +102,10 @@ def load_training(path: str | Path) -> tuple[nn.Module, dict[str, Any], dict[str
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # what there is to say about these settings was said to their user
-            model = timm.create_model(name, **_model_arguments(settings))
-        model.load_state_dict(clean_state_dict(checkpoint.get('state_dict_ema') or checkpoint['state_dict']))
+            model = timm.create_model(name, **(checkpoint.get('model_args') or _model_arguments(settings)))
+        weights = clean_state_dict(checkpoint.get('state_dict_ema') or checkpoint['state_dict'])
+        # norms that --split-bn adds for the augmented images, and that only training uses
+        model.load_state_dict({key: value for key, value in weights.items() if '.aux_bn.' not in key})
         data_config = resolve_input_data_config(model, args=settings)
     except ReparamError:
         raise
