@@ -639,6 +639,15 @@ def test_fused_figures_of_other_weights_are_dropped(tmp_path: Path, pair: tuple[
     assert 'logit_difference' not in facts
 
 
+def test_fused_card_of_a_fetched_folder_does_not_load_what_it_was_made_of(tmp_path: Path, pair: tuple[Path, Path]):
+    facts = json.loads((pair[0] / 'training.json').read_text())
+    (pair[0] / 'training.json').write_text(json.dumps({**facts, 'repo': f'me/{pair[0].name}'}))
+    folder, _ = fuse_checkpoint(pair[0], tmp_path / 'again')
+    facts, card = json.loads((folder / 'training.json').read_text()), (folder / 'README.md').read_text()
+    assert 'repo' not in facts and facts['sibling']['repo'] == f'me/{pair[0].name}'
+    assert 'hf-hub:' not in card and f'local-dir:path/to/{pair[1].name}' in card
+
+
 def test_fuse_checkpoint_without_facts(tmp_path: Path, model: nn.Module):
     save_checkpoint(model, tmp_path / 'm', data_config=DATA_CONFIG)
     folder, report = fuse_checkpoint(tmp_path / 'm', tmp_path / 'f')

@@ -293,6 +293,8 @@ def fuse_checkpoint(source: str | Path, target: str | Path) -> tuple[Path, Fusio
     known = ((facts or {}).get('sibling') or {}).get('sha256')
     if facts is not None:
         sibling = {'sha256': sha256_of(source / WEIGHTS_NAME)}
+        if repo := facts.pop('repo', None):  # of the form that was fetched; this one is not there yet
+            sibling['repo'] = repo
         if facts.get('name'):
             sibling['name'] = facts['name']
             facts['name'] += FUSED_SUFFIX
