@@ -90,6 +90,18 @@ def test_profile(capsys: pytest.CaptureFixture, pair: tuple[Path, Path]):
 
 
 @pytest.mark.filterwarnings('error')
+def test_profile_measures_a_checkpoint_and_its_stock_at_its_own_size(
+    capsys: pytest.CaptureFixture, pair: tuple[Path, Path], training: Path
+):
+    settings = torch.load(training, weights_only=False)
+    settings['args'].input_size = [3, 48, 48]
+    torch.save(settings, training)
+    for source, side in ((pair[0], 32), (training, 48)):
+        assert main(['profile', str(source), '--runs', '0', '--format', 'json']) == 0
+        profiles = json.loads(capsys.readouterr().out)
+        assert [profile['input_size'] for profile in profiles] == 3 * [[3, side, side]]
+
+
 def test_profile_says_nothing_of_weights(capsys: pytest.CaptureFixture):
     """A RefConv that is only measured needs no trained ones."""
     assert main(['profile', 'resnet10t_refconv', '--input-size', '3', '32', '32', '--runs', '0']) == 0

@@ -330,6 +330,8 @@ def _models_to_profile(args: argparse.Namespace) -> tuple[list[str], list[nn.Mod
         if Path(name).exists():
             stock, stock_args = f'{name}, stock', {'num_classes': model.num_classes, **get_model_args(model)}
             stock_args.pop('conv_options', None)
+            # measured at the size of the checkpoint, as its forms are
+            stock_args['pretrained_cfg_overlay'] = {'input_size': model.pretrained_cfg['input_size']}
         else:
             stock, stock_args = _stock_name(model), model_args
         if variant_of(model):
@@ -358,7 +360,9 @@ def load_model(source: str, **model_args: Any) -> Any:
     if Path(source).is_dir():
         return load_checkpoint(source)
     if Path(source).is_file():
-        return load_training(source)[0]
+        model, data_config, _ = load_training(source)
+        model.pretrained_cfg = {**model.pretrained_cfg, 'input_size': data_config['input_size']}
+        return model
     if ensure_registered(source):
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', '.*without pretrained weights')  # it is measured or drawn, not trained
