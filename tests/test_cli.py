@@ -158,6 +158,19 @@ def test_profile_as_csv(capsys: pytest.CaptureFixture):
     assert rows[0]['macs'] == rows[2]['macs'] and rows[0]['latency_ms'] == ''
 
 
+def test_output_goes_through_a_link_and_into_a_pipe(tmp_path: Path, capsys: pytest.CaptureFixture):
+    command = ['profile', 'resnet10t', '--input-size', '3', '32', '32', '--runs', '0', '--format', 'csv', '-o']
+    (tmp_path / 'costs.csv').write_text('old')
+    (tmp_path / 'link.csv').symlink_to('costs.csv')
+    assert main([*command, str(tmp_path / 'link.csv')]) == 0
+    assert (tmp_path / 'link.csv').is_symlink() and (tmp_path / 'costs.csv').read_text().startswith('name,')
+    os.mkfifo(tmp_path / 'pipe')
+    reader = subprocess.Popen(['cat', str(tmp_path / 'pipe')], stdout=subprocess.PIPE, text=True)
+    assert main([*command, str(tmp_path / 'pipe')]) == 0
+    assert reader.communicate(timeout=60)[0] == (tmp_path / 'costs.csv').read_text()
+    assert (tmp_path / 'pipe').is_fifo() and sorted(os.listdir(tmp_path)) == ['costs.csv', 'link.csv', 'pipe']
+
+
 def test_profile_plot(capsys: pytest.CaptureFixture, tmp_path: Path):
     pytest.importorskip('matplotlib')
     file = tmp_path / 'ratios.svg'

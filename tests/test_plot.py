@@ -183,6 +183,13 @@ def test_curves(tmp_path: Path):
     assert [c.name for c in read_curves([runs[1], elsewhere], 'train_loss')] == [f'{tmp_path.name}/other', 'b/other']
 
 
+def test_the_legend_has_every_curve(tmp_path: Path):
+    names = ('one', '_two')
+    plot_curves([run(tmp_path / name, [(0, 2.0, 50.0), (1, 1.0, 60.0)]) for name in names], tmp_path / 'curves.svg')
+    text = (tmp_path / 'curves.svg').read_text()
+    assert all(f'<!-- {name} -->' in text or f'>{name}<' in text for name in names)
+
+
 def test_the_last_row_of_an_epoch_counts(tmp_path: Path):
     folder = run(tmp_path / 'a', [(0, 2.0, 50.0), (1, 1.0, 60.0), (1, 0.9, 61.0), (2, 0.8, 62.0)])
     text = (folder / 'summary.csv').read_text()

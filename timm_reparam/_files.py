@@ -25,15 +25,20 @@ def write_whole(path: str | Path, content: bytes) -> None:
     """Write a file under another name and rename it, so that no half of it is ever in its place.
 
     Args:
-        path: The file; one that is there is replaced.
+        path: The file; one that is there is replaced. A link stays one; a pipe or a device is written into.
         content: What it shall hold.
 
     Raises:
         ReparamError: It cannot be written; what was there still is.
     """
     path = Path(path)
+    if path.is_symlink() and path.is_file():
+        path = path.resolve()
     partial = path.with_name(f'.{path.name}.partial')
     try:
+        if path.exists() and not path.is_file():
+            path.write_bytes(content)
+            return
         try:
             partial.write_bytes(content)
             partial.replace(path)

@@ -360,6 +360,7 @@ def load_model(source: str, **model_args: Any) -> Any:
     if Path(source).is_dir():
         return load_checkpoint(source)
     if Path(source).is_file():
+        model: Any
         model, data_config, _ = load_training(source)
         model.pretrained_cfg = {**model.pretrained_cfg, 'input_size': data_config['input_size']}
         return model

@@ -369,21 +369,20 @@ def plot_curves(folders: Sequence[str | Path], path: str | Path) -> None:
     panels = [('eval_top1', 'top-1 (%)'), ('train_loss', 'train loss')]
     curves = [(label, read_curves(folders, column)) for column, label in panels]
     with _figure(path, 9, 3.6 + 0.2 * len(curves[0][1])) as figure:
-        panel_axes = figure.subplots(1, len(panels))
-        for axes, (label, drawn) in zip(panel_axes, curves):
+        handles: dict[str, Any] = {}  # given by name, since the legend would leave out names that start with '_'
+        for axes, (label, drawn) in zip(figure.subplots(1, len(panels)), curves):
             for curve, style in zip(drawn, _line_styles([curve.name for curve in drawn])):
                 runs = f' ({curve.runs} runs)' if curve.runs > 1 else ''
                 if len(curve.epochs) == 1:
                     style['marker'] = 'o'  # a line of one point is not seen
-                axes.plot(curve.epochs, curve.mean, label=curve.name + runs, **style)
+                (handles[curve.name + runs],) = axes.plot(curve.epochs, curve.mean, **style)
                 if curve.runs > 1:
                     axes.fill_between(curve.epochs, curve.low, curve.high, color=style['color'], alpha=0.2, linewidth=0)
             axes.set_xlabel('epoch')
             axes.set_ylabel(label)
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(alpha=0.3)
-        handles, labels = panel_axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc='outside lower center', ncols=2, frameon=False, fontsize='small')
+        figure.legend(handles.values(), handles, loc='outside lower center', ncols=2, frameon=False, fontsize='small')
 
 
 def _read_summary(path: Path, column: str) -> dict[int, float]:

@@ -342,6 +342,7 @@ def convert_checkpoint(
         )
     cfg: dict[str, Any] | None = None
     facts: dict[str, Any] = {}
+    wanted = model_args.get('num_classes')
     if source.is_dir():
         cfg, model_args, facts = _described_by(source, model_name, model_args)
     state = _read_weights(source / WEIGHTS_NAME if source.is_dir() else source)
@@ -350,7 +351,13 @@ def convert_checkpoint(
     classifiers = cfg.get('classifier') or skeleton.pretrained_cfg.get('classifier') or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
     heads = [state[f'{name}.weight'] for name in classifiers if f'{name}.weight' in state]
-    model_args['num_classes'] = cfg['num_classes'] = len(heads[0]) if heads else 0
+    num_classes = len(heads[0]) if heads else 0
+    if wanted not in (None, num_classes):
+        raise ReparamError(
+            f'{source}: num_classes: its classifier has {num_classes}, got {wanted}; convert it as it is, and give '
+            'num_classes to timm.create_model for a new classifier'
+        )
+    model_args['num_classes'] = cfg['num_classes'] = num_classes
     if 'in_chans' in model_args:
         cfg['input_size'] = (model_args['in_chans'], *cfg['input_size'][1:])
     model = _load(source, model_name, cfg, model_args)
