@@ -3,6 +3,7 @@
 import copy
 import itertools
 import logging
+import pickle
 import weakref
 from collections.abc import Iterator
 
@@ -15,6 +16,7 @@ from stand_in import disturbed, images, random_model, randomise
 from timm.layers import CondConv2d, Conv2dSame, StdConv2d
 from timm.utils import ModelEmaV3, reparameterize_model
 from torch import nn
+from torch.nn.utils import prune
 
 import timm_reparam
 from timm_reparam import ReparamError, convert_model, fuse_model, is_variant, verify_fusion
@@ -292,6 +294,80 @@ def test_fuse_takes_wrappers_off_and_refuses_what_it_cannot_fuse() -> None:
         fuse_model(Net())
     single = timm_reparam.DOConv2d(3, 4, 3)
     assert type(fuse_model(single)) is nn.Conv2d
+
+
+@pytest.mark.parametrize('fold_bn', [False, True])
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_hooks_of_the_layers_come_along(variant: str, fold_bn: bool) -> None:
+    options = dict(features_only=True, feature_cls='hook')
+    model = convert_model(timm.create_model('resnet10t'), variant).eval()
+    seen: list[nn.Module] = []
+    model.layer1[0].conv1.register_forward_hook(lambda module, inputs, output: seen.append(module))
+    fused = fuse_model(model, fold_bn=fold_bn)
+    fused(torch.randn(1, 3, 32, 32))
+    assert seen == [fused.layer1[0].conv1]
+
+    features = convert_model(timm.create_model('mobilenetv2_035', **options), variant)
+    features = randomise(features, seed=1).eval()
+    x = torch.randn(1, 3, 32, 32)
+    fused_features = fuse_model(features, fold_bn=fold_bn)
+    for found, expected in zip(fused_features(x), features(x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    pickle.dumps(fused_features)
+
+
+def test_modes_survive_a_copy_of_a_traced_model() -> None:
+    model = randomise(timm.create_model('resnet10t_doconv', features_only=True, feature_cls='fx'), seed=1).eval()
+    fused = fuse_model(model)
+    assert not any(module.training for module in fused.modules())
+    assert verify_fusion(model, inputs=torch.randn(16, 3, 32, 32)).passed
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_a_weight_that_a_hook_computes_is_refused(variant: str) -> None:
+    model = convert_model(timm.create_model('resnet10t'), variant)
+    name = 'vertical_weight' if variant == 'acconv' else 'weight'
+    if variant == 'refconv':
+        name = 'map_weight'
+    prune.l1_unstructured(model.layer1[0].conv1, name, 0.5)
+    with pytest.raises(ReparamError, match=f'layer1.0.conv1: its {name} is computed by a hook'):
+        fuse_model(model)
+    prune.remove(model.layer1[0].conv1, name)
+    assert verify_fusion(model, inputs=torch.randn(16, 3, 32, 32)).passed
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_state_dicts_of_a_layer_with_two_names(variant: str) -> None:
+    stock = Net()
+    model = convert_model(Net(), variant, **(dict(skip='up') if variant == 'acconv' else {}))
+    lifted = lift_state_dict(stock.state_dict(), model)
+    assert lifted.keys() == model.state_dict().keys()
+    model.load_state_dict(lifted)
+    if variant == 'dyconv':
+        model.load_state_dict(timm_reparam.import_state_dict(timm_reparam.export_state_dict(model), model))
+
+
+def test_a_classifier_that_is_a_convolution_stays_plain() -> None:
+    stock = timm.create_model('resnetv2_18', num_classes=5)
+    assert isinstance(stock.get_classifier(), nn.Conv2d)
+    assert timm_reparam.plan_conversion(stock, 'dyconv')['head.fc'] == 'which is the classifier'
+    model = convert_model(stock, 'dyconv')
+    weights = model.state_dict()
+    model.reset_classifier(7)
+    assert model.state_dict().keys() == weights.keys()
+
+
+@pytest.mark.parametrize('classes', [2, 10])
+def test_few_inputs_prove_a_right_fusion_and_not_a_wrong_one(classes: int) -> None:
+    for seed in range(6):
+        model = timm.create_model('resnet10t_doconv', num_classes=classes, channels=(8, 8, 8, 8), stem_width=4)
+        model = randomise(model, seed=seed).eval()
+        x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+        assert verify_fusion(model, inputs=x).passed
+        wrong = fuse_model(model)
+        with torch.no_grad():
+            wrong.layer1[0].conv1.weight.mul_(1.001)
+        assert not verify_fusion(model, wrong, inputs=x).passed
 
 
 def test_dynamic_layers_in_inference_form_are_mentioned(caplog: pytest.LogCaptureFixture) -> None:

@@ -57,6 +57,11 @@ VARIANTS: dict[str, tuple[type[ReparamLayer], ...]] = {
 # What a block that re-parameterises itself calls its folding: it reads its convolutions' weights, so they stay plain.
 _SELF_FOLDING = ('fuse', 'reparameterize', 'switch_to_deploy')
 
+# Hooks on the calls of a module, those of its checkpoints aside.
+_CALL_HOOKS = (
+    *('_forward_hooks', '_forward_hooks_with_kwargs', '_forward_hooks_always_called'),
+    *('_forward_pre_hooks', '_forward_pre_hooks_with_kwargs', '_backward_hooks', '_backward_pre_hooks'),
+)
 # What counts as a convolution; timm's CondConv2d mixes its kernels itself and derives from none of torch's.
 _CONVOLUTIONS = (_ConvNd, CondConv2d)
 
@@ -162,9 +167,10 @@ def plan_conversion(model: nn.Module, variant: str, *, skip: Skip = ()) -> dict[
 
     Returns:
         The convolutions by name, in the order of the modules, each with the reason why it stays plain: it is left out
-        by skip, inside a block that re-parameterises itself, of a type that the method does not take, of a kernel size
-        that it does not take, or it sees the image. Those that become a variant have the empty string, and so do those
-        that the layer refuses (even kernels under acconv), which `convert_model` asks to be left out by skip.
+        by skip, inside a block that re-parameterises itself, of a type that the method does not take, the classifier,
+        of a kernel size that the method does not take, or it sees the image. Those that become a variant have the empty
+        string, and so do those that the layer refuses (even kernels under acconv), which `convert_model` asks to be
+        left out by skip.
 
     Raises:
         ReparamError: the variant is unknown, or an entry of `skip` matches nothing.
@@ -175,6 +181,8 @@ def plan_conversion(model: nn.Module, variant: str, *, skip: Skip = ()) -> dict[
 def _plan(model: nn.Module, layers: dict[type[nn.Module], type[ReparamLayer]], skip_names: list[str]) -> dict[str, str]:
     plain = _plain_modules(model, skip_names)
     stems = _stems(model, layers)
+    cfg = getattr(model, 'pretrained_cfg', None)
+    classifiers = _as_tuple((cfg.get('classifier') if isinstance(cfg, dict) else None) or ())
     plan = {}
     for name, conv in model.named_modules():
         if not isinstance(conv, _CONVOLUTIONS):
@@ -184,6 +192,8 @@ def _plan(model: nn.Module, layers: dict[type[nn.Module], type[ReparamLayer]], s
             plan[name] = plain[id(conv)]
         elif layer is None or not isinstance(conv, _ConvNd):
             plan[name] = f'of type {type(conv).__name__}'
+        elif name in classifiers:  # timm makes it anew for another number of classes
+            plan[name] = 'which is the classifier'
         elif layer.selects(conv, is_stem=id(conv) in stems):
             plan[name] = ''
         elif layer.selects(conv, is_stem=False):
@@ -219,7 +229,8 @@ def fuse_model(model: nn.Module, *, fold_bn: bool = False) -> nn.Module:
     """
     model = _unwrap_converted(model)
     if is_variant(model):
-        return model.fuse().eval() if fold_bn else model.fuse()
+        layer = _with_fused_layers(model)
+        return layer.eval() if fold_bn else layer
     fused: Any = _fold_norms(model) if fold_bn else _with_fused_layers(model)
     remaining = [module for module in fused.modules() if is_variant(module)]
     if remaining:
@@ -237,16 +248,51 @@ def _with_fused_layers(model: nn.Module, memo: Mapping[int, Any] | None = None) 
     """A deep copy of a model with its variant layers fused; what is in the memo is not copied."""
     # Deep-copying with the fused layers already in the memo puts them wherever the model refers to the old ones, so
     # what was shared stays shared, and nothing else is special.
-    fused = {id(module): module.fuse() for module in model.modules() if is_variant(module)}
-    return copy.deepcopy(model, {**(memo or {}), **fused})
+    layers = _fusible(model)
+    fused = {number: layer.fuse() for number, layer in layers.items()}
+    return _copy_around(model, layers, fused, memo)
+
+
+def _fusible(model: nn.Module) -> dict[int, ReparamLayer]:
+    """The variant layers by id; ReparamError if a tensor of one is none of its parameters and buffers."""
+    layers = {}
+    for name, module in model.named_modules():
+        if is_variant(module):
+            for key, value in vars(module).items():
+                if isinstance(value, torch.Tensor):
+                    raise ReparamError(
+                        f'{name or "the model"}: its {key} is computed by a hook (pruning, weight norm), which cannot '
+                        'be fused; make it permanent first, with torch.nn.utils.prune.remove or remove_weight_norm'
+                    )
+            layers[id(module)] = module
+    return layers
+
+
+def _copy_around(
+    model: nn.Module,
+    layers: Mapping[int, nn.Module],
+    fused: Mapping[int, nn.Module],
+    memo: Mapping[int, Any] | None = None,
+) -> nn.Module:
+    """A deep copy of a model with fused layers in the place of its own, hooks and modes as they were."""
+    copied: dict[int, Any] = {**(memo or {}), **fused}
+    modes = {name: module.training for name, module in model.named_modules()}
+    new = copy.deepcopy(model, copied)
+    for number, layer in layers.items():
+        for hooks in _CALL_HOOKS:
+            if getattr(layer, hooks):
+                setattr(fused[number], hooks, copy.deepcopy(getattr(layer, hooks), copied))
+    for name, module in new.named_modules():
+        module.training = modes.get(name, module.training)  # torch.fx's copies of graphs are in training mode
+    return new
 
 
 def _fold_norms(model: nn.Module) -> nn.Module:
     """As `_with_fused_layers`, in evaluation mode and with the BatchNorms folded, too."""
-    layers = {id(module): module for module in model.modules() if is_variant(module)}
+    layers = _fusible(model)
     # in float64 until the norms are folded, so that they are rounded once
     fused = {number: exact_copy(layer).fuse() for number, layer in layers.items()}
-    folded: Any = copy.deepcopy(model, dict(fused)).eval()
+    folded: Any = _copy_around(model, layers, fused).eval()
     count = fold_norms(folded, keep=_plain_modules(folded, []).keys())
     for number, layer in layers.items():
         fused[number].to(layer.weight.device, layer.weight.dtype)
@@ -262,7 +308,8 @@ class FusionReport:
     Attributes:
         algebra: Between the model in float64 and its fusion in float64; at most 1e-10 when the algebra is right.
         stored: Between the fused model in its own dtype and the train-time model in float64.
-        own: Between the train-time model in its own dtype and the same in float64: its own rounding.
+        own: Between the train-time model in its own dtype and the same in float64: its own rounding; also on seeded
+            noise, where there are fewer than 16 inputs.
         bound: What `stored` may be at most: twice `own`, or a few units in the last place (in float64, as `algebra`).
         top1_agreement: Share of inputs that both models, in their own dtype, put into the same class; None when the
             output is not one batch of logits.
@@ -371,14 +418,23 @@ def verify_fusion(
                 difference = [a.to(exact_device, torch.float64) - b for a, b in zip(values, reference)]
                 largest[name] = _maximum(largest[name], difference)
             num_inputs += len(batch)
+            like = batch.shape[1:], batch.dtype
             classifies = classifies and len(reference) == 1 and reference[0].dim() == 2
             if classifies:
                 agreeing += int((outputs['own'][0].argmax(1).cpu() == outputs['stored'][0].argmax(1).cpu()).sum())
             del batch  # gone before the next one is made
-    if not num_inputs:
-        raise ReparamError('verify_fusion: expected at least one input, got none; pass a batch as inputs=')
-    scale = largest['logit'] or 1.0
-    own = largest['own'] / scale
+        if not num_inputs:
+            raise ReparamError('verify_fusion: expected at least one input, got none; pass a batch as inputs=')
+        scale = largest['logit'] or 1.0
+        own = largest['own'] / scale
+        shape, dtype = like
+        if num_inputs < _VERIFY_BATCH and dtype.is_floating_point:
+            # of so few outputs the largest rounding may be small by chance, and the bound is made of it
+            more = torch.randn(_VERIFY_BATCH, *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+            reference = _flat_outputs(exact, more, exact_device, torch.float64)
+            values = _flat_outputs(model, more, device, parameter.dtype)
+            difference = [a.to(exact_device, torch.float64) - b for a, b in zip(values, reference)]
+            own = max(own, _maximum(0.0, difference) / (_maximum(0.0, reference) or 1.0))
     return FusionReport(
         algebra=largest['algebra'] / scale,
         stored=largest['stored'] / scale,
@@ -410,7 +466,8 @@ def lift_state_dict(
         ReparamError: keys are missing or unexpected, or shapes differ, the classifier's and the stem's aside.
     """
     own = model.state_dict()
-    layers = {name: module for name, module in model.named_modules() if is_variant(module)}
+    # under every name, as in a state dict
+    layers = {name: module for name, module in model.named_modules(remove_duplicate=False) if is_variant(module)}
     added = {f'{name}.{key}' for name, layer in layers.items() for key in layer.state_dict()}
     added -= {f'{name}.{key}' for name in layers for key in ('weight', 'bias')}
     state_dict = dict(state_dict)

@@ -3,6 +3,7 @@
 torch.fx is asked where data flows; the model's own modules are changed, so its forward stays its own code.
 """
 
+import copy
 import inspect
 import math
 from collections import Counter
@@ -68,7 +69,8 @@ def fold_norms(model: nn.Module, keep: Collection[int] = ()) -> int:
     Raises:
         ReparamError: torch.fx cannot trace the model.
     """
-    graph = _trace(model)
+    # a copy, without its tensors, is traced: hooks of the model would keep what they see
+    graph = _trace(copy.deepcopy(model, {id(tensor): tensor for tensor in _own_tensors(model)}))
     modules = dict(model.named_modules())
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     hooked = [name for name, module in modules.items() if module._forward_hooks or module._forward_pre_hooks]

@@ -115,7 +115,7 @@ def export_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _convolutions(model: nn.Module) -> Iterator[tuple[str, _ConvNd]]:
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):  # under every name, as in a state dict
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             yield name, module
 

@@ -103,6 +103,25 @@ def test_gradient_flows_through_the_variance_of_the_batch() -> None:
         assert (along.abs() <= ALGEBRA * across).all()
 
 
+@pytest.mark.parametrize('options', [dict(momentum=None), dict(momentum=1.5), dict(eps=-1.0), dict(eps='small')])
+def test_eps_and_momentum_are_checked(options: dict) -> None:
+    with pytest.raises(ReparamError, match=f'{next(iter(options))} must be a number from 0'):
+        ACConv2d(2, 2, 3, **options)
+
+
+def test_transforms_of_torch_func() -> None:
+    layer, x = randomised(BIASED).eval(), BIASED.input()
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters: dict, sample: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, parameters, (sample[None],)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for index, sample in enumerate(x):
+        for name, gradient in torch.func.grad(loss)(parameters, sample).items():
+            torch.testing.assert_close(each[name][index], gradient)
+
+
 @pytest.mark.parametrize('eps', [1e-5, 1e-3])
 @both_modes
 def test_eps_is_within_the_root(eps: float, training: bool) -> None:

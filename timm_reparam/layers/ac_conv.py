@@ -310,6 +310,9 @@ class ACConv2d(ReparamConv2d):
             raise ReparamError(
                 f"ACConv2d: branch_norm='none' has no norm, got eps={eps} and momentum={momentum}; leave them out"
             )
+        for name, value, most in (('eps', eps, math.inf), ('momentum', momentum, 1)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
+                raise ReparamError(f'ACConv2d: {name} must be a number from 0 to {most}, got {value!r}')
         if branch_norm == 'none' and recompute:
             raise ReparamError(
                 f"ACConv2d: branch_norm='none' keeps no branches to recompute, got recompute={recompute}; leave it out"

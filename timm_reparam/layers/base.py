@@ -62,8 +62,8 @@ def autocast_disabled(device_type: str) -> AbstractContextManager:
 
 
 def is_recorded() -> bool:
-    """Whether operations are being recorded (traced, compiled, exported): by torch's own, then, not by faster ones."""
-    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+    """Whether operations are traced, compiled, exported or transformed (torch.func): by torch's own, then."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def check_init(owner: str, init: str) -> None:
