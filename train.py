@@ -839,6 +839,8 @@ def _check_split_folders(args: argparse.Namespace, train: Any, validation: Any) 
     roots = [getattr(getattr(dataset, 'reader', None), 'root', None) for dataset in (train, validation)]
     if roots[0] == roots[1]:
         _logger.warning('%s: no folders of splits; validating on the training images', args.data_dir)
+    elif roots[0] == args.data_dir:  # which holds the validation images, too
+        raise ReparamError(f'{args.data_dir}: no split {args.train_split!r}; name its folder with --train-split')
     elif roots[1] == args.data_dir:
         raise ReparamError(
             f'{args.data_dir}: no split {args.val_split!r}; name it with --val-split, or train without (--val-split "")'

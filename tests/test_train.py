@@ -391,6 +391,13 @@ def test_bad_folders(flags, photos, tmp_path, capsys):
     shutil.copytree(photos / 'train', half / 'train')
     assert "no split 'validation'" in refused(half)
 
+    leak = tmp_path / 'leak'
+    shutil.copytree(photos / 'train', leak / 'trn')
+    shutil.copytree(photos / 'validation', leak / 'val')
+    message = refused(leak)
+    assert "no split 'train'" in message and '--train-split' in message
+    assert "no split 'nosuch'" in refusal(flags('--train-split', 'nosuch'), capsys)
+
     unequal = tmp_path / 'unequal'
     shutil.copytree(photos, unequal)
     shutil.rmtree(unequal / 'validation' / 'class1')
