@@ -1494,29 +1494,57 @@ def output_root(args: argparse.Namespace) -> Path:
 
 
 def make_output_folder(run: Run, resumed: Path | None) -> Path:
-    """Make the folder of the run. One that holds another run's checkpoints is left alone."""
+    """Make the folder of the run. One in which another run has begun is left alone."""
     args = run.args
-    if args.experiment:
-        folder = output_root(args) / args.experiment
-    elif resumed and not args.output:
-        folder = resumed.parent
-    else:
-        side = run.data_config['input_size'][-1]
-        moment = datetime.now().strftime('%Y%m%d-%H%M%S')
-        folder = output_root(args) / f'{moment}-{safe_model_name(architecture_of(run.model))}-{side}'
-    if checkpoints_in(folder) and not (resumed and resumed.parent.samefile(folder)):
-        raise ReparamError(
-            f'{folder}: holds the checkpoints of another run; --resume auto goes on with it, or name another'
-        )
     try:
+        if args.experiment:
+            folder = output_root(args) / args.experiment
+        elif resumed and not args.output:
+            folder = resumed.parent
+        else:
+            side = run.data_config['input_size'][-1]
+            moment = datetime.now().strftime('%Y%m%d-%H%M%S')
+            folder = output_root(args) / f'{moment}-{safe_model_name(architecture_of(run.model))}-{side}'
+            folder = make_new_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        draft = folder / 'args.yaml.partial'
-        draft.write_text(yaml.safe_dump(run.settings))
-        os.replace(draft, folder / 'args.yaml')
+        is_resumed = resumed is not None and resumed.parent.samefile(folder)
+        # --resume auto also takes up a run that was killed before its first checkpoint
+        may_exist = is_resumed or (args.resume == 'auto' and not checkpoints_in(folder))
+        if (checkpoints_in(folder) and not is_resumed) or not write_settings(run, folder, may_exist):
+            raise ReparamError(
+                f'--experiment {args.experiment}: another run has begun in {folder}; --resume auto goes on with it, or '
+                'name another'
+            )
     except OSError as error:
         raise ReparamError(f'--output {folder}: cannot be written ({error.strerror})') from error
     _logger.info('checkpoints: %s', folder)
     return folder
+
+
+def make_new_folder(folder: Path) -> Path:
+    """Make a folder of this name or, where there is one, with the first free number after it; return it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    name, number = folder.name, 0
+    while True:
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = folder.with_name(f'{name}-{number}')
+
+
+def write_settings(run: Run, folder: Path, may_exist: bool) -> bool:
+    """Write args.yaml; unless there may be one, it claims the folder: False if another run was first."""
+    path = folder / 'args.yaml'
+    try:
+        path.touch(exist_ok=may_exist)
+    except FileExistsError:
+        return False
+    draft = folder / 'args.yaml.partial'
+    draft.write_text(yaml.safe_dump(run.settings))
+    os.replace(draft, path)
+    return True
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

@@ -894,6 +894,25 @@ def test_resume_auto_starts_anew_where_there_is_nothing(flags):
     assert run.epoch == 0
 
 
+def test_a_folder_belongs_to_one_run(flags, tmp_path, monkeypatch, capsys):
+    run = prepare(flags())  # has no checkpoint yet
+    settings = (run.output_dir / 'args.yaml').read_bytes()
+    message = refusal(flags('--seed', '1'), capsys)
+    assert '--experiment run: another run' in message and '--resume auto' in message
+    assert (run.output_dir / 'args.yaml').read_bytes() == settings
+    assert prepare(flags('--resume', 'auto')).epoch == 0  # as after a kill in the first epoch
+
+    class Moment(train.datetime):
+        @classmethod
+        def now(cls):
+            return cls(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr(train, 'datetime', Moment)
+    names = [prepare(flags(experiment='')).output_dir.name for _ in range(3)]
+    first = f'20260102-030405-resnet18_doconv-{SIDE}'
+    assert names == [first, f'{first}-1', f'{first}-2']
+
+
 def test_scaler_state_is_resumed(flags):
     def scaled(argv: list[str]) -> train.Run:
         run = prepare(argv)
