@@ -477,7 +477,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line over the --config file over the defaults of the dataset over the flags' own defaults."""
     parser = build_parser()
     named = parser.parse_args(argv)
+    if named.data and named.data_dir and named.data != named.data_dir:
+        raise ReparamError(f'--data-dir {named.data_dir}: DIR is {named.data}; both mean the same, give one of them')
     config = read_args_file(parser, named.config) if named.config else {}
+    if named.data or named.data_dir:  # in either form over that of the config in either form
+        config = {key: value for key, value in config.items() if key not in ('data', 'data_dir')}
     parser.set_defaults(**config)
     named = parser.parse_args(argv)
     if not (named.dataset or named.data_dir or named.data):
@@ -487,6 +491,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**{**DIGITS_DATA, **{key: value for key, value in config.items() if value is not None}})
     args = parser.parse_args(argv)
     args.data_dir = args.data_dir or args.data
+    args.data = args.data and args.data_dir  # args.yaml does not tell of two
     check_args(args, parser)
     return args
 

@@ -304,6 +304,19 @@ def test_config_round_trip_and_precedence(flags, tmp_path):
     assert changed.lr == 1 and changed.conv_options == {'depth_multiplier': 9} and changed.epochs == 2
 
 
+def test_a_directory_on_the_command_line_wins_over_that_of_the_config(tmp_path, capsys):
+    for index, key in enumerate(('data', 'data_dir')):
+        config = write_yaml(tmp_path / f'{index}.yaml', {key: 'old'})
+        for argv, expected in ((['new'], 'new'), (['--data-dir', 'new'], 'new'), ([], 'old')):
+            args = parse('--config', config, *argv)
+            assert args.data_dir == expected and args.data in (None, expected)
+    both = parse('--config', write_yaml(tmp_path / 'both.yaml', {'data': 'old', 'data_dir': 'used'}))
+    assert both.data == both.data_dir == 'used'
+    assert parse('same', '--data-dir', 'same').data_dir == 'same'
+    message = refusal(['one', '--data-dir', 'two'], capsys)
+    assert '--data-dir two' in message and 'one' in message
+
+
 def test_config_with_the_gaps_that_timm_leaves(tmp_path, caplog):
     values = dict(
         data_dir='somewhere', smoothing=None, eval_metric=None, decay_epochs=None, fuser=None, class_map=None,
