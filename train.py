@@ -20,6 +20,7 @@ import copy
 import gc
 import importlib
 import importlib.util
+import json
 import logging
 import math
 import os
@@ -27,6 +28,7 @@ import random
 import re
 import shutil
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -87,8 +89,11 @@ from timm_reparam import (
 )
 from timm_reparam.convert import VARIANTS, variant_of
 from timm_reparam.hub import publish
+from timm_reparam.hub.cards import FACTS_NAME
 from timm_reparam.hub.checkpoint import check_pair, check_tag, folder_name, save_checkpoint, save_pair
+from timm_reparam.hub.publish import _missing_license
 from timm_reparam.hub.training import PRIVATE_SETTINGS, base_model_facts, read_training
+from timm_reparam.hub.transport import check_repo_id
 from timm_reparam.profile import compare_profiles, format_comparison, format_profiles
 
 _logger = logging.getLogger('train')
@@ -592,8 +597,9 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
          '--resume auto: looks into the folder of --experiment; name one'),
         (args.wandb_resume_id and not args.resume, '--wandb-resume-id: needs --resume'),
         (args.license and not args.publish, '--license: is for --publish; add it'),
-        (args.publish and not (args.license or args.pretrained or args.pretrained_path or ':' in args.model),
-         '--publish: weights trained from scratch have no licence yet; add --license'),
+        (args.publish and not args.license
+         and (not args.pretrained or args.pretrained_path or args.initial_checkpoint),
+         '--publish: weights trained from scratch, or from a file, have no known licence; add --license'),
         (args.log_wandb and importlib.util.find_spec('wandb') is None,
          '--log-wandb: the package wandb is not installed; pip install wandb, or leave the flag out'),
     # fmt: on
@@ -1211,6 +1217,8 @@ def prepare(args: argparse.Namespace) -> Run:
         check_zoo(args, architecture_of(run.model))
         if args.publish and variant_of(run.model) is None:
             raise ReparamError(f'--publish: publishes both forms, {args.model} has one; add --variant')
+        if args.publish:
+            check_publish(run)
         parameters = sum(p.numel() for p in run.model.parameters())
         _logger.info('model: %s, %s parameters to train', architecture_of(run.model), f'{parameters:,}')
     set_precision(run)
@@ -1270,6 +1278,22 @@ def check_zoo(args: argparse.Namespace, architecture: str) -> None:
         raise ReparamError(
             f'--zoo {args.zoo}: {error}; the folder that holds it has to exist, see also --tag'
         ) from error
+
+
+def check_publish(run: Run) -> None:
+    """Check, before hours of training, the names and the licence by the rules of publishing."""
+    args, model = run.args, run.model
+    flag = '--publish'
+    try:
+        check_repo_id(f'{args.publish}/{folder_name(architecture_of(model), result_tag(args), True)}')
+        flag = '--license'
+        cfg: Any = model.pretrained_cfg
+        with tempfile.TemporaryDirectory() as scratch:  # publishing reads from folders what is known
+            folder = Path(scratch)
+            (folder / FACTS_NAME).write_text(json.dumps(dict(base_model=base_model_facts(vars(args), cfg))))
+            _missing_license((folder, folder), args.license)
+    except ReparamError as error:
+        raise ReparamError(f'{flag} {getattr(args, flag[2:])}: {error}') from error
 
 
 def set_precision(run: Run) -> None:
@@ -2027,11 +2051,13 @@ def finish(run: Run) -> str:
     top1 = (metrics[0]['top1'], metrics[1]['top1']) if metrics else None
     table = format_comparison(*profiles, top1=top1, logit_difference=difference)
     note = ' (dynamic convolutions stay, in their form for inference)' if dynamic_layers(model) else ''
-    saved = f'saved, train-time form: {folders[0]}\nsaved, fused form:      {folders[1]}{note}'
-    if args.publish:
-        _logger.info('%s', saved)
-        saved += f'\n\n{publish(folders[0], args.publish, license=args.license)}'
-    return f'{table}\n\n{saved}'
+    return f'{table}\n\nsaved, train-time form: {folders[0]}\nsaved, fused form:      {folders[1]}{note}'
+
+
+def publish_result(run: Run) -> str:
+    """Publish both saved forms; return what became of them."""
+    folder = Path(run.args.zoo) / folder_name(architecture_of(run.form), result_tag(run.args), False)
+    return str(publish(folder, run.args.publish, license=run.args.license))
 
 
 def leave_other_processes(run: Run) -> None:
@@ -2165,7 +2191,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         train(run)
         leave_other_processes(run)
         if run.is_primary:
-            print(finish(run))
+            print(finish(run), flush=True)
+            if args.publish:  # after the result is out: the Hub may not be in reach
+                print(f'\n{publish_result(run)}')
         return 0
     except ReparamError as error:
         if verbose:

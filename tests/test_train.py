@@ -1169,6 +1169,34 @@ def test_both_forms_are_published_at_the_end(flags, hub, cache_dir, monkeypatch,
     assert fused.pretrained_cfg['license'] == 'mit'
 
 
+def test_what_publishing_would_refuse_is_refused_before_training(flags, hub, tmp_path, capsys):
+    add_stock(hub, 'resnet18.a1_in1k')
+    lifted = flags('--variant', 'doconv', '--pretrained', model='resnet18.a1_in1k')
+    lifted = [flag for flag in lifted if flag not in TINY]
+    for argv, expected in (
+        (flags('--publish', 'owner/models', '--license', 'mit'), '--publish owner/models'),
+        (flags('--publish', 'owner', '--license', 'MIT License'), '--license MIT License: '),
+        (flags('--publish', 'owner', '--pretrained-path', 'x.pth'), 'add --license'),
+        (flags('--publish', 'owner', '--pretrained', '--initial-checkpoint', 'x.pth'), 'add --license'),
+        (flags('--publish', 'owner', model='local-dir:x'), 'add --license'),
+        ([*lifted, '--publish', 'owner', '--license', 'mit'], "the weights are under apache-2.0, got 'mit'"),
+    ):
+        assert expected in refusal(argv, capsys)
+    assert not (tmp_path / 'output').exists() and not (tmp_path / 'zoo').exists()
+
+
+def test_the_result_is_printed_before_it_is_published(flags, hub, monkeypatch, capsys):
+    monkeypatch.setenv('HF_TOKEN', 'hf_owner')
+    hub.faults.add('403', path='/api/models/owner/', times=None)
+    try:
+        assert train.main(flags('--epochs', '1', '--publish', 'owner', '--license', 'mit', '--tag', 'kept')) == 1
+    finally:
+        hub.clear()
+    out, err = capsys.readouterr()
+    assert 'top-1' in out and 'saved, fused form' in out
+    assert err.strip().splitlines()[-1].startswith('train.py: error: owner/resnet18_doconv.kept')
+
+
 def test_a_stock_model_is_not_published(flags, capsys):
     assert 'add --variant' in refusal(flags('--publish', 'owner', '--license', 'mit', model='resnet18'), capsys)
 
