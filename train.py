@@ -93,7 +93,7 @@ from timm_reparam.hub.cards import FACTS_NAME
 from timm_reparam.hub.checkpoint import check_pair, check_tag, folder_name, save_checkpoint, save_pair
 from timm_reparam.hub.publish import _missing_license
 from timm_reparam.hub.training import PRIVATE_SETTINGS, base_model_facts, read_training
-from timm_reparam.hub.transport import check_repo_id
+from timm_reparam.hub.transport import _ERRORS, check_repo_id, one_line
 from timm_reparam.profile import compare_profiles, format_comparison, format_profiles
 
 _logger = logging.getLogger('train')
@@ -796,7 +796,7 @@ def create_split(args: argparse.Namespace, split: str, is_training: bool, img_mo
             trust_remote_code=args.dataset_trust_remote_code,
             **options,
         )
-    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
+    except (AssertionError, ImportError, ValueError, *_ERRORS) as error:
         where = args.data_dir or args.dataset
         raise ReparamError(f'{where}: no usable split {split!r} ({error or type(error).__name__})') from error
 
@@ -1053,8 +1053,9 @@ def named_errors(place: str) -> Iterator[None]:
         yield
     except ReparamError:
         raise
-    except (AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise ReparamError(f'{place}: {error} ({type(error).__name__})') from error
+    # the client's errors, too: that of a dropped connection is none of Python's
+    except (AssertionError, ImportError, LookupError, TypeError, ValueError, *_ERRORS) as error:
+        raise ReparamError(f'{place}: {one_line(error)} ({type(error).__name__})') from error
 
 
 @contextmanager

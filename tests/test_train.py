@@ -542,6 +542,18 @@ def test_published_weights_are_lifted_and_named_in_the_facts(flags, hub, tmp_pat
     assert not any(str(tmp_path) in str(value) for value in facts.values())
 
 
+def test_a_dropped_connection_is_one_line(flags, hub, tmp_path, capsys):
+    add_stock(hub, 'resnet10t.c3_in1k')
+    hub.faults.add('drop_before', path='/timm/resnet10t.c3_in1k/', times=None)
+    argv = flags('--variant', 'doconv', '--pretrained', model='resnet10t.c3_in1k')
+    argv = [flag for flag in argv if flag not in TINY]
+    try:
+        assert '--model resnet10t.c3_in1k: ' in refusal(argv, capsys)
+    finally:
+        hub.clear()
+    assert not (tmp_path / 'output').exists()
+
+
 def test_temperature_is_annealed_in_forward_passes(flags):
     dynamic = flags('--epochs', '6', '-b', '4', '--grad-accum-steps', '3', model='resnet18_dyconv')
     run = prepare(dynamic)
