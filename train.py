@@ -400,7 +400,7 @@ RETIRED = {
 # Least values.
 LEAST = {
     **dict.fromkeys(('batch_size', 'validation_batch_size', 'grad_accum_steps', 'checkpoint_hist'), 1),
-    **dict.fromkeys(('val_interval', 'log_interval', 'train_batches_per_epoch', 'stop_epoch'), 1),
+    **dict.fromkeys(('val_interval', 'log_interval', 'train_batches_per_epoch', 'epochs', 'stop_epoch'), 1),
     **dict.fromkeys(('seed', 'workers', 'recovery_interval', 'aug_splits', 'start_epoch'), 0),
 }
 # Flags that only some kinds of dataset read.
@@ -570,6 +570,8 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
     for name, least in LEAST.items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise ReparamError(f'{flag[name]} {getattr(args, name)}: expected at least {least}')
+    sizes = 'train_batch_sizes' if args.train_img_sizes and args.train_batch_sizes else 'batch_size'
+    batches = args.train_batch_sizes if sizes == 'train_batch_sizes' else [args.batch_size]
     # fmt: off
     for wrong, message in (
         (args.variant not in (None, *VARIANTS), f'--variant {args.variant}: expected one of {", ".join(VARIANTS)}'),
@@ -590,6 +592,10 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
         (args.torchscript and args.torchcompile, '--torchscript and --torchcompile: choose one'),
         (mixing and args.aug_splits and not args.no_prefetcher,
          '--mixup and --cutmix with --aug-splits: the prefetcher cannot mix split batches; add --no-prefetcher'),
+        (mixing and any(size * max(args.aug_splits, 1) % 2 for size in batches),
+         f'{flag[sizes]} {" ".join(map(str, batches))}: --mixup and --cutmix pair the images of a batch; give even'
+         ' sizes'),
+        (not 0 <= args.smoothing < 1, f'--smoothing {args.smoothing}: expected 0 or more, and less than 1'),
         (args.train_img_sizes and args.aug_splits, '--train-img-sizes: does not work with --aug-splits'),
         (args.use_multi_epochs_loader and (args.train_img_sizes or args.mixup_off_epoch),
          '--use-multi-epochs-loader: its processes would not see --mixup-off-epoch or --train-img-sizes at work'),
