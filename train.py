@@ -20,6 +20,7 @@ import copy
 import gc
 import importlib
 import importlib.util
+import json
 import logging
 import math
 import os
@@ -27,6 +28,7 @@ import random
 import re
 import shutil
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -87,8 +89,11 @@ from timm_reparam import (
 )
 from timm_reparam.convert import VARIANTS, variant_of
 from timm_reparam.hub import publish
+from timm_reparam.hub.cards import FACTS_NAME
 from timm_reparam.hub.checkpoint import check_pair, check_tag, folder_name, save_checkpoint, save_pair
+from timm_reparam.hub.publish import _missing_license
 from timm_reparam.hub.training import PRIVATE_SETTINGS, base_model_facts, read_training
+from timm_reparam.hub.transport import _ERRORS, check_repo_id, one_line
 from timm_reparam.profile import compare_profiles, format_comparison, format_profiles
 
 _logger = logging.getLogger('train')
@@ -395,7 +400,7 @@ RETIRED = {
 # Least values.
 LEAST = {
     **dict.fromkeys(('batch_size', 'validation_batch_size', 'grad_accum_steps', 'checkpoint_hist'), 1),
-    **dict.fromkeys(('val_interval', 'log_interval', 'train_batches_per_epoch', 'stop_epoch'), 1),
+    **dict.fromkeys(('val_interval', 'log_interval', 'train_batches_per_epoch', 'epochs', 'stop_epoch'), 1),
     **dict.fromkeys(('seed', 'workers', 'recovery_interval', 'aug_splits', 'start_epoch'), 0),
 }
 # Flags that only some kinds of dataset read.
@@ -477,7 +482,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line over the --config file over the defaults of the dataset over the flags' own defaults."""
     parser = build_parser()
     named = parser.parse_args(argv)
+    if named.data and named.data_dir and named.data != named.data_dir:
+        raise ReparamError(f'--data-dir {named.data_dir}: DIR is {named.data}; both mean the same, give one of them')
     config = read_args_file(parser, named.config) if named.config else {}
+    if named.data or named.data_dir:  # in either form over that of the config in either form
+        config = {key: value for key, value in config.items() if key not in ('data', 'data_dir')}
     parser.set_defaults(**config)
     named = parser.parse_args(argv)
     if not (named.dataset or named.data_dir or named.data):
@@ -487,6 +496,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**{**DIGITS_DATA, **{key: value for key, value in config.items() if value is not None}})
     args = parser.parse_args(argv)
     args.data_dir = args.data_dir or args.data
+    args.data = args.data and args.data_dir  # args.yaml does not tell of two
     check_args(args, parser)
     return args
 
@@ -560,6 +570,8 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
     for name, least in LEAST.items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise ReparamError(f'{flag[name]} {getattr(args, name)}: expected at least {least}')
+    sizes = 'train_batch_sizes' if args.train_img_sizes and args.train_batch_sizes else 'batch_size'
+    batches = args.train_batch_sizes if sizes == 'train_batch_sizes' else [args.batch_size]
     # fmt: off
     for wrong, message in (
         (args.variant not in (None, *VARIANTS), f'--variant {args.variant}: expected one of {", ".join(VARIANTS)}'),
@@ -580,6 +592,10 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
         (args.torchscript and args.torchcompile, '--torchscript and --torchcompile: choose one'),
         (mixing and args.aug_splits and not args.no_prefetcher,
          '--mixup and --cutmix with --aug-splits: the prefetcher cannot mix split batches; add --no-prefetcher'),
+        (mixing and any(size * max(args.aug_splits, 1) % 2 for size in batches),
+         f'{flag[sizes]} {" ".join(map(str, batches))}: --mixup and --cutmix pair the images of a batch; give even'
+         ' sizes'),
+        (not 0 <= args.smoothing < 1, f'--smoothing {args.smoothing}: expected 0 or more, and less than 1'),
         (args.train_img_sizes and args.aug_splits, '--train-img-sizes: does not work with --aug-splits'),
         (args.use_multi_epochs_loader and (args.train_img_sizes or args.mixup_off_epoch),
          '--use-multi-epochs-loader: its processes would not see --mixup-off-epoch or --train-img-sizes at work'),
@@ -587,8 +603,9 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
          '--resume auto: looks into the folder of --experiment; name one'),
         (args.wandb_resume_id and not args.resume, '--wandb-resume-id: needs --resume'),
         (args.license and not args.publish, '--license: is for --publish; add it'),
-        (args.publish and not (args.license or args.pretrained or args.pretrained_path or ':' in args.model),
-         '--publish: weights trained from scratch have no licence yet; add --license'),
+        (args.publish and not args.license
+         and (not args.pretrained or args.pretrained_path or args.initial_checkpoint),
+         '--publish: weights trained from scratch, or from a file, have no known licence; add --license'),
         (args.log_wandb and importlib.util.find_spec('wandb') is None,
          '--log-wandb: the package wandb is not installed; pip install wandb, or leave the flag out'),
     # fmt: on
@@ -785,7 +802,7 @@ def create_split(args: argparse.Namespace, split: str, is_training: bool, img_mo
             trust_remote_code=args.dataset_trust_remote_code,
             **options,
         )
-    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
+    except (AssertionError, ImportError, ValueError, *_ERRORS) as error:
         where = args.data_dir or args.dataset
         raise ReparamError(f'{where}: no usable split {split!r} ({error or type(error).__name__})') from error
 
@@ -839,6 +856,8 @@ def _check_split_folders(args: argparse.Namespace, train: Any, validation: Any) 
     roots = [getattr(getattr(dataset, 'reader', None), 'root', None) for dataset in (train, validation)]
     if roots[0] == roots[1]:
         _logger.warning('%s: no folders of splits; validating on the training images', args.data_dir)
+    elif roots[0] == args.data_dir:  # which holds the validation images, too
+        raise ReparamError(f'{args.data_dir}: no split {args.train_split!r}; name its folder with --train-split')
     elif roots[1] == args.data_dir:
         raise ReparamError(
             f'{args.data_dir}: no split {args.val_split!r}; name it with --val-split, or train without (--val-split "")'
@@ -1040,8 +1059,9 @@ def named_errors(place: str) -> Iterator[None]:
         yield
     except ReparamError:
         raise
-    except (AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise ReparamError(f'{place}: {error} ({type(error).__name__})') from error
+    # the client's errors, too: that of a dropped connection is none of Python's
+    except (AssertionError, ImportError, LookupError, TypeError, ValueError, *_ERRORS) as error:
+        raise ReparamError(f'{place}: {one_line(error)} ({type(error).__name__})') from error
 
 
 @contextmanager
@@ -1204,6 +1224,8 @@ def prepare(args: argparse.Namespace) -> Run:
         check_zoo(args, architecture_of(run.model))
         if args.publish and variant_of(run.model) is None:
             raise ReparamError(f'--publish: publishes both forms, {args.model} has one; add --variant')
+        if args.publish:
+            check_publish(run)
         parameters = sum(p.numel() for p in run.model.parameters())
         _logger.info('model: %s, %s parameters to train', architecture_of(run.model), f'{parameters:,}')
     set_precision(run)
@@ -1263,6 +1285,22 @@ def check_zoo(args: argparse.Namespace, architecture: str) -> None:
         raise ReparamError(
             f'--zoo {args.zoo}: {error}; the folder that holds it has to exist, see also --tag'
         ) from error
+
+
+def check_publish(run: Run) -> None:
+    """Check, before hours of training, the names and the licence by the rules of publishing."""
+    args, model = run.args, run.model
+    flag = '--publish'
+    try:
+        check_repo_id(f'{args.publish}/{folder_name(architecture_of(model), result_tag(args), True)}')
+        flag = '--license'
+        cfg: Any = model.pretrained_cfg
+        with tempfile.TemporaryDirectory() as scratch:  # publishing reads from folders what is known
+            folder = Path(scratch)
+            (folder / FACTS_NAME).write_text(json.dumps(dict(base_model=base_model_facts(vars(args), cfg))))
+            _missing_license((folder, folder), args.license)
+    except ReparamError as error:
+        raise ReparamError(f'{flag} {getattr(args, flag[2:])}: {error}') from error
 
 
 def set_precision(run: Run) -> None:
@@ -1497,29 +1535,57 @@ def output_root(args: argparse.Namespace) -> Path:
 
 
 def make_output_folder(run: Run, resumed: Path | None) -> Path:
-    """Make the folder of the run. One that holds another run's checkpoints is left alone."""
+    """Make the folder of the run. One in which another run has begun is left alone."""
     args = run.args
-    if args.experiment:
-        folder = output_root(args) / args.experiment
-    elif resumed and not args.output:
-        folder = resumed.parent
-    else:
-        side = run.data_config['input_size'][-1]
-        moment = datetime.now().strftime('%Y%m%d-%H%M%S')
-        folder = output_root(args) / f'{moment}-{safe_model_name(architecture_of(run.model))}-{side}'
-    if checkpoints_in(folder) and not (resumed and resumed.parent.samefile(folder)):
-        raise ReparamError(
-            f'{folder}: holds the checkpoints of another run; --resume auto goes on with it, or name another'
-        )
     try:
+        if args.experiment:
+            folder = output_root(args) / args.experiment
+        elif resumed and not args.output:
+            folder = resumed.parent
+        else:
+            side = run.data_config['input_size'][-1]
+            moment = datetime.now().strftime('%Y%m%d-%H%M%S')
+            folder = output_root(args) / f'{moment}-{safe_model_name(architecture_of(run.model))}-{side}'
+            folder = make_new_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        draft = folder / 'args.yaml.partial'
-        draft.write_text(yaml.safe_dump(run.settings))
-        os.replace(draft, folder / 'args.yaml')
+        is_resumed = resumed is not None and resumed.parent.samefile(folder)
+        # --resume auto also takes up a run that was killed before its first checkpoint
+        may_exist = is_resumed or (args.resume == 'auto' and not checkpoints_in(folder))
+        if (checkpoints_in(folder) and not is_resumed) or not write_settings(run, folder, may_exist):
+            raise ReparamError(
+                f'--experiment {args.experiment}: another run has begun in {folder}; --resume auto goes on with it, or '
+                'name another'
+            )
     except OSError as error:
         raise ReparamError(f'--output {folder}: cannot be written ({error.strerror})') from error
     _logger.info('checkpoints: %s', folder)
     return folder
+
+
+def make_new_folder(folder: Path) -> Path:
+    """Make a folder of this name or, where there is one, with the first free number after it; return it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    name, number = folder.name, 0
+    while True:
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = folder.with_name(f'{name}-{number}')
+
+
+def write_settings(run: Run, folder: Path, may_exist: bool) -> bool:
+    """Write args.yaml; unless there may be one, it claims the folder: False if another run was first."""
+    path = folder / 'args.yaml'
+    try:
+        path.touch(exist_ok=may_exist)
+    except FileExistsError:
+        return False
+    draft = folder / 'args.yaml.partial'
+    draft.write_text(yaml.safe_dump(run.settings))
+    os.replace(draft, path)
+    return True
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -1997,11 +2063,13 @@ def finish(run: Run) -> str:
     top1 = (metrics[0]['top1'], metrics[1]['top1']) if metrics else None
     table = format_comparison(*profiles, top1=top1, logit_difference=difference)
     note = ' (dynamic convolutions stay, in their form for inference)' if dynamic_layers(model) else ''
-    saved = f'saved, train-time form: {folders[0]}\nsaved, fused form:      {folders[1]}{note}'
-    if args.publish:
-        _logger.info('%s', saved)
-        saved += f'\n\n{publish(folders[0], args.publish, license=args.license)}'
-    return f'{table}\n\n{saved}'
+    return f'{table}\n\nsaved, train-time form: {folders[0]}\nsaved, fused form:      {folders[1]}{note}'
+
+
+def publish_result(run: Run) -> str:
+    """Publish both saved forms; return what became of them."""
+    folder = Path(run.args.zoo) / folder_name(architecture_of(run.form), result_tag(run.args), False)
+    return str(publish(folder, run.args.publish, license=run.args.license))
 
 
 def leave_other_processes(run: Run) -> None:
@@ -2135,7 +2203,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         train(run)
         leave_other_processes(run)
         if run.is_primary:
-            print(finish(run))
+            print(finish(run), flush=True)
+            if args.publish:  # after the result is out: the Hub may not be in reach
+                print(f'\n{publish_result(run)}')
         return 0
     except ReparamError as error:
         if verbose:

@@ -207,6 +207,14 @@ def test_refused_flags_say_their_name_and_the_reason(dest):
         (['--batch-size', '0'], '--batch-size 0: expected at least 1'),
         (['--seed', '-1'], '--seed -1: expected at least 0'),
         (['--checkpoint-hist', '0'], '--checkpoint-hist 0: expected at least 1'),
+        (['--epochs', '0'], '--epochs 0: expected at least 1'),
+        (['--smoothing', '1.5'], '--smoothing 1.5: expected 0 or more, and less than 1'),
+        (['--smoothing', '-0.1'], '--smoothing -0.1'),
+        (['--mixup', '0.2', '-b', '7'], '--batch-size 7: '),
+        (
+            ['--cutmix', '1', '--train-img-sizes', '16', '32', '--train-batch-sizes', '8', '5'],
+            '--train-batch-sizes 8 5',
+        ),
         (['--aug-splits', '1'], '--aug-splits 1'),
         (['--jsd-loss'], '--jsd-loss'),
         (['--loss', 'asl', '--bce-loss'], '--loss, --jsd-loss and --bce-loss: choose one'),
@@ -305,6 +313,19 @@ def test_config_round_trip_and_precedence(flags, tmp_path):
     assert changed.lr == 1 and changed.conv_options == {'depth_multiplier': 9} and changed.epochs == 2
 
 
+def test_a_directory_on_the_command_line_wins_over_that_of_the_config(tmp_path, capsys):
+    for index, key in enumerate(('data', 'data_dir')):
+        config = write_yaml(tmp_path / f'{index}.yaml', {key: 'old'})
+        for argv, expected in ((['new'], 'new'), (['--data-dir', 'new'], 'new'), ([], 'old')):
+            args = parse('--config', config, *argv)
+            assert args.data_dir == expected and args.data in (None, expected)
+    both = parse('--config', write_yaml(tmp_path / 'both.yaml', {'data': 'old', 'data_dir': 'used'}))
+    assert both.data == both.data_dir == 'used'
+    assert parse('same', '--data-dir', 'same').data_dir == 'same'
+    message = refusal(['one', '--data-dir', 'two'], capsys)
+    assert '--data-dir two' in message and 'one' in message
+
+
 def test_config_with_the_gaps_that_timm_leaves(tmp_path, caplog):
     values = dict(
         data_dir='somewhere', smoothing=None, eval_metric=None, decay_epochs=None, fuser=None, class_map=None,
@@ -391,6 +412,13 @@ def test_bad_folders(flags, photos, tmp_path, capsys):
     half = tmp_path / 'half'
     shutil.copytree(photos / 'train', half / 'train')
     assert "no split 'validation'" in refused(half)
+
+    leak = tmp_path / 'leak'
+    shutil.copytree(photos / 'train', leak / 'trn')
+    shutil.copytree(photos / 'validation', leak / 'val')
+    message = refused(leak)
+    assert "no split 'train'" in message and '--train-split' in message
+    assert "no split 'nosuch'" in refusal(flags('--train-split', 'nosuch'), capsys)
 
     unequal = tmp_path / 'unequal'
     shutil.copytree(photos, unequal)
@@ -521,6 +549,18 @@ def test_published_weights_are_lifted_and_named_in_the_facts(flags, hub, tmp_pat
     assert facts['base_model'] == dict(id='timm/resnet18.a1_in1k', revision=commit, license='apache-2.0')
     assert facts['recipe']['pretrained'] is True
     assert not any(str(tmp_path) in str(value) for value in facts.values())
+
+
+def test_a_dropped_connection_is_one_line(flags, hub, tmp_path, capsys):
+    add_stock(hub, 'resnet10t.c3_in1k')
+    hub.faults.add('drop_before', path='/timm/resnet10t.c3_in1k/', times=None)
+    argv = flags('--variant', 'doconv', '--pretrained', model='resnet10t.c3_in1k')
+    argv = [flag for flag in argv if flag not in TINY]
+    try:
+        assert '--model resnet10t.c3_in1k: ' in refusal(argv, capsys)
+    finally:
+        hub.clear()
+    assert not (tmp_path / 'output').exists()
 
 
 def test_temperature_is_annealed_in_forward_passes(flags):
@@ -914,6 +954,25 @@ def test_resume_auto_starts_anew_where_there_is_nothing(flags):
     assert run.epoch == 0
 
 
+def test_a_folder_belongs_to_one_run(flags, tmp_path, monkeypatch, capsys):
+    run = prepare(flags())  # has no checkpoint yet
+    settings = (run.output_dir / 'args.yaml').read_bytes()
+    message = refusal(flags('--seed', '1'), capsys)
+    assert '--experiment run: another run' in message and '--resume auto' in message
+    assert (run.output_dir / 'args.yaml').read_bytes() == settings
+    assert prepare(flags('--resume', 'auto')).epoch == 0  # as after a kill in the first epoch
+
+    class Moment(train.datetime):
+        @classmethod
+        def now(cls):
+            return cls(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr(train, 'datetime', Moment)
+    names = [prepare(flags(experiment='')).output_dir.name for _ in range(3)]
+    first = f'20260102-030405-resnet18_doconv-{SIDE}'
+    assert names == [first, f'{first}-1', f'{first}-2']
+
+
 def test_scaler_state_is_resumed(flags):
     def scaled(argv: list[str]) -> train.Run:
         run = prepare(argv)
@@ -1155,6 +1214,34 @@ def test_both_forms_are_published_at_the_end(flags, hub, cache_dir, monkeypatch,
     fused = timm.create_model('hf-hub:owner/resnet18_doconv.photos_fused', pretrained=True, cache_dir=cache_dir)
     assert fused.pretrained_cfg['architecture'] == 'resnet18'
     assert fused.pretrained_cfg['license'] == 'mit'
+
+
+def test_what_publishing_would_refuse_is_refused_before_training(flags, hub, tmp_path, capsys):
+    add_stock(hub, 'resnet18.a1_in1k')
+    lifted = flags('--variant', 'doconv', '--pretrained', model='resnet18.a1_in1k')
+    lifted = [flag for flag in lifted if flag not in TINY]
+    for argv, expected in (
+        (flags('--publish', 'owner/models', '--license', 'mit'), '--publish owner/models'),
+        (flags('--publish', 'owner', '--license', 'MIT License'), '--license MIT License: '),
+        (flags('--publish', 'owner', '--pretrained-path', 'x.pth'), 'add --license'),
+        (flags('--publish', 'owner', '--pretrained', '--initial-checkpoint', 'x.pth'), 'add --license'),
+        (flags('--publish', 'owner', model='local-dir:x'), 'add --license'),
+        ([*lifted, '--publish', 'owner', '--license', 'mit'], "the weights are under apache-2.0, got 'mit'"),
+    ):
+        assert expected in refusal(argv, capsys)
+    assert not (tmp_path / 'output').exists() and not (tmp_path / 'zoo').exists()
+
+
+def test_the_result_is_printed_before_it_is_published(flags, hub, monkeypatch, capsys):
+    monkeypatch.setenv('HF_TOKEN', 'hf_owner')
+    hub.faults.add('403', path='/api/models/owner/', times=None)
+    try:
+        assert train.main(flags('--epochs', '1', '--publish', 'owner', '--license', 'mit', '--tag', 'kept')) == 1
+    finally:
+        hub.clear()
+    out, err = capsys.readouterr()
+    assert 'top-1' in out and 'saved, fused form' in out
+    assert err.strip().splitlines()[-1].startswith('train.py: error: owner/resnet18_doconv.kept')
 
 
 def test_a_stock_model_is_not_published(flags, capsys):
