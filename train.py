@@ -98,6 +98,12 @@ from timm_reparam.profile import compare_profiles, format_comparison, format_pro
 
 _logger = logging.getLogger('train')
 
+# What timm lets through, also of the Hub's client: its error of a dropped connection is none of Python's.
+TIMM_ERRORS: tuple[type[Exception], ...] = (
+    *(AssertionError, ImportError, LookupError, TypeError, ValueError),
+    *_ERRORS,
+)
+
 # --------------------------------------------------------------------------------------------------------------------
 # Settings
 # --------------------------------------------------------------------------------------------------------------------
@@ -802,7 +808,7 @@ def create_split(args: argparse.Namespace, split: str, is_training: bool, img_mo
             trust_remote_code=args.dataset_trust_remote_code,
             **options,
         )
-    except (AssertionError, ImportError, ValueError, *_ERRORS) as error:
+    except TIMM_ERRORS as error:
         where = args.data_dir or args.dataset
         raise ReparamError(f'{where}: no usable split {split!r} ({error or type(error).__name__})') from error
 
@@ -1059,8 +1065,7 @@ def named_errors(place: str) -> Iterator[None]:
         yield
     except ReparamError:
         raise
-    # the client's errors, too: that of a dropped connection is none of Python's
-    except (AssertionError, ImportError, LookupError, TypeError, ValueError, *_ERRORS) as error:
+    except TIMM_ERRORS as error:
         raise ReparamError(f'{place}: {one_line(error)} ({type(error).__name__})') from error
 
 
@@ -1550,7 +1555,7 @@ def make_output_folder(run: Run, resumed: Path | None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         is_resumed = resumed is not None and resumed.parent.samefile(folder)
         # --resume auto also takes up a run that was killed before its first checkpoint
-        may_exist = is_resumed or (args.resume == 'auto' and not checkpoints_in(folder))
+        may_exist = is_resumed or args.resume == 'auto'
         if (checkpoints_in(folder) and not is_resumed) or not write_settings(run, folder, may_exist):
             raise ReparamError(
                 f'--experiment {args.experiment}: another run has begun in {folder}; --resume auto goes on with it, or '
