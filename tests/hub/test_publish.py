@@ -251,6 +251,15 @@ def test_every_method(hub: HubServer, owner: str, variant: str):
     assert timm_reparam.hub.verify(f'{owner}/resnet10t_{variant}.t').passed
 
 
+def test_long_schedule(hub: HubServer, owner: str, tmp_path: Path):
+    """As long as a training on ImageNet: longer than any tensor is large."""
+    model = timm.create_model('resnet10t_dyconv', conv_options={'temperature_steps': 450_000}, **TINY)
+    model = randomise(model, seed=3).eval()
+    publish(model, owner, tag='t', facts=FACTS, data_config=DATA_CONFIG)
+    assert timm_reparam.hub.verify(f'{owner}/resnet10t_dyconv.t').passed
+    assert timm_reparam.hub.pull(f'{owner}/resnet10t_dyconv.t', tmp_path / 'zoo').ok
+
+
 # Licences
 
 
@@ -322,9 +331,16 @@ def renamed(folders: tuple[Path, Path]) -> None:
     (folders[0] / 'training.json').write_text(json.dumps({**facts, 'name': 'another'}))
 
 
+def unpullable(folders: tuple[Path, Path]) -> None:
+    path = folders[0] / 'config.json'
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, 'model_args': {**config['model_args'], 'drop_rate': 1e9}}))
+
+
 @pytest.mark.parametrize(
     'spoil, words',
     [
+        (unpullable, 'larger than anything in the weights'),
         (other_weights, 'sha256'),
         (wrong_fusion, 'differs'),
         (edited_card, 'license'),

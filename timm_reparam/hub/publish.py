@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import timm
 import torch
@@ -19,6 +20,7 @@ from huggingface_hub import ModelCard
 from torch import nn
 
 from ..errors import ReparamError
+from ..models._registry import ensure_registered
 from .cards import (
     CARD_NAME,
     CONFIG_NAME,
@@ -39,6 +41,7 @@ __all__ = [
     'RepoResult',
     'SyncReport',
     'check_claims',
+    'check_config',
     'check_self_check',
     'publish',
     'self_check',
@@ -50,6 +53,11 @@ _TOLERANCE: dict[str, Any] = dict(rtol=1e-3, atol=1e-4)
 # Models are run one at a time: proofs switch settings of the whole process.
 one_at_a_time = threading.RLock()
 _FORCED_TRIES = 5
+# What makes timm take weights, or code for reading them, from elsewhere than the folder.
+_ELSEWHERE = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load')
+_OPTIONS = ('model_name', 'checkpoint_path', 'cache_dir', 'scriptable', 'exportable', 'no_jit')
+# Numbers in model_args that are no sizes of tensors, image sides above all, stay below this.
+_LARGEST_ARGUMENT = 8192
 
 
 @dataclass
@@ -366,12 +374,76 @@ def _prove(folder: Path, fused: Path) -> None:
                 f'{one / FACTS_NAME}: name: expected that of the folder, {one.name!r}, got {facts.get("name")!r}; save'
                 ' the pair under the new name with save_pair'
             )
+        check_config(one)  # what pull refuses nobody could fetch
         problems = check_claims(one)
         if problems:
             raise ReparamError(f'{one}: {problems[0]}')
     report = verify_checkpoint(folder, fused)
     if not report.passed:
         raise ReparamError(f'the fused model differs from the train-time model: {report}')
+
+
+def check_config(folder: Path) -> None:
+    """Check that config.json describes the weights beside it, before anything is built from it.
+
+    Args:
+        folder: Checkpoint folder.
+
+    Raises:
+        ReparamError: It asks for other weights than those in the folder, or for another model, or for anything else
+            than a model.
+    """
+    config = read_config(folder)
+    place, architecture = f'{folder.name}/{CONFIG_NAME}', config['architecture']
+    if not ensure_registered(architecture):
+        raise ReparamError(f'{place}: expected an architecture that timm knows, got {architecture!r}')
+    elsewhere = [key for key in _ELSEWHERE if config['pretrained_cfg'].get(key)]
+    if elsewhere:
+        raise ReparamError(f'{place}: pretrained_cfg.{elsewhere[0]}: would take the weights from elsewhere')
+    strange = sorted(key for key in config['model_args'] if key in _OPTIONS or key.startswith('pretrained'))
+    if strange:
+        raise ReparamError(f'{place}: model_args.{strange[0]}: is no argument of a model, but one of loading it')
+    shapes = _shapes(folder / WEIGHTS_NAME)
+    sizes = [side for shape in shapes.values() for side in shape]
+    largest = max([_LARGEST_ARGUMENT, len(shapes), *sizes])
+    sizes_asked_for = dict(config['model_args'])
+    if isinstance(options := sizes_asked_for.get('conv_options'), dict):
+        # the length of a schedule: no tensor is as large as that
+        sizes_asked_for['conv_options'] = {key: options[key] for key in options if key != 'temperature_steps'}
+    for number in _numbers(sizes_asked_for):
+        if not abs(number) <= largest:
+            raise ReparamError(f'{place}: model_args: {number} is larger than anything in the weights')
+    try:
+        with torch.device('meta'):
+            model = timm.create_model(architecture, **config['model_args'])
+    except Exception as error:  # whatever wrong arguments make of it
+        raise ReparamError(f'{place}: {architecture} cannot be built ({one_line(error)[:200]})') from error
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
+    if wrong:
+        raise ReparamError(
+            f'{folder.name}/{WEIGHTS_NAME}: {wrong[0]}: expected shape {expected.get(wrong[0])}, got'
+            f' {shapes.get(wrong[0])} ({len(wrong)} tensors differ from {architecture})'
+        )
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in a safetensors file, which is not read further."""
+    try:
+        with safetensors.safe_open(path, 'pt') as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ReparamError(f'{path.parent.name}/{path.name}: is no safetensors file ({one_line(error)})') from error
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, (int, float)):
+        yield value
 
 
 def check_claims(folder: Path) -> list[str]:
