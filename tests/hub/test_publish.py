@@ -295,6 +295,19 @@ def test_licence_is_an_identifier(owner: str, tmp_path: Path, license: str):
         publish(folder, owner, license=license)
 
 
+@pytest.mark.parametrize('license', ['other', 'none', 'unknown'])
+def test_licence_that_states_none(hub: HubServer, owner: str, tmp_path: Path, license: str):
+    folder, _ = save(tmp_path, facts={})
+    with pytest.raises(ReparamError, match=f"'{license}' states no licence; give .*apache-2.0.* or the name"):
+        publish(folder, owner, license=license)
+    assert not hub.log
+    for facts in ({'license_name': 'of-ours'}, {}):  # which licence is meant the facts may say already
+        folder, _ = save(tmp_path, facts=facts)
+        publish(folder, owner, license='other' if facts else 'of-ours')
+        card = ModelCard(content(hub, f'{owner}/{NAMES[0]}', 'README.md').decode())
+        assert (card.data.license, card.data.license_name) == ('other', 'of-ours')
+
+
 # Pairs that are not fit to be published
 
 

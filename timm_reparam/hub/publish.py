@@ -27,6 +27,7 @@ from .cards import (
     FACTS_NAME,
     WEIGHTS_NAME,
     card_text,
+    license_data,
     license_of,
     read_config,
     read_facts,
@@ -356,6 +357,11 @@ def _missing_license(folders: tuple[Path, Path], license: str | None) -> str | N
         )
     if not re.fullmatch(r'[a-z0-9][a-z0-9.-]{0,63}', license):
         raise ReparamError(f"license: expected an identifier as the Hub lists them, 'apache-2.0', got {license!r}")
+    if not all(license_data({**(read_facts(one) or {}), 'license': license}) for one in folders):
+        raise ReparamError(
+            f"license: {license!r} states no licence; give an identifier as the Hub lists them, 'apache-2.0', or the"
+            " name of a licence of your own, 'name-of-licence-1.0'"
+        )
     return license
 
 
