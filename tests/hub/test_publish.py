@@ -517,6 +517,16 @@ def test_damaged_upload_and_download(hub: HubServer, owner: str, pair: tuple[Pat
         publish(pair[0], owner)
 
 
+def test_error_names_what_landed(hub: HubServer, owner: str, pair: tuple[Path, Path]):
+    """Also what could not be fetched back."""
+    fault = hub.faults.add('403', method='GET', path='resolve', times=None)
+    with pytest.raises(ReparamError, match=f'already there: {owner}/{NAMES[0]}; publish again'):
+        publish(pair[0], owner)
+    assert fault.hits and hub.commit_counts == {f'{owner}/{NAMES[0]}': 1}
+    hub.faults.clear()
+    assert [result.status for result in publish(pair[0], owner).results] == ['skipped', 'sent']
+
+
 def test_token_is_nowhere(hub: HubServer, owner: str, pair: tuple[Path, Path], capsys: pytest.CaptureFixture, caplog):
     hub.faults.add('403', path='/commit/', message='hf_owner may not do this')
     caplog.set_level('INFO')

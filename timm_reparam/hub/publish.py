@@ -209,7 +209,8 @@ def publish(
         try:
             publish_pair(client, folder, namespace, report.results.append, license=license, **options)
         except ReparamError as error:
-            done = [result.repo_id for result in report.sent]
+            # what could not be fetched back has landed, too
+            done = [result.repo_id for result in report.of('sent', 'failed')]
             if not done:
                 raise
             raise ReparamError(f'{error} (already there: {", ".join(done)}; publish again to complete it)') from error
