@@ -43,6 +43,7 @@ __all__ = [
     'SyncReport',
     'check_claims',
     'check_config',
+    'check_same_use',
     'check_self_check',
     'publish',
     'self_check',
@@ -57,6 +58,8 @@ _FORCED_TRIES = 5
 # What makes timm take weights, or code for reading them, from elsewhere than the folder.
 _ELSEWHERE = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load')
 _OPTIONS = ('model_name', 'checkpoint_path', 'cache_dir', 'scriptable', 'exportable', 'no_jit')
+# Entries of pretrained_cfg that say how the model is to be used, whichever form it has.
+_USE = ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', 'input_size', 'num_classes', 'license', 'label_names')
 # Numbers in model_args that are no sizes of tensors, image sides above all, stay below this.
 _LARGEST_ARGUMENT = 8192
 
@@ -385,6 +388,7 @@ def _prove(folder: Path, fused: Path) -> None:
         problems = check_claims(one)
         if problems:
             raise ReparamError(f'{one}: {problems[0]}')
+    check_same_use(folder, fused)
     report = verify_checkpoint(folder, fused)
     if not report.passed:
         raise ReparamError(f'the fused model differs from the train-time model: {report}')
@@ -451,6 +455,28 @@ def _numbers(value: Any) -> Iterator[float]:
             yield from _numbers(item)
     elif isinstance(value, (int, float)):
         yield value
+
+
+def check_same_use(folder: Path, fused: Path) -> None:
+    """Check that two forms of a model are to be used alike: preprocessing, classes and licence in config.json.
+
+    Args:
+        folder: Train-time checkpoint.
+        fused: Fused checkpoint.
+
+    Raises:
+        ReparamError: They differ; the message names every difference.
+    """
+    configs = [read_config(one) for one in (folder, fused)]
+    differences = []
+    for place, keys in (('', ('num_classes', 'label_names')), ('pretrained_cfg', _USE)):
+        for key in keys:
+            expected, found = ((config[place] if place else config).get(key) for config in configs)
+            if expected != found:
+                name = f'{place}.{key}' if place else key
+                differences.append(f'{fused.name}/{CONFIG_NAME}: {name}: expected {expected!r}, got {found!r}')
+    if differences:
+        raise ReparamError(f'{"; ".join(differences)} (expected is what {folder.name} says); save the pair again')
 
 
 def check_claims(folder: Path) -> list[str]:

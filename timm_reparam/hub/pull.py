@@ -27,6 +27,7 @@ from .publish import (
     SyncReport,
     check_claims,
     check_config,
+    check_same_use,
     check_self_check,
     one_at_a_time,
 )
@@ -133,7 +134,7 @@ def verify(
 
     Compared are the hashes that the Hub gives with those of the files, the claims of both cards and of
     ``training.json`` with the weights, the self-check tensors with what the models make of them, and both forms of the
-    model with each other on fresh inputs.
+    model with each other: preprocessing, classes and licence, and what they make of fresh inputs.
 
     Args:
         repo_or_folder: Repo of either form, ``NAMESPACE/NAME``, or a folder on disk, which goes first.
@@ -186,6 +187,8 @@ def _verify_pair(report: VerifyReport, folder: Path, checks: Mapping[Path, Local
                 for problem in check_self_check(load_checkpoint(one), content):
                     # a pair that is equal otherwise is not sent again
                     raise ReparamError(f'{problem}; delete that file on the Hub, publish the pair again')
+    with _problem(report, f'{folder.name}: configurations'):
+        check_same_use(folder, fused_path(folder))
     with _problem(report, f'{folder.name}: pair'), one_at_a_time:
         report.fusion = verify_checkpoint(folder)
         if not report.fusion.passed:
