@@ -175,6 +175,8 @@ def test_card_with_additions_goes_as_it_is(hub: HubServer, owner: str, copies: t
         report = publish(copies[0], owner)
         assert content(hub, f'{owner}/{NAMES[0]}', 'README.md') == card.read_bytes()
     assert report.sent == []
+    report = timm_reparam.hub.verify(f'{owner}/{NAMES[0]}')
+    assert report.passed, report
 
 
 def test_missing_self_check_is_added(hub: HubServer, owner: str, pair: tuple[Path, Path]):
