@@ -297,6 +297,47 @@ def test_licence_is_an_identifier(owner: str, tmp_path: Path, license: str):
         publish(folder, owner, license=license)
 
 
+@pytest.mark.parametrize('license, lines', [('mit', ['mit']), ('of-ours', ['other', 'of-ours'])])
+@pytest.mark.parametrize('end', ['\n', '\r\n'])
+def test_licence_in_a_card_with_additions(
+    hub: HubServer, owner: str, tmp_path: Path, license: str, lines: list[str], end: str
+):
+    folder, fused = save(tmp_path, facts={})
+    card = folder / 'README.md'
+    text = card.read_text().replace('- timm\n', '- timm\n- flowers\n') + '\n## Notes\n\nMine, é.\n'
+    card.write_bytes(text.replace('\n', end).encode())
+    for _ in range(2):
+        report = publish(folder, owner, license=license)
+    assert report.sent == []
+    front = ''.join(f'license{key}: {line}\n' for key, line in zip(('', '_name'), lines))
+    expected = text.replace('\n---\n', f'\n{front}---\n', 1)
+    expected = expected.replace('- License: none is stated', f'- License: {license}')
+    assert content(hub, f'{owner}/{NAMES[0]}', 'README.md').decode() == expected.replace('\n', end)
+    assert '- flowers' not in content(hub, f'{owner}/{NAMES[1]}', 'README.md').decode()  # rendered, as before
+    assert card.read_bytes() == text.replace('\n', end).encode()
+    report = timm_reparam.hub.verify(f'{owner}/{NAMES[0]}')
+    assert report.passed, report
+
+
+@pytest.mark.parametrize(
+    'edit',
+    [
+        lambda text: text.replace('- License: none is stated\n', ''),
+        lambda text: text.replace('- License: none is stated', '- License: ask me'),
+        lambda text: text.partition('\n---\n')[2],
+        lambda text: text.replace('\n---\n', '\nlicense: mit\n---\n', 1),
+    ],
+)
+def test_licence_in_a_card_without_its_place(hub: HubServer, owner: str, tmp_path: Path, edit):
+    folder, _ = save(tmp_path, facts={})
+    card = folder / 'README.md'
+    text = edit(card.read_text())
+    card.write_text(text)
+    with pytest.raises(ReparamError, match='README.md: .*- License: none is stated.*write .- License: mit. into'):
+        publish(folder, owner, license='mit')
+    assert not hub.log and card.read_text() == text
+
+
 @pytest.mark.parametrize('license', ['other', 'none', 'unknown'])
 def test_licence_that_states_none(hub: HubServer, owner: str, tmp_path: Path, license: str):
     folder, _ = save(tmp_path, facts={})

@@ -296,7 +296,8 @@ def _refusing(name: str) -> Iterator[None]:
 def _files_for(folder: Path, repo_id: str, license: str | None) -> dict[str, LocalFile]:
     """The files of a checkpoint folder as they go to a repo: facts and card tell of this place, and of the licence.
 
-    The small ones are in memory, so that they stay as they are. A card that somebody has added to goes as it is.
+    The small ones are in memory, so that they stay as they are. A card that somebody has added to goes as it is, but
+    for the licence.
     """
     files = {}
     for name in FILES:
@@ -305,15 +306,48 @@ def _files_for(folder: Path, repo_id: str, license: str | None) -> dict[str, Loc
             raise ReparamError(f'{path}: not found; expected a pair of folders as save_pair writes them')
         files[name] = LocalFile(path if name == WEIGHTS_NAME else path.read_bytes())
     config, facts, sha256 = read_config(folder), read_facts(folder) or {}, files[WEIGHTS_NAME].sha256
-    is_rendered = files[CARD_NAME].source == card_text(config, facts, sha256).encode()
-    facts['repo'] = repo_id
+    card, rendered = (folder / CARD_NAME).read_bytes(), card_text(config, facts, sha256)
+    is_rendered = card == rendered.encode()
     if license is not None:
         config['pretrained_cfg']['license'] = facts['license'] = license
         files[CONFIG_NAME] = LocalFile(json.dumps(config, indent=2).encode())
+        if not is_rendered:
+            card = _with_license(card, rendered, card_text(config, facts, sha256), folder / CARD_NAME)
+            files[CARD_NAME] = LocalFile(card)
+    facts['repo'] = repo_id
     files[FACTS_NAME] = LocalFile((json.dumps(facts, indent=2) + '\n').encode())
-    if is_rendered or license is not None:
+    if is_rendered:
         files[CARD_NAME] = LocalFile(card_text(config, facts, sha256).encode())
     return files
+
+
+def _with_license(card: bytes, before: str, after: str, place: Path) -> bytes:
+    """A card that somebody has added to, with what a licence changes of the rendered one, before and after."""
+    (old_entries, old_line), (entries, line) = _license_lines(before), _license_lines(after)
+    added = [entry for entry in entries if entry not in old_entries]
+    end = b'\r\n' if b'\r\n' in card else b'\n'
+    lines = card.split(end)
+    is_front = lines[0] == b'---' and b'---' in lines[1:]
+    # other entries may be anywhere in the front matter: the end of it is the one place that is in none of them
+    close = lines.index(b'---', 1) if is_front else 0
+    is_stated = any(one.startswith(b'license') for one in lines[:close])
+    if lines.count(old_line) != 1 or (added and (not is_front or is_stated)):
+        raise ReparamError(
+            f'{place}: expected the line {old_line.decode()!r} once and front matter without a licence, for license= to'
+            f' change, got a card edited there; state the licence with add_facts, write {line.decode()!r} into the card'
+            f' and {b", ".join(added).decode()!r} into its front matter'
+        )
+    lines[lines.index(old_line)] = line
+    lines[close:close] = added
+    return end.join(lines)
+
+
+def _license_lines(card: str) -> tuple[list[bytes], bytes]:
+    """What a rendered card says of the licence: entries of its front matter, and a line of its text."""
+    lines = card.encode().split(b'\n')
+    entries = [line for line in lines[: lines.index(b'---', 1)] if line.startswith(b'license')]
+    (line,) = [line for line in lines if line.startswith(b'- License: ')]
+    return entries, line
 
 
 class _Form:
