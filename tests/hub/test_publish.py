@@ -179,6 +179,22 @@ def test_card_with_additions_goes_as_it_is(hub: HubServer, owner: str, copies: t
     assert report.passed, report
 
 
+@pytest.mark.parametrize('heading', ['# Limits', '## Limits', '### Limits', None])
+def test_lists_in_sections_of_somebody_else(hub: HubServer, owner: str, copies: tuple[Path, Path], heading: str | None):
+    """What stands below a heading of theirs is no claim about the files; in a section of the rendered card it is."""
+    card = copies[0] / 'README.md'
+    mine = '- Input: photographs of flowers only\n'
+    text = card.read_text()
+    if heading is None:
+        card.write_text(text.replace('\n- Input: ', f'\n{mine}- Input to what: '))
+        with pytest.raises(ReparamError, match='README.md: Input: expected .*, got .photographs'):
+            publish(copies[0], owner)
+    else:
+        card.write_text(f'{text}\n{heading}\n\n{mine}')
+        assert len(publish(copies[0], owner).sent) == 2
+        assert timm_reparam.hub.verify(f'{owner}/{NAMES[0]}').passed
+
+
 def test_missing_self_check_is_added(hub: HubServer, owner: str, pair: tuple[Path, Path]):
     publish(pair[0], owner)
     before = content(hub, f'{owner}/{NAMES[0]}', CHECK)

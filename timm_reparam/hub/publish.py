@@ -541,13 +541,21 @@ def check_claims(folder: Path) -> list[str]:
     for key in ('base_model', 'base_model_relation', 'license', 'datasets', 'model-index'):
         if claimed.get(key) != expected.get(key):
             problems.append(f'{CARD_NAME}: {key}: expected {expected.get(key)!r}, got {claimed.get(key)!r}')
-    stated = _stated(text)
+    headings = {heading for heading, _ in _sections(rendered)}
+    # what stands below other headings is no claim about the files
+    stated = _stated('\n'.join(body for heading, body in _sections(text) if heading in headings))
     facts.pop('repo', None)
     local = _stated(card_text(config, facts, sha256))  # a card that somebody has added to was published as it was
     for key, value in _stated(rendered).items():
         if stated.get(key, value) not in (value, local.get(key)):
             problems.append(f'{CARD_NAME}: {key}: expected {value!r}, got {stated[key]!r}')
     return problems
+
+
+def _sections(text: str) -> list[tuple[str, str]]:
+    """The headings of a card, each with the text below it; what comes before the first one is below ''."""
+    parts = ['', *re.split(r'^(#{1,6} .*)$', text, flags=re.MULTILINE)]
+    return [(heading.strip(), body) for heading, body in zip(parts[::2], parts[1::2])]
 
 
 def _stated(text: str) -> dict[str, str]:
