@@ -175,6 +175,24 @@ def test_card_with_additions_goes_as_it_is(hub: HubServer, owner: str, copies: t
         report = publish(copies[0], owner)
         assert content(hub, f'{owner}/{NAMES[0]}', 'README.md') == card.read_bytes()
     assert report.sent == []
+    report = timm_reparam.hub.verify(f'{owner}/{NAMES[0]}')
+    assert report.passed, report
+
+
+@pytest.mark.parametrize('heading', ['# Limits', '## Limits', '### Limits', None])
+def test_lists_in_sections_of_somebody_else(hub: HubServer, owner: str, copies: tuple[Path, Path], heading: str | None):
+    """What stands below a heading of theirs is no claim about the files; in a section of the rendered card it is."""
+    card = copies[0] / 'README.md'
+    mine = '- Input: photographs of flowers only\n'
+    text = card.read_text()
+    if heading is None:
+        card.write_text(text.replace('\n- Input: ', f'\n{mine}- Input to what: '))
+        with pytest.raises(ReparamError, match='README.md: Input: expected .*, got .photographs'):
+            publish(copies[0], owner)
+    else:
+        card.write_text(f'{text}\n{heading}\n\n{mine}')
+        assert len(publish(copies[0], owner).sent) == 2
+        assert timm_reparam.hub.verify(f'{owner}/{NAMES[0]}').passed
 
 
 def test_missing_self_check_is_added(hub: HubServer, owner: str, pair: tuple[Path, Path]):
@@ -251,6 +269,15 @@ def test_every_method(hub: HubServer, owner: str, variant: str):
     assert timm_reparam.hub.verify(f'{owner}/resnet10t_{variant}.t').passed
 
 
+def test_long_schedule(hub: HubServer, owner: str, tmp_path: Path):
+    """As long as a training on ImageNet: longer than any tensor is large."""
+    model = timm.create_model('resnet10t_dyconv', conv_options={'temperature_steps': 450_000}, **TINY)
+    model = randomise(model, seed=3).eval()
+    publish(model, owner, tag='t', facts=FACTS, data_config=DATA_CONFIG)
+    assert timm_reparam.hub.verify(f'{owner}/resnet10t_dyconv.t').passed
+    assert timm_reparam.hub.pull(f'{owner}/resnet10t_dyconv.t', tmp_path / 'zoo').ok
+
+
 # Licences
 
 
@@ -284,6 +311,60 @@ def test_licence_is_an_identifier(owner: str, tmp_path: Path, license: str):
     folder, _ = save(tmp_path, facts={})
     with pytest.raises(ReparamError, match='licence|identifier'):
         publish(folder, owner, license=license)
+
+
+@pytest.mark.parametrize('license, lines', [('mit', ['mit']), ('of-ours', ['other', 'of-ours'])])
+@pytest.mark.parametrize('end', ['\n', '\r\n'])
+def test_licence_in_a_card_with_additions(
+    hub: HubServer, owner: str, tmp_path: Path, license: str, lines: list[str], end: str
+):
+    folder, fused = save(tmp_path, facts={})
+    card = folder / 'README.md'
+    text = card.read_text().replace('- timm\n', '- timm\n- flowers\n') + '\n## Notes\n\nMine, é.\n'
+    card.write_bytes(text.replace('\n', end).encode())
+    for _ in range(2):
+        report = publish(folder, owner, license=license)
+    assert report.sent == []
+    front = ''.join(f'license{key}: {line}\n' for key, line in zip(('', '_name'), lines))
+    expected = text.replace('\n---\n', f'\n{front}---\n', 1)
+    expected = expected.replace('- License: none is stated', f'- License: {license}')
+    assert content(hub, f'{owner}/{NAMES[0]}', 'README.md').decode() == expected.replace('\n', end)
+    assert '- flowers' not in content(hub, f'{owner}/{NAMES[1]}', 'README.md').decode()  # rendered, as before
+    assert card.read_bytes() == text.replace('\n', end).encode()
+    report = timm_reparam.hub.verify(f'{owner}/{NAMES[0]}')
+    assert report.passed, report
+
+
+@pytest.mark.parametrize(
+    'edit',
+    [
+        lambda text: text.replace('- License: none is stated\n', ''),
+        lambda text: text.replace('- License: none is stated', '- License: ask me'),
+        lambda text: text.partition('\n---\n')[2],
+        lambda text: text.replace('\n---\n', '\nlicense: mit\n---\n', 1),
+    ],
+)
+def test_licence_in_a_card_without_its_place(hub: HubServer, owner: str, tmp_path: Path, edit):
+    folder, _ = save(tmp_path, facts={})
+    card = folder / 'README.md'
+    text = edit(card.read_text())
+    card.write_text(text)
+    with pytest.raises(ReparamError, match='README.md: .*- License: none is stated.*write .- License: mit. into'):
+        publish(folder, owner, license='mit')
+    assert not hub.log and card.read_text() == text
+
+
+@pytest.mark.parametrize('license', ['other', 'none', 'unknown'])
+def test_licence_that_states_none(hub: HubServer, owner: str, tmp_path: Path, license: str):
+    folder, _ = save(tmp_path, facts={})
+    with pytest.raises(ReparamError, match=f"'{license}' states no licence; give .*apache-2.0.* or the name"):
+        publish(folder, owner, license=license)
+    assert not hub.log
+    for facts in ({'license_name': 'of-ours'}, {}):  # which licence is meant the facts may say already
+        folder, _ = save(tmp_path, facts=facts)
+        publish(folder, owner, license='other' if facts else 'of-ours')
+        card = ModelCard(content(hub, f'{owner}/{NAMES[0]}', 'README.md').decode())
+        assert (card.data.license, card.data.license_name) == ('other', 'of-ours')
 
 
 # Pairs that are not fit to be published
@@ -322,9 +403,16 @@ def renamed(folders: tuple[Path, Path]) -> None:
     (folders[0] / 'training.json').write_text(json.dumps({**facts, 'name': 'another'}))
 
 
+def unpullable(folders: tuple[Path, Path]) -> None:
+    path = folders[0] / 'config.json'
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, 'model_args': {**config['model_args'], 'drop_rate': 1e9}}))
+
+
 @pytest.mark.parametrize(
     'spoil, words',
     [
+        (unpullable, 'larger than anything in the weights'),
         (other_weights, 'sha256'),
         (wrong_fusion, 'differs'),
         (edited_card, 'license'),
@@ -486,6 +574,16 @@ def test_damaged_upload_and_download(hub: HubServer, owner: str, pair: tuple[Pat
     hub.faults.add('wrong_hash', method='GET', path='resolve/.*/model.safetensors', times=None)
     with pytest.raises(ReparamError, match='expected the hash'):
         publish(pair[0], owner)
+
+
+def test_error_names_what_landed(hub: HubServer, owner: str, pair: tuple[Path, Path]):
+    """Also what could not be fetched back."""
+    fault = hub.faults.add('403', method='GET', path='resolve', times=None)
+    with pytest.raises(ReparamError, match=f'already there: {owner}/{NAMES[0]}; publish again'):
+        publish(pair[0], owner)
+    assert fault.hits and hub.commit_counts == {f'{owner}/{NAMES[0]}': 1}
+    hub.faults.clear()
+    assert [result.status for result in publish(pair[0], owner).results] == ['skipped', 'sent']
 
 
 def test_token_is_nowhere(hub: HubServer, owner: str, pair: tuple[Path, Path], capsys: pytest.CaptureFixture, caplog):

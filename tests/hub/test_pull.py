@@ -257,7 +257,7 @@ def test_offline(owner: str, tmp_path: Path):
 def test_verify_a_repo(hub: HubServer, published: str, name: str):
     report = verify(f'{published}/{name}')
     assert report.passed and report.fusion.passed and not report.problems
-    assert len(report.checks) == 9 and all(report.checks.values())
+    assert len(report.checks) == 10 and all(report.checks.values())
     assert json.loads(json.dumps(report.to_dict()))['passed'] is True
     assert 'proved' in str(report) and 'algebra' in str(report)
     assert {entry.method for entry in hub.log} <= {'GET', 'HEAD'}
@@ -304,6 +304,40 @@ def test_verify_finds(hub: HubServer, published: str, path: str, edit, words: st
         report = verify(f'{published}/{NAMES[0]}')
         assert not report.passed and any(words in problem for problem in report.problems), report.problems
         assert not all(report.checks.values()) and 'NOT proved' in str(report)
+
+
+@pytest.mark.parametrize(
+    'place, values',
+    [
+        ('pretrained_cfg', {'mean': [0.1, 0.1, 0.1]}),
+        ('pretrained_cfg', {'std': [0.1, 0.1, 0.1]}),
+        ('pretrained_cfg', {'interpolation': 'nearest', 'crop_pct': 0.5}),
+        ('pretrained_cfg', {'crop_mode': 'border'}),
+        ('pretrained_cfg', {'input_size': [3, 64, 64]}),
+        ('pretrained_cfg', {'num_classes': 7}),
+        ('pretrained_cfg', {'license': 'gpl-3.0'}),
+        ('pretrained_cfg', {'label_names': ['d', 'c', 'b', 'a']}),
+        ('', {'label_names': ['d', 'c', 'b', 'a']}),
+        ('', {'num_classes': 7}),
+    ],
+)
+def test_forms_with_different_configurations(hub: HubServer, owner: str, pair, tmp_path: Path, place, values):
+    """What is done to an image, and what its logits stand for, is the same in both forms."""
+    folder, fused = (Path(shutil.copytree(one, tmp_path / one.name)) for one in pair)
+    path = fused / 'config.json'
+    config = json.loads(path.read_text())
+    (config[place] if place else config).update(values)
+    path.write_text(json.dumps(config))
+    (fused / 'README.md').write_text(render_card(fused))
+    report = verify(folder)
+    assert not report.passed and not report.checks[f'{NAMES[0]}: configurations']
+    for key, value in values.items():
+        key = f'{place}.{key}' if place else key
+        assert f'{NAMES[1]}/config.json: {key}: expected ' in report.problems[0]
+        assert repr(value) in report.problems[0]
+    with pytest.raises(ReparamError, match=f'config.json: {key}: expected'):
+        publish(folder, owner)
+    assert not any(repo_id.startswith(f'{owner}/') for repo_id in hub.repos)
 
 
 def test_a_damaged_self_check_is_mended_as_the_error_says(hub: HubServer, published: str, pair: tuple[Path, Path]):

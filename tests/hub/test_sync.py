@@ -20,7 +20,7 @@ from stand_in import randomise
 
 import timm_reparam
 from timm_reparam import FusionReport, ReparamError
-from timm_reparam.hub import save_pair, sync
+from timm_reparam.hub import save_checkpoint, save_pair, sync
 
 MODEL = 'resnet10t_doconv'
 TINY = dict(num_classes=2, channels=(8, 8, 8, 8), stem_width=4)
@@ -122,6 +122,24 @@ def test_bad_models_do_not_stop_the_rest(hub: HubServer, owner: str, zoo: Path):
     assert 'sha256' in report.refused[0].why and 'log in' in report.failed[0].why
     assert json.loads(json.dumps(report.to_dict()))['counts'] == {'refused': 4, 'sent': 1, 'failed': 1}
     assert str(report).count('\n') == 5
+
+
+def test_stock_models_are_left_out(hub: HubServer, owner: str, tmp_path: Path):
+    """train.py saves them into the zoo, too; half a pair is none of them."""
+    zoo = tmp_path / 'zoo'
+    add_pair(zoo, 'a')
+    stock = timm.create_model('resnet10t', **TINY).eval()
+    save_checkpoint(stock, zoo / 'resnet10t.a', facts={**FACTS, 'tag': 'a'}, data_config=DATA_CONFIG)
+    report = sync(zoo, owner, collection='Ours')
+    (skipped,) = report.skipped
+    assert report.ok and len(report.sent) == 3
+    assert skipped.repo_id == f'{owner}/resnet10t.a' and skipped.why == 'a stock model, no pair'
+    assert f'{owner}/resnet10t.a' not in hub.repos
+    found = [collection for collection in hub.collections.values() if collection.namespace == owner]
+    assert sorted(item.target for item in found[0].items) == [f'{owner}/{name}' for name in names('a')]
+    shutil.rmtree(zoo / f'{MODEL}.a_fused')
+    report = sync(zoo, owner)
+    assert [result.repo_id for result in report.refused] == [f'{owner}/{name}' for name in names('a')]
 
 
 def test_half_new_pair_is_repaired(hub: HubServer, owner: str, zoo: Path):

@@ -44,6 +44,7 @@ __all__ = [
     'bibtex',
     'card_text',
     'check_facts',
+    'license_data',
     'license_of',
     'read_config',
     'read_facts',
@@ -125,7 +126,35 @@ def license_of(folder: str | Path) -> str | None:
     Raises:
         ReparamError: A file of the folder says something that has the wrong form.
     """
-    return _license_data(read_facts(folder) or {}).get('license')
+    return license_data(read_facts(folder) or {}).get('license')
+
+
+def license_data(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Return the licence as front matter: 'other' with its name if the Hub has no identifier for it.
+
+    Args:
+        facts: What is known of a checkpoint, see the head of this module.
+
+    Returns:
+        Entries of the front matter; empty if no licence is known.
+    """
+    base = facts.get('base_model') or {}
+    name = _plain(facts.get('license') or base.get('license') or '').lower()
+    stated = bool(facts.get('license'))
+    link = _plain(facts['license_link']) if stated and facts.get('license_link') else None
+    if name in _LICENSES - {'other'}:
+        return {'license': name}
+    if name == 'other':
+        name = _plain((facts.get('license_name') if stated else None) or '').lower()
+    name = re.sub(r'[^a-z0-9.]+', '-', name).strip('-.')
+    if not name or name in ('unknown', 'none', 'other'):
+        return {}
+    data = {'license': 'other', 'license_name': name}
+    if link is None and not stated and _is_published_id(base.get('id')):
+        link = f'https://huggingface.co/{base["id"]}'
+    if link is not None and re.fullmatch(r'https://[A-Za-z0-9][A-Za-z0-9._~/?#=&%+-]*|LICEN[CS]E[A-Za-z0-9._-]*', link):
+        data['license_link'] = link
+    return data
 
 
 def template_folder() -> Path:
@@ -277,7 +306,7 @@ class _Context:
         self.is_dynamic = is_variant and VARIANTS[suffix][0].input_dependent
         self.name = facts['name'] if _is_repo_name(facts.get('name')) else None
         self.repo = facts['repo'] if _is_published_id(facts.get('repo')) else None
-        self.license = _license_data(facts)
+        self.license = license_data(facts)
 
     def card_data(self) -> ModelCardData:
         facts = self.facts
@@ -494,27 +523,6 @@ def _latency_conditions(profile: dict[str, Any]) -> str:
     where += [f'batch of {profile["batch_size"]}'] if profile.get('batch_size') is not None else []
     where += [_markdown(profile[key]) for key in ('device', 'dtype') if isinstance(profile.get(key), str)]
     return ', '.join(where)
-
-
-def _license_data(facts: Mapping[str, Any]) -> dict[str, str]:
-    """The licence as front matter: nothing if unknown, 'other' with its name if the Hub has no identifier for it."""
-    base = facts.get('base_model') or {}
-    name = _plain(facts.get('license') or base.get('license') or '').lower()
-    stated = bool(facts.get('license'))
-    link = _plain(facts['license_link']) if stated and facts.get('license_link') else None
-    if name in _LICENSES - {'other'}:
-        return {'license': name}
-    if name == 'other':
-        name = _plain((facts.get('license_name') if stated else None) or '').lower()
-    name = re.sub(r'[^a-z0-9.]+', '-', name).strip('-.')
-    if not name or name in ('unknown', 'none', 'other'):
-        return {}
-    data = {'license': 'other', 'license_name': name}
-    if link is None and not stated and _is_published_id(base.get('id')):
-        link = f'https://huggingface.co/{base["id"]}'
-    if link is not None and re.fullmatch(r'https://[A-Za-z0-9][A-Za-z0-9._~/?#=&%+-]*|LICEN[CS]E[A-Za-z0-9._-]*', link):
-        data['license_link'] = link
-    return data
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

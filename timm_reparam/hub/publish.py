@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import timm
 import torch
@@ -19,16 +20,17 @@ from huggingface_hub import ModelCard
 from torch import nn
 
 from ..errors import ReparamError
+from ..models._registry import ensure_registered
 from .cards import (
     CARD_NAME,
     CONFIG_NAME,
     FACTS_NAME,
     WEIGHTS_NAME,
     card_text,
+    license_data,
     license_of,
     read_config,
     read_facts,
-    render_card,
     sha256_of,
 )
 from .checkpoint import FILES, fused_path, load_checkpoint, save_pair, train_time_path, verify_checkpoint
@@ -39,6 +41,8 @@ __all__ = [
     'RepoResult',
     'SyncReport',
     'check_claims',
+    'check_config',
+    'check_same_use',
     'check_self_check',
     'publish',
     'self_check',
@@ -50,6 +54,13 @@ _TOLERANCE: dict[str, Any] = dict(rtol=1e-3, atol=1e-4)
 # Models are run one at a time: proofs switch settings of the whole process.
 one_at_a_time = threading.RLock()
 _FORCED_TRIES = 5
+# What makes timm take weights, or code for reading them, from elsewhere than the folder.
+_ELSEWHERE = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load')
+_OPTIONS = ('model_name', 'checkpoint_path', 'cache_dir', 'scriptable', 'exportable', 'no_jit')
+# Entries of pretrained_cfg that say how the model is to be used, whichever form it has.
+_USE = ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', 'input_size', 'num_classes', 'license', 'label_names')
+# Numbers in model_args that are no sizes of tensors, image sides above all, stay below this.
+_LARGEST_ARGUMENT = 8192
 
 
 @dataclass
@@ -200,7 +211,8 @@ def publish(
         try:
             publish_pair(client, folder, namespace, report.results.append, license=license, **options)
         except ReparamError as error:
-            done = [result.repo_id for result in report.sent]
+            # what could not be fetched back has landed, too
+            done = [result.repo_id for result in report.of('sent', 'failed')]
             if not done:
                 raise
             raise ReparamError(f'{error} (already there: {", ".join(done)}; publish again to complete it)') from error
@@ -284,7 +296,8 @@ def _refusing(name: str) -> Iterator[None]:
 def _files_for(folder: Path, repo_id: str, license: str | None) -> dict[str, LocalFile]:
     """The files of a checkpoint folder as they go to a repo: facts and card tell of this place, and of the licence.
 
-    The small ones are in memory, so that they stay as they are. A card that somebody has added to goes as it is.
+    The small ones are in memory, so that they stay as they are. A card that somebody has added to goes as it is, but
+    for the licence.
     """
     files = {}
     for name in FILES:
@@ -293,15 +306,48 @@ def _files_for(folder: Path, repo_id: str, license: str | None) -> dict[str, Loc
             raise ReparamError(f'{path}: not found; expected a pair of folders as save_pair writes them')
         files[name] = LocalFile(path if name == WEIGHTS_NAME else path.read_bytes())
     config, facts, sha256 = read_config(folder), read_facts(folder) or {}, files[WEIGHTS_NAME].sha256
-    is_rendered = files[CARD_NAME].source == card_text(config, facts, sha256).encode()
-    facts['repo'] = repo_id
+    card, rendered = (folder / CARD_NAME).read_bytes(), card_text(config, facts, sha256)
+    is_rendered = card == rendered.encode()
     if license is not None:
         config['pretrained_cfg']['license'] = facts['license'] = license
         files[CONFIG_NAME] = LocalFile(json.dumps(config, indent=2).encode())
+        if not is_rendered:
+            card = _with_license(card, rendered, card_text(config, facts, sha256), folder / CARD_NAME)
+            files[CARD_NAME] = LocalFile(card)
+    facts['repo'] = repo_id
     files[FACTS_NAME] = LocalFile((json.dumps(facts, indent=2) + '\n').encode())
-    if is_rendered or license is not None:
+    if is_rendered:
         files[CARD_NAME] = LocalFile(card_text(config, facts, sha256).encode())
     return files
+
+
+def _with_license(card: bytes, before: str, after: str, place: Path) -> bytes:
+    """A card that somebody has added to, with what a licence changes of the rendered one, before and after."""
+    (old_entries, old_line), (entries, line) = _license_lines(before), _license_lines(after)
+    added = [entry for entry in entries if entry not in old_entries]
+    end = b'\r\n' if b'\r\n' in card else b'\n'
+    lines = card.split(end)
+    is_front = lines[0] == b'---' and b'---' in lines[1:]
+    # other entries may be anywhere in the front matter: the end of it is the one place that is in none of them
+    close = lines.index(b'---', 1) if is_front else 0
+    is_stated = any(one.startswith(b'license') for one in lines[:close])
+    if lines.count(old_line) != 1 or (added and (not is_front or is_stated)):
+        raise ReparamError(
+            f'{place}: expected the line {old_line.decode()!r} once and front matter without a licence, for license= to'
+            f' change, got a card edited there; state the licence with add_facts, write {line.decode()!r} into the card'
+            f' and {b", ".join(added).decode()!r} into its front matter'
+        )
+    lines[lines.index(old_line)] = line
+    lines[close:close] = added
+    return end.join(lines)
+
+
+def _license_lines(card: str) -> tuple[list[bytes], bytes]:
+    """What a rendered card says of the licence: entries of its front matter, and a line of its text."""
+    lines = card.encode().split(b'\n')
+    entries = [line for line in lines[: lines.index(b'---', 1)] if line.startswith(b'license')]
+    (line,) = [line for line in lines if line.startswith(b'- License: ')]
+    return entries, line
 
 
 class _Form:
@@ -348,6 +394,11 @@ def _missing_license(folders: tuple[Path, Path], license: str | None) -> str | N
         )
     if not re.fullmatch(r'[a-z0-9][a-z0-9.-]{0,63}', license):
         raise ReparamError(f"license: expected an identifier as the Hub lists them, 'apache-2.0', got {license!r}")
+    if not all(license_data({**(read_facts(one) or {}), 'license': license}) for one in folders):
+        raise ReparamError(
+            f"license: {license!r} states no licence; give an identifier as the Hub lists them, 'apache-2.0', or the"
+            " name of a licence of your own, 'name-of-licence-1.0'"
+        )
     return license
 
 
@@ -366,12 +417,99 @@ def _prove(folder: Path, fused: Path) -> None:
                 f'{one / FACTS_NAME}: name: expected that of the folder, {one.name!r}, got {facts.get("name")!r}; save'
                 ' the pair under the new name with save_pair'
             )
+        check_config(one)  # what pull refuses nobody could fetch
         problems = check_claims(one)
         if problems:
             raise ReparamError(f'{one}: {problems[0]}')
+    check_same_use(folder, fused)
     report = verify_checkpoint(folder, fused)
     if not report.passed:
         raise ReparamError(f'the fused model differs from the train-time model: {report}')
+
+
+def check_config(folder: Path) -> None:
+    """Check that config.json describes the weights beside it, before anything is built from it.
+
+    Args:
+        folder: Checkpoint folder.
+
+    Raises:
+        ReparamError: It asks for other weights than those in the folder, or for another model, or for anything else
+            than a model.
+    """
+    config = read_config(folder)
+    place, architecture = f'{folder.name}/{CONFIG_NAME}', config['architecture']
+    if not ensure_registered(architecture):
+        raise ReparamError(f'{place}: expected an architecture that timm knows, got {architecture!r}')
+    elsewhere = [key for key in _ELSEWHERE if config['pretrained_cfg'].get(key)]
+    if elsewhere:
+        raise ReparamError(f'{place}: pretrained_cfg.{elsewhere[0]}: would take the weights from elsewhere')
+    strange = sorted(key for key in config['model_args'] if key in _OPTIONS or key.startswith('pretrained'))
+    if strange:
+        raise ReparamError(f'{place}: model_args.{strange[0]}: is no argument of a model, but one of loading it')
+    shapes = _shapes(folder / WEIGHTS_NAME)
+    sizes = [side for shape in shapes.values() for side in shape]
+    largest = max([_LARGEST_ARGUMENT, len(shapes), *sizes])
+    sizes_asked_for = dict(config['model_args'])
+    if isinstance(options := sizes_asked_for.get('conv_options'), dict):
+        # the length of a schedule: no tensor is as large as that
+        sizes_asked_for['conv_options'] = {key: options[key] for key in options if key != 'temperature_steps'}
+    for number in _numbers(sizes_asked_for):
+        if not abs(number) <= largest:
+            raise ReparamError(f'{place}: model_args: {number} is larger than anything in the weights')
+    try:
+        with torch.device('meta'):
+            model = timm.create_model(architecture, **config['model_args'])
+    except Exception as error:  # whatever wrong arguments make of it
+        raise ReparamError(f'{place}: {architecture} cannot be built ({one_line(error)[:200]})') from error
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
+    if wrong:
+        raise ReparamError(
+            f'{folder.name}/{WEIGHTS_NAME}: {wrong[0]}: expected shape {expected.get(wrong[0])}, got'
+            f' {shapes.get(wrong[0])} ({len(wrong)} tensors differ from {architecture})'
+        )
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in a safetensors file, which is not read further."""
+    try:
+        with safetensors.safe_open(path, 'pt') as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ReparamError(f'{path.parent.name}/{path.name}: is no safetensors file ({one_line(error)})') from error
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, (int, float)):
+        yield value
+
+
+def check_same_use(folder: Path, fused: Path) -> None:
+    """Check that two forms of a model are to be used alike: preprocessing, classes and licence in config.json.
+
+    Args:
+        folder: Train-time checkpoint.
+        fused: Fused checkpoint.
+
+    Raises:
+        ReparamError: They differ; the message names every difference.
+    """
+    configs = [read_config(one) for one in (folder, fused)]
+    differences = []
+    for place, keys in (('', ('num_classes', 'label_names')), ('pretrained_cfg', _USE)):
+        for key in keys:
+            expected, found = ((config[place] if place else config).get(key) for config in configs)
+            if expected != found:
+                name = f'{place}.{key}' if place else key
+                differences.append(f'{fused.name}/{CONFIG_NAME}: {name}: expected {expected!r}, got {found!r}')
+    if differences:
+        raise ReparamError(f'{"; ".join(differences)} (expected is what {folder.name} says); save the pair again')
 
 
 def check_claims(folder: Path) -> list[str]:
@@ -397,16 +535,27 @@ def check_claims(folder: Path) -> list[str]:
     sha256 = sha256_of(folder / WEIGHTS_NAME)
     if sha256 not in text:
         problems.append(f'{CARD_NAME}: does not name the sha256 of {WEIGHTS_NAME}, {sha256}; render it again')
-    rendered = render_card(folder)
+    config, facts = read_config(folder), read_facts(folder) or {}
+    rendered = card_text(config, facts, sha256)
     expected = ModelCard(rendered).data.to_dict()
     for key in ('base_model', 'base_model_relation', 'license', 'datasets', 'model-index'):
         if claimed.get(key) != expected.get(key):
             problems.append(f'{CARD_NAME}: {key}: expected {expected.get(key)!r}, got {claimed.get(key)!r}')
-    facts, stated = _stated(rendered), _stated(text)
-    for key, value in facts.items():
-        if stated.get(key, value) != value:
+    headings = {heading for heading, _ in _sections(rendered)}
+    # what stands below other headings is no claim about the files
+    stated = _stated('\n'.join(body for heading, body in _sections(text) if heading in headings))
+    facts.pop('repo', None)
+    local = _stated(card_text(config, facts, sha256))  # a card that somebody has added to was published as it was
+    for key, value in _stated(rendered).items():
+        if stated.get(key, value) not in (value, local.get(key)):
             problems.append(f'{CARD_NAME}: {key}: expected {value!r}, got {stated[key]!r}')
     return problems
+
+
+def _sections(text: str) -> list[tuple[str, str]]:
+    """The headings of a card, each with the text below it; what comes before the first one is below ''."""
+    parts = ['', *re.split(r'^(#{1,6} .*)$', text, flags=re.MULTILINE)]
+    return [(heading.strip(), body) for heading, body in zip(parts[::2], parts[1::2])]
 
 
 def _stated(text: str) -> dict[str, str]:

@@ -7,15 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import timm
-import torch
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from ..convert import FusionReport
 from ..errors import ReparamError
-from ..models._registry import ensure_registered
-from .cards import CONFIG_NAME, FACTS_NAME, WEIGHTS_NAME, read_config, read_facts, sha256_of
+from .cards import CONFIG_NAME, FACTS_NAME, WEIGHTS_NAME, read_facts, sha256_of
 from .checkpoint import (
     FILES,
     FUSED_SUFFIX,
@@ -30,6 +26,8 @@ from .publish import (
     RepoResult,
     SyncReport,
     check_claims,
+    check_config,
+    check_same_use,
     check_self_check,
     one_at_a_time,
 )
@@ -40,11 +38,6 @@ __all__ = ['VerifyReport', 'pull', 'verify']
 _TAG = 'timm-reparam'
 _PICKLES = ('.bin', '.pt', '.pth', '.tar', '.ckpt', '.pkl', '.pickle')
 _LARGEST_TEXT = 16 * 2**20
-# What makes timm take weights, or code for reading them, from elsewhere than the folder.
-_ELSEWHERE = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load')
-_OPTIONS = ('model_name', 'checkpoint_path', 'cache_dir', 'scriptable', 'exportable', 'no_jit')
-# Numbers in model_args that are no sizes of tensors, image sides above all, stay below this.
-_LARGEST_ARGUMENT = 8192
 
 
 @dataclass
@@ -141,7 +134,7 @@ def verify(
 
     Compared are the hashes that the Hub gives with those of the files, the claims of both cards and of
     ``training.json`` with the weights, the self-check tensors with what the models make of them, and both forms of the
-    model with each other on fresh inputs.
+    model with each other: preprocessing, classes and licence, and what they make of fresh inputs.
 
     Args:
         repo_or_folder: Repo of either form, ``NAMESPACE/NAME``, or a folder on disk, which goes first.
@@ -183,7 +176,7 @@ def verify(
 
 def _verify_pair(report: VerifyReport, folder: Path, checks: Mapping[Path, LocalFile]) -> None:
     for one in (folder, fused_path(folder)):
-        _check_config(one)
+        check_config(one)
         with _problem(report, f'{one.name}: card'):
             for problem in check_claims(one):
                 raise ReparamError(problem)
@@ -194,6 +187,8 @@ def _verify_pair(report: VerifyReport, folder: Path, checks: Mapping[Path, Local
                 for problem in check_self_check(load_checkpoint(one), content):
                     # a pair that is equal otherwise is not sent again
                     raise ReparamError(f'{problem}; delete that file on the Hub, publish the pair again')
+    with _problem(report, f'{folder.name}: configurations'):
+        check_same_use(folder, fused_path(folder))
     with _problem(report, f'{folder.name}: pair'), one_at_a_time:
         report.fusion = verify_checkpoint(folder)
         if not report.fusion.passed:
@@ -241,7 +236,7 @@ def _pull_pair(client: HubClient, repo_id: str, zoo: Path, revision: str | None)
             num_bytes = _fetch(client, one, state, folder)
             results.append(RepoResult(one, 'sent', 'fetched', state.head, None, sorted(_wanted(state)), num_bytes))
         for folder in fetched:
-            _check_config(folder)
+            check_config(folder)
             with one_at_a_time:
                 load_checkpoint(folder)
         for form, other in (fetched, fetched[::-1]):
@@ -293,54 +288,3 @@ def _fetch(client: HubClient, repo_id: str, state: RemoteState, folder: Path) ->
     with tempfile.TemporaryDirectory(prefix='pull-cache-') as cache:
         files = client.download(repo_id, _wanted(state), state, Path(cache), folder)
     return sum(file.size for file in files.values())
-
-
-def _check_config(folder: Path) -> None:
-    """Raise ReparamError unless config.json describes the weights beside it, before anything is built from it."""
-    config = read_config(folder)
-    place, architecture = f'{folder.name}/{CONFIG_NAME}', config['architecture']
-    if not ensure_registered(architecture):
-        raise ReparamError(f'{place}: expected an architecture that timm knows, got {architecture!r}')
-    elsewhere = [key for key in _ELSEWHERE if config['pretrained_cfg'].get(key)]
-    if elsewhere:
-        raise ReparamError(f'{place}: pretrained_cfg.{elsewhere[0]}: would take the weights from elsewhere')
-    strange = sorted(key for key in config['model_args'] if key in _OPTIONS or key.startswith('pretrained'))
-    if strange:
-        raise ReparamError(f'{place}: model_args.{strange[0]}: is no argument of a model, but one of loading it')
-    shapes = _shapes(folder / WEIGHTS_NAME)
-    sizes = [side for shape in shapes.values() for side in shape]
-    largest = max([_LARGEST_ARGUMENT, len(shapes), *sizes])
-    for number in _numbers(config['model_args']):
-        if not abs(number) <= largest:
-            raise ReparamError(f'{place}: model_args: {number} is larger than anything in the weights')
-    try:
-        with torch.device('meta'):
-            model = timm.create_model(architecture, **config['model_args'])
-    except Exception as error:  # whatever wrong arguments make of it
-        raise ReparamError(f'{place}: {architecture} cannot be built ({one_line(error)[:200]})') from error
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
-    if wrong:
-        raise ReparamError(
-            f'{folder.name}/{WEIGHTS_NAME}: {wrong[0]}: expected shape {expected.get(wrong[0])}, got'
-            f' {shapes.get(wrong[0])} ({len(wrong)} tensors differ from {architecture})'
-        )
-
-
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors in a safetensors file, which is not read further."""
-    try:
-        with safetensors.safe_open(path, 'pt') as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ReparamError(f'{path.parent.name}/{path.name}: is no safetensors file ({one_line(error)})') from error
-
-
-def _numbers(value: Any) -> Iterator[float]:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        for item in value:
-            yield from _numbers(item)
-    elif isinstance(value, (int, float)):
-        yield value

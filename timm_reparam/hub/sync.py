@@ -7,7 +7,9 @@ from typing import Any
 
 from huggingface_hub.utils import tqdm
 
+from ..convert import VARIANTS
 from ..errors import ReparamError
+from .cards import read_config, read_facts
 from .checkpoint import fused_path, train_time_path
 from .collection import add_to_collection
 from .publish import Refused, RepoResult, SyncReport, publish_pair
@@ -39,7 +41,7 @@ def sync(
     a repo: a second sync sends nothing. What is to be sent is proved before and fetched back after, as
     :func:`publish` does. A repo that somebody else changes at the same time is left to them and reported as a
     conflict. Interrupted at any moment, each repo shows its old state or its new one, and the next sync goes on where
-    this one stopped. Files and repos that are not of this zoo stay as they are.
+    this one stopped. Files and repos that are not of this zoo stay as they are. A stock model in the zoo is skipped.
 
     Args:
         zoo: Folder of pairs, as :func:`save_pair` writes them.
@@ -75,6 +77,8 @@ def sync(
     def sync_pair(folder: Path) -> list[RepoResult]:
         results: list[RepoResult] = []
         try:
+            if _is_stock(folder):
+                return [RepoResult(f'{namespace}/{folder.name}', 'skipped', 'a stock model, no pair')]
             publish_pair(client, folder, namespace, results.append, **options)
         except Conflict as error:
             status, why = 'conflict', one_line(error)
@@ -105,7 +109,8 @@ def sync(
             raise
     report.results.sort(key=lambda result: result.repo_id)
     if collection is not None and not dry_run:
-        repo_ids = [result.repo_id for result in report.of('sent', 'skipped')]
+        # a stock model that was skipped has no commit, and no repo
+        repo_ids = [result.repo_id for result in report.of('sent', 'skipped') if result.commit is not None]
         name = f'{namespace}: collection {collection!r}'
         try:
             slug, added = add_to_collection(client, namespace, collection, repo_ids, private=private)
@@ -113,6 +118,18 @@ def sync(
         except ReparamError as error:
             report.results.append(RepoResult(name, 'failed', one_line(error)))
     return report
+
+
+def _is_stock(folder: Path) -> bool:
+    """Whether a folder is that of a model that never had variant layers, as train.py saves it beside the pairs."""
+    if fused_path(folder).exists():
+        return False
+    try:
+        facts, architecture = read_facts(folder), read_config(folder)['architecture']
+    except ReparamError:
+        return False  # it is refused as a pair, with the reason
+    # of weights without facts nothing is known: they may be what is left of a pair
+    return facts is not None and facts.get('variant') is None and architecture.rpartition('_')[2] not in VARIANTS
 
 
 def zoo_pairs(zoo: str | Path) -> Iterator[Path]:
