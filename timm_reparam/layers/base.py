@@ -61,6 +61,7 @@ def autocast_disabled(device_type: str) -> AbstractContextManager:
     return nullcontext() if device_type == 'meta' else torch.autocast(device_type, enabled=False)
 
 
+@torch.jit.unused  # scripted code asks for that first
 def is_recorded() -> bool:
     """Whether operations are traced, compiled, exported or transformed (torch.func): by torch's own, then."""
     return torch.jit.is_tracing() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
