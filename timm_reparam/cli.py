@@ -243,7 +243,10 @@ def _parser() -> argparse.ArgumentParser:
         'pull',
         parents=[common, network],
         help='fetch both forms of a model, or of all models of a namespace',
-        description='Fetch pairs from the Hub into a local zoo; hashes are compared, only safetensors are read.',
+        description=(
+            'Fetch pairs from the Hub into a local zoo; hashes are compared, only safetensors are read. A pair that is '
+            'in the zoo already and differs is replaced.'
+        ),
     )
     command.add_argument('source', metavar='REPO|NAMESPACE', help='NAMESPACE/NAME of either form, or NAMESPACE')
     command.add_argument('zoo', metavar='ZOO', help='folder of pairs')

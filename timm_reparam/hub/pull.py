@@ -232,9 +232,10 @@ def _pull_pair(client: HubClient, repo_id: str, zoo: Path, revision: str | None)
     results = []
     with tempfile.TemporaryDirectory(prefix='pull-') as scratch:
         fetched = [Path(scratch) / folder.name for folder in folders]
-        for one, state, folder in zip(repo_ids, states, fetched):
+        for one, state, folder, target in zip(repo_ids, states, fetched, folders):
             num_bytes = _fetch(client, one, state, folder)
-            results.append(RepoResult(one, 'sent', 'fetched', state.head, None, sorted(_wanted(state)), num_bytes))
+            why = 'fetched, in the place of another version' if target.exists() else 'fetched'
+            results.append(RepoResult(one, 'sent', why, state.head, None, sorted(_wanted(state)), num_bytes))
         for folder in fetched:
             check_config(folder)
             with one_at_a_time:
