@@ -20,7 +20,6 @@ import copy
 import gc
 import importlib
 import importlib.util
-import json
 import logging
 import math
 import os
@@ -28,7 +27,6 @@ import random
 import re
 import shutil
 import sys
-import tempfile
 import time
 import traceback
 import warnings
@@ -89,11 +87,10 @@ from timm_reparam import (
 )
 from timm_reparam.convert import VARIANTS, variant_of
 from timm_reparam.hub import publish
-from timm_reparam.hub.cards import FACTS_NAME
 from timm_reparam.hub.checkpoint import check_pair, check_tag, folder_name, save_checkpoint, save_pair
-from timm_reparam.hub.publish import _missing_license
+from timm_reparam.hub.publish import missing_license
 from timm_reparam.hub.training import PRIVATE_SETTINGS, base_model_facts, read_training
-from timm_reparam.hub.transport import _ERRORS, check_repo_id, one_line
+from timm_reparam.hub.transport import CLIENT_ERRORS, check_repo_id, one_line
 from timm_reparam.profile import compare_profiles, format_comparison, format_profiles
 
 _logger = logging.getLogger('train')
@@ -101,7 +98,7 @@ _logger = logging.getLogger('train')
 # What timm lets through, also of the Hub's client: its error of a dropped connection is none of Python's.
 TIMM_ERRORS: tuple[type[Exception], ...] = (
     *(AssertionError, ImportError, LookupError, TypeError, ValueError),
-    *_ERRORS,
+    *CLIENT_ERRORS,
 )
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1295,15 +1292,12 @@ def check_zoo(args: argparse.Namespace, architecture: str) -> None:
 def check_publish(run: Run) -> None:
     """Check, before hours of training, the names and the licence by the rules of publishing."""
     args, model = run.args, run.model
+    cfg: Any = model.pretrained_cfg
     flag = '--publish'
     try:
         check_repo_id(f'{args.publish}/{folder_name(architecture_of(model), result_tag(args), True)}')
         flag = '--license'
-        cfg: Any = model.pretrained_cfg
-        with tempfile.TemporaryDirectory() as scratch:  # publishing reads from folders what is known
-            folder = Path(scratch)
-            (folder / FACTS_NAME).write_text(json.dumps(dict(base_model=base_model_facts(vars(args), cfg))))
-            _missing_license((folder, folder), args.license)
+        missing_license([dict(base_model=base_model_facts(vars(args), cfg))], args.license)
     except ReparamError as error:
         raise ReparamError(f'{flag} {getattr(args, flag[2:])}: {error}') from error
 

@@ -5,7 +5,7 @@ import json
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,6 @@ from .cards import (
     WEIGHTS_NAME,
     card_text,
     license_data,
-    license_of,
     read_config,
     read_facts,
     sha256_of,
@@ -44,6 +43,7 @@ __all__ = [
     'check_config',
     'check_same_use',
     'check_self_check',
+    'missing_license',
     'publish',
     'self_check',
 ]
@@ -252,7 +252,7 @@ def publish_pair(
     """
     folders = (folder, fused_path(folder))
     with _refusing(folder.name):
-        license = _missing_license(folders, license)
+        license = missing_license([_known_facts(one) for one in folders], license)
         forms = [_Form(check_repo_id(f'{namespace}/{one.name}'), one, license) for one in folders]
     for form in forms:
         form.compare(client.state(form.repo_id, revision))
@@ -379,9 +379,20 @@ class _Form:
             self.changes[CHECK_NAME] = LocalFile(content)
 
 
-def _missing_license(folders: tuple[Path, Path], license: str | None) -> str | None:
-    """The licence to publish a pair under if its files know none; None if they do."""
-    found = [_known_license(one) for one in folders]
+def missing_license(facts: Sequence[Mapping[str, Any]], license: str | None) -> str | None:
+    """Return the licence to publish a pair under if its files know none.
+
+    Args:
+        facts: What is known of each of the two forms.
+        license: The licence given by the user, if any.
+
+    Returns:
+        That licence, or None if the facts state it.
+
+    Raises:
+        ReparamError: No licence is known and none is given, or the given one is not that of the facts, or states none.
+    """
+    found = [license_data(one).get('license') for one in facts]
     known = {one for one in found if one is not None}
     if license is not None and not known <= {license}:
         raise ReparamError(f'license: the weights are under {", ".join(sorted(known))}, got {license!r}; leave it out')
@@ -394,7 +405,7 @@ def _missing_license(folders: tuple[Path, Path], license: str | None) -> str | N
         )
     if not re.fullmatch(r'[a-z0-9][a-z0-9.-]{0,63}', license):
         raise ReparamError(f"license: expected an identifier as the Hub lists them, 'apache-2.0', got {license!r}")
-    if not all(license_data({**(read_facts(one) or {}), 'license': license}) for one in folders):
+    if not all(license_data({**one, 'license': license}) for one in facts):
         raise ReparamError(
             f"license: {license!r} states no licence; give an identifier as the Hub lists them, 'apache-2.0', or the"
             " name of a licence of your own, 'name-of-licence-1.0'"
@@ -402,10 +413,11 @@ def _missing_license(folders: tuple[Path, Path], license: str | None) -> str | N
     return license
 
 
-def _known_license(folder: Path) -> str | None:
-    if read_facts(folder) is None:
+def _known_facts(folder: Path) -> dict[str, Any]:
+    facts = read_facts(folder)
+    if facts is None:
         raise ReparamError(f'{folder / FACTS_NAME}: not found; expected a pair of folders as save_pair writes them')
-    return license_of(folder)
+    return facts
 
 
 def _prove(folder: Path, fused: Path) -> None:

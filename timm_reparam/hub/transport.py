@@ -35,6 +35,7 @@ from huggingface_hub.utils import HFValidationError, get_session, hf_raise_for_s
 from ..errors import ReparamError
 
 __all__ = [
+    'CLIENT_ERRORS',
     'Conflict',
     'HubClient',
     'LocalFile',
@@ -53,8 +54,8 @@ _HTTP_ERRORS: tuple[type[Exception], ...] = tuple(
     if issubclass(base, Exception) and base.__module__ != 'builtins' and base is not HfHubHTTPError
 )
 # OSError: the client's offline, not-found and consistency errors. RuntimeError: what it wraps a failed upload into.
-# JSONDecodeError: an answer that broke off.
-_ERRORS: tuple[type[Exception], ...] = (
+# JSONDecodeError: an answer that broke off. Public, because timm lets them through, too.
+CLIENT_ERRORS: tuple[type[Exception], ...] = (
     HfHubHTTPError,
     EntryNotFoundError,
     RuntimeError,
@@ -62,7 +63,7 @@ _ERRORS: tuple[type[Exception], ...] = (
     json.JSONDecodeError,
     *_HTTP_ERRORS,
 )
-_COMMIT_ERRORS: tuple[type[Exception], ...] = (*_ERRORS, ValueError)  # ValueError: the Hub's opinion of a card
+_COMMIT_ERRORS: tuple[type[Exception], ...] = (*CLIENT_ERRORS, ValueError)  # ValueError: the Hub's opinion of a card
 _BUSY = (408, 429, 500, 502, 503, 504)
 _LOCAL = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EROFS)
 _NETWORK_TRIES = 4
@@ -244,7 +245,7 @@ class HubClient:
                 raise self.failure(wanted, error) from None
             except (RepositoryNotFoundError, RevisionNotFoundError):
                 raise
-            except _ERRORS as error:
+            except CLIENT_ERRORS as error:
                 if not patience.wait_after(error):
                     raise self.failure(wanted, error) from None
 
