@@ -254,12 +254,12 @@ def _with_fused_layers(model: nn.Module, memo: Mapping[int, Any] | None = None) 
 
 
 def _fusible(model: nn.Module) -> dict[int, ReparamLayer]:
-    """The variant layers by id; ReparamError if a tensor of one is none of its parameters and buffers."""
+    """The variant layers by id; ReparamError if a hook of torch.nn.utils computes a parameter of one."""
     layers = {}
     for name, module in model.named_modules():
         if is_variant(module):
-            for key, value in vars(module).items():
-                if isinstance(value, torch.Tensor):
+            for key in vars(module):  # pruning and spectral norm keep its origin as _orig, weight norm as _g
+                if module._parameters.keys() & {f'{key}_orig', f'{key}_g'}:
                     raise ReparamError(
                         f'{name or "the model"}: its {key} is computed by a hook (pruning, weight norm), which cannot '
                         'be fused; make it permanent first, with torch.nn.utils.prune.remove or remove_weight_norm'
