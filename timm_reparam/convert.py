@@ -29,7 +29,7 @@ from .layers import (
     RefConvTranspose2d,
     ReparamLayer,
 )
-from .layers.base import autocast_disabled, check_init, conv_arguments, exact_copy
+from .layers.base import CALL_HOOKS, autocast_disabled, check_init, conv_arguments, exact_copy
 
 __all__ = [
     'VARIANTS',
@@ -57,11 +57,6 @@ VARIANTS: dict[str, tuple[type[ReparamLayer], ...]] = {
 # What a block that re-parameterises itself calls its folding: it reads its convolutions' weights, so they stay plain.
 _SELF_FOLDING = ('fuse', 'reparameterize', 'switch_to_deploy')
 
-# Hooks on the calls of a module, those of its checkpoints aside.
-_CALL_HOOKS = (
-    *('_forward_hooks', '_forward_hooks_with_kwargs', '_forward_hooks_always_called'),
-    *('_forward_pre_hooks', '_forward_pre_hooks_with_kwargs', '_backward_hooks', '_backward_pre_hooks'),
-)
 # What counts as a convolution; timm's CondConv2d mixes its kernels itself and derives from none of torch's.
 _CONVOLUTIONS = (_ConvNd, CondConv2d)
 
@@ -181,8 +176,7 @@ def plan_conversion(model: nn.Module, variant: str, *, skip: Skip = ()) -> dict[
 def _plan(model: nn.Module, layers: dict[type[nn.Module], type[ReparamLayer]], skip_names: list[str]) -> dict[str, str]:
     plain = _plain_modules(model, skip_names)
     stems = _stems(model, layers)
-    cfg = getattr(model, 'pretrained_cfg', None)
-    classifiers = _as_tuple((cfg.get('classifier') if isinstance(cfg, dict) else None) or ())
+    classifiers = _names_of(model, 'classifier')
     plan = {}
     for name, conv in model.named_modules():
         if not isinstance(conv, _CONVOLUTIONS):
@@ -246,8 +240,6 @@ def fuse_model(model: nn.Module, *, fold_bn: bool = False) -> nn.Module:
 
 def _with_fused_layers(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
     """A deep copy of a model with its variant layers fused; what is in the memo is not copied."""
-    # Deep-copying with the fused layers already in the memo puts them wherever the model refers to the old ones, so
-    # what was shared stays shared, and nothing else is special.
     layers = _fusible(model)
     fused = {number: layer.fuse() for number, layer in layers.items()}
     return _copy_around(model, layers, fused, memo)
@@ -275,11 +267,13 @@ def _copy_around(
     memo: Mapping[int, Any] | None = None,
 ) -> nn.Module:
     """A deep copy of a model with fused layers in the place of its own, hooks and modes as they were."""
+    # Deep-copying with the fused layers already in the memo puts them wherever the model refers to the old ones, so
+    # what was shared stays shared, and nothing else is special.
     copied: dict[int, Any] = {**(memo or {}), **fused}
     modes = {name: module.training for name, module in model.named_modules()}
     new = copy.deepcopy(model, copied)
     for number, layer in layers.items():
-        for hooks in _CALL_HOOKS:
+        for hooks in CALL_HOOKS:
             if getattr(layer, hooks):
                 setattr(fused[number], hooks, copy.deepcopy(getattr(layer, hooks), copied))
     for name, module in new.named_modules():
@@ -415,8 +409,7 @@ def verify_fusion(
                 )
             largest['logit'] = _maximum(largest['logit'], reference)
             for name, values in outputs.items():
-                difference = [a.to(exact_device, torch.float64) - b for a, b in zip(values, reference)]
-                largest[name] = _maximum(largest[name], difference)
+                largest[name] = _maximum(largest[name], _differences(values, reference))
             num_inputs += len(batch)
             like = batch.shape[1:], batch.dtype
             classifies = classifies and len(reference) == 1 and reference[0].dim() == 2
@@ -433,8 +426,7 @@ def verify_fusion(
             more = torch.randn(_VERIFY_BATCH, *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
             reference = _flat_outputs(exact, more, exact_device, torch.float64)
             values = _flat_outputs(model, more, device, parameter.dtype)
-            difference = [a.to(exact_device, torch.float64) - b for a, b in zip(values, reference)]
-            own = max(own, _maximum(0.0, difference) / (_maximum(0.0, reference) or 1.0))
+            own = max(own, _maximum(0.0, _differences(values, reference)) / (_maximum(0.0, reference) or 1.0))
     return FusionReport(
         algebra=largest['algebra'] / scale,
         stored=largest['stored'] / scale,
@@ -472,8 +464,7 @@ def lift_state_dict(
     added -= {f'{name}.{key}' for name in layers for key in ('weight', 'bias')}
     state_dict = dict(state_dict)
     lifted = set() if added & state_dict.keys() else added
-    cfg = getattr(model, 'pretrained_cfg', None) or {}
-    stems = _as_tuple(cfg.get('first_conv') or ())
+    stems = _names_of(model, 'first_conv')
     for name in set(stems) & layers.keys():
         weight = state_dict.get(f'{name}.weight')
         if not lifted and weight is not None and weight.shape[1] != layers[name].weight.shape[1]:
@@ -484,7 +475,7 @@ def lift_state_dict(
         raise not_lifted
     state_dict.update((key, own[key].detach()) for key in lifted)
 
-    classifiers = tuple(f'{name}.' for name in _as_tuple(cfg.get('classifier') or ()))
+    classifiers = tuple(f'{name}.' for name in _names_of(model, 'classifier'))
     free = {key for key in own.keys() | state_dict.keys() if key.startswith(classifiers)} if classifiers else set()
     # absent from checkpoints older than PyTorch 0.4.1, and filled in by BatchNorm itself
     counters = {key for key in own if key.endswith('num_batches_tracked')}
@@ -501,7 +492,7 @@ def lift_state_dict(
         ),
     }
     if any(problems.values()):
-        architecture = cfg.get('architecture') or type(model).__name__
+        architecture = _architecture(model) or type(model).__name__
         raise ReparamError(
             f'the checkpoint is not one of {architecture}, nor of the stock architecture:\n'
             f'{listed_problems(problems)}\n'
@@ -555,6 +546,12 @@ def _fold_entries(name: str, layer: ReparamLayer, entries: dict[str, torch.Tenso
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, Iterable) and not isinstance(value, (str, type)) else (value,)
+
+
+def _names_of(model: nn.Module, role: str) -> tuple[str, ...]:
+    """The modules that timm's configuration of a model names for a role, 'first_conv' or 'classifier'."""
+    cfg = getattr(model, 'pretrained_cfg', None)
+    return _as_tuple((cfg.get(role) if isinstance(cfg, dict) else None) or ())
 
 
 def _architecture(model: nn.Module) -> str | None:
@@ -654,10 +651,8 @@ def _plain_modules(model: nn.Module, skip_names: list[str]) -> dict[int, str]:
 
 def _stems(model: nn.Module, conv_types: Iterable[type[nn.Module]]) -> set[int]:
     """The convolutions that see the image, by id: timm's first_conv, elsewhere the first one."""
-    cfg = getattr(model, 'pretrained_cfg', None)
-    names = _as_tuple((cfg.get('first_conv') if isinstance(cfg, dict) else None) or ())
     modules = dict(model.named_modules())
-    stems = {id(modules[name]) for name in names if name in modules}
+    stems = {id(modules[name]) for name in _names_of(model, 'first_conv') if name in modules}
     if not stems:
         convs = (module for module in modules.values() if isinstance(module, tuple(conv_types)))
         stems = {id(conv) for conv in [next(convs, None)] if conv is not None}
@@ -706,6 +701,11 @@ def _flat_outputs(
     batch = batch.to(device, dtype if batch.is_floating_point() else None)
     values = tree_flatten(model(batch))[0]
     return [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
+
+
+def _differences(values: Iterable[torch.Tensor], reference: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Outputs less those of a reference, in float64 and on the device of these."""
+    return [value.to(expected.device, torch.float64) - expected for value, expected in zip(values, reference)]
 
 
 def _maximum(value: float, tensors: Iterable[torch.Tensor]) -> float:

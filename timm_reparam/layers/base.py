@@ -23,6 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from ..errors import ReparamError
 
 __all__ = [
+    'CALL_HOOKS',
     'Imported',
     'Method',
     'PaddingMode',
@@ -43,16 +44,15 @@ __all__ = [
 PaddingMode = Literal['zeros', 'reflect', 'replicate', 'circular']
 _Module = TypeVar('_Module', bound=nn.Module)
 
+# Hooks on the calls of a module, which its fused form keeps.
+CALL_HOOKS = (
+    *('_forward_hooks', '_forward_hooks_with_kwargs', '_forward_hooks_always_called'),
+    *('_forward_pre_hooks', '_forward_pre_hooks_with_kwargs', '_backward_hooks', '_backward_pre_hooks'),
+)
 # What makes the plain convolution, or its checkpoint, more than its weights: converting would lose it.
 _HOOKS = (
-    '_forward_hooks',
-    '_forward_pre_hooks',
-    '_backward_hooks',
-    '_backward_pre_hooks',
-    '_state_dict_hooks',
-    '_state_dict_pre_hooks',
-    '_load_state_dict_pre_hooks',
-    '_load_state_dict_post_hooks',
+    *CALL_HOOKS,
+    *('_state_dict_hooks', '_state_dict_pre_hooks', '_load_state_dict_pre_hooks', '_load_state_dict_post_hooks'),
 )
 
 
