@@ -8,8 +8,9 @@ backbone's. Beside it stand two bounds, the stock step plus what the method adds
 it has to move beyond the stock step, these at the rate of a copy of a large tensor.
 
     ideal     multiply-adds at the rate at which the stock step does its own
-    torch     those of a kernel's composition at the rate of torch's own operation for them, alone and repeated: the
-              batched products of 18-wide matrices of DO-Conv, the depthwise convolutions of RefConv
+    torch     those that are no convolution of the stock kind at the rate of torch's own operations for them, alone and
+              repeated: the batched products of 18-wide matrices of DO-Conv, the depthwise convolutions of RefConv, the
+              thin kernels' strided additions, the products that mix kernels or outputs, the attention's layers
 
 Bytes are counted as whole passes over a tensor, which nothing avoids that runs one operation after the other:
 
@@ -20,7 +21,7 @@ Bytes are counted as whole passes over a tensor, which nothing avoids that runs 
                    and gradient read for the sums, read again and its gradient written; the input's gradient added
     dyconv         of each sample's kernel: written and read; read again for the input's gradient, its own gradient
                    written and read twice, for the attention and the residuals. Or, of K outputs for the sample's
-                   kernel, where that is less
+                   kernel, where that is less. And the input read for its mean, whose gradient is added to the input's
 """
 
 import argparse
@@ -98,18 +99,45 @@ def ac_conv(layer: Any, x: torch.Tensor, y: torch.Tensor) -> Work:
     thin = layer.vertical_weight.numel() + layer.horizontal_weight.numel()
     updated = 7 * thin  # gradient written and read, momentum and weight read and written, read by the layer
     if layer.branch_norm == 'none':
-        return Work(0, 2 * layer.weight.numel() + updated)
+        kernel, *thin_kernels = (
+            weight.detach() for weight in (layer.weight, layer.vertical_weight, layer.horizontal_weight)
+        )
+
+        def compose() -> None:
+            composed = kernel.clone()
+            places = composed[..., kernel.shape[3] // 2 :][..., :1], composed[:, :, kernel.shape[2] // 2 :][:, :, :1]
+            for place, thin_kernel in zip(places, thin_kernels):
+                place += thin_kernel
+                place.contiguous()  # as the thin kernel's gradient is taken out of the kernel's
+
+        return Work(0, 2 * layer.weight.numel() + updated, seconds(compose))
     positions = y.shape[0] * y.shape[2] * y.shape[3]
     return Work(3 * positions * thin, 2 * (1 + 3 + 2 + 3) * y.numel() + 2 * 3 * x.numel() + updated)
 
 
 def dynamic_conv(layer: Any, x: torch.Tensor, y: torch.Tensor) -> Work:
-    kernels, kernel, samples = layer.num_kernels, layer.weight.numel(), len(y)
-    updated = 6 * (kernels - 1) * kernel
+    residuals, kernel, samples = layer.num_kernels - 1, layer.weight.numel(), len(y)
+    updated = 6 * residuals * kernel
     positions = samples * y.shape[2] * y.shape[3]
-    mixed_kernels = Work(3 * kernels * samples * kernel, 6 * samples * kernel + updated)
-    mixed_outputs = Work(3 * (kernels - 1) * positions * kernel, 6 * kernels * y.numel() + updated)
-    return min(mixed_kernels, mixed_outputs, key=lambda work: work.numbers)
+    mixed_kernels = Work(3 * layer.num_kernels * samples * kernel, 6 * samples * kernel + updated)
+    mixed_outputs = Work(3 * residuals * positions * kernel, 6 * layer.num_kernels * y.numel() + updated)
+    work = min(mixed_kernels, mixed_outputs, key=lambda work: work.numbers)
+    if work is mixed_kernels:
+        left, right = torch.randn(samples, layer.num_kernels), torch.randn(layer.num_kernels, kernel)
+    else:
+        left, right = torch.randn(positions, x.shape[1]), torch.randn(x.shape[1], residuals * kernel // x.shape[1])
+    gradient = torch.randn(len(left), right.shape[1])
+    work.composition = seconds(lambda: (left @ right, gradient @ right.t(), left.t() @ gradient))
+
+    pooled = torch.randn(samples, layer.in_channels, requires_grad=True)
+    weights = list(layer.attention.parameters())
+
+    @torch.enable_grad()
+    def attend() -> None:
+        torch.autograd.grad(layer.attention(pooled).softmax(1)[:, 0].sum(), [pooled, *weights])
+
+    work += Work(3 * samples * sum(weight.numel() for weight in weights), 3 * x.numel(), seconds(attend))
+    return work
 
 
 COUNTED: dict[str, Callable[[Any, torch.Tensor, torch.Tensor], Work]] = {
