@@ -4,13 +4,16 @@
     python tests/benchmarks/bounds.py --setting 32x64 --runs 20
 
 For each variant of the README's table, and each setting, one interleaved run gives the step as a multiple of the stock
-backbone's. Beside it stand two bounds, the stock step plus what the method adds: its multiply-adds, and the bytes that
-it has to move beyond the stock step, these at the rate of a copy of a large tensor.
+backbone's. Beside it stand two bounds, the stock step plus what the method adds:
 
-    ideal     multiply-adds at the rate at which the stock step does its own
-    torch     those that are no convolution of the stock kind at the rate of torch's own operations for them, alone and
-              repeated: the batched products of 18-wide matrices of DO-Conv, the depthwise convolutions of RefConv, the
-              thin kernels' strided additions, the products that mix kernels or outputs, the attention's layers
+    ideal     multiply-adds at the rate at which the stock step does its own, and bytes that are moved beyond the stock
+              step at the rate of a copy of a large tensor
+    torch     what is no convolution of the stock kind at the rate of torch's own operations for it instead, these
+              without autograd and into memory that is there, layer after layer, so that their operands are not in the
+              cache: the batched products of 18-wide matrices of DO-Conv and their additions to a kernel of another
+              order, the depthwise convolutions of RefConv, the copy and the strided additions of AC's thin kernels; for
+              dynamic convolution the attention, and the products that mix and apply kernels, less the convolutions
+              that they take the place of
 
 Bytes are counted as whole passes over a tensor, which nothing avoids that runs one operation after the other:
 
@@ -28,7 +31,7 @@ import argparse
 import statistics
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,6 +45,8 @@ from timm_reparam._measure import time_interleaved
 from timm_reparam.profile import compare_profiles
 
 FLOAT = 4  # bytes
+WEIGHT_ONLY = [False, True, False]
+convolution_backward = torch.ops.aten.convolution_backward
 
 
 @dataclass
@@ -51,19 +56,37 @@ class Work:
     Args:
         macs: Multiply-adds.
         numbers: Numbers read or written.
-        composition: Seconds that torch's own operation takes for these multiply-adds, if it is another than stock's.
+        operations: torch's own operations for these, where the stock step has none of their kind.
+        remaining: Numbers that the operations do not read or write, all if there are none.
+        replaced: Operations of the stock step that are not run.
     """
 
     macs: float = 0
     numbers: float = 0
-    composition: float | None = None
+    operations: list[Callable[[], object]] = field(default_factory=list)
+    remaining: float | None = None
+    replaced: list[Callable[[], object]] = field(default_factory=list)
 
     def __iadd__(self, other: 'Work') -> 'Work':
         self.macs += other.macs
         self.numbers += other.numbers
-        if other.composition is not None:
-            self.composition = (self.composition or 0) + other.composition
+        self.operations += other.operations
+        self.remaining = (self.remaining or 0) + (other.numbers if other.remaining is None else other.remaining)
+        self.replaced += other.replaced
         return self
+
+    def ideal(self, mac_rate: float, byte_rate: float) -> float:
+        """Seconds at these rates, multiply-adds and bytes a second."""
+        return self.macs / mac_rate + FLOAT * self.numbers / byte_rate
+
+    def with_operations(self, mac_rate: float, byte_rate: float) -> float:
+        """Seconds with torch's own operations."""
+        if not self.operations:
+            return self.ideal(mac_rate, byte_rate)
+        assert self.remaining is not None
+        rounds = time_interleaved([lambda: run_all(self.operations), lambda: run_all(self.replaced)], runs=15, warmup=1)
+        added = statistics.median(ours - stock for ours, stock in zip(*rounds))
+        return added + FLOAT * self.remaining / byte_rate
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -71,48 +94,63 @@ def seconds(function: Callable[[], object]) -> float:
     return statistics.median(time_interleaved([function], runs=9, warmup=1)[0])
 
 
+def run_all(operations: list[Callable[[], object]]) -> None:
+    """Run operations one after the other."""
+    for operation in operations:
+        operation()
+
+
 def do_conv(layer: Any, x: torch.Tensor, y: torch.Tensor) -> Work:
-    kernel, area = layer.weight.numel(), layer.weight[0, 0].numel()
-    channels = layer.in_channels // 2  # a product for two input channels, half of whose numbers are zero
+    weight, area = layer.weight.detach(), layer.weight[0, 0].numel()
+    work = Work(3 * weight.numel() * area, 5 * weight.numel())
     if layer.groups > 1 or layer.in_channels % 2 == 1:
-        return Work(3 * kernel * area, 5 * kernel, 0)
-    columns, transform = torch.randn(channels, len(layer.weight), 2 * area), torch.randn(channels, 2 * area, 2 * area)
-    gradient = columns.transpose(1, 2)
-    composition = 2 * seconds(lambda: torch.bmm(columns, transform)) + seconds(lambda: torch.bmm(gradient, columns))
-    return Work(3 * kernel * area, 5 * kernel, composition)
+        return work
+    # a product for two input channels, half of whose numbers are zero, on parameters as stock lays them out
+    columns = weight.view(len(weight), -1, 2 * area).transpose(0, 1)
+    transform = torch.randn(len(columns), 2 * area, 2 * area)
+    composed, gradient = torch.empty_like(weight), torch.empty_like(transform)
+    place = composed.view(len(weight), -1, 2 * area).transpose(0, 1)
+
+    def compose() -> None:
+        for _ in ('forward', 'backward'):
+            torch.add(columns, torch.bmm(columns, transform), out=place)
+        torch.bmm(columns.transpose(1, 2), place, out=gradient)
+
+    work.operations, work.remaining = [compose], 0
+    return work
 
 
 def ref_conv(layer: Any, x: torch.Tensor, y: torch.Tensor) -> Work:
-    kernel, maps = layer.weight.numel(), layer.map_weight.detach().requires_grad_()
+    kernel, maps = layer.weight.numel(), layer.map_weight.detach()
     image = torch.randn(1, layer.weight[:, :, 0, 0].numel(), *layer.kernel_size)
     groups, padding = len(maps) // maps.shape[1], [side // 2 for side in maps.shape[2:]]
 
-    @torch.enable_grad()
     def compose() -> None:
         change = F.conv2d(image, maps, padding=padding, groups=groups)
-        torch.autograd.grad(change, maps, image)
+        convolution_backward(change, image, maps, None, [1, 1], padding, [1, 1], False, [0, 0], groups, WEIGHT_ONLY)
 
-    return Work(2 * kernel * maps[0].numel(), 4 * kernel, seconds(compose))
+    return Work(2 * kernel * maps[0].numel(), 4 * kernel, [compose], 0)
 
 
 def ac_conv(layer: Any, x: torch.Tensor, y: torch.Tensor) -> Work:
     thin = layer.vertical_weight.numel() + layer.horizontal_weight.numel()
     updated = 7 * thin  # gradient written and read, momentum and weight read and written, read by the layer
-    if layer.branch_norm == 'none':
-        kernel, *thin_kernels = (
-            weight.detach() for weight in (layer.weight, layer.vertical_weight, layer.horizontal_weight)
-        )
+    if layer.branch_norm != 'none':
+        positions = y.shape[0] * y.shape[2] * y.shape[3]
+        return Work(3 * positions * thin, 2 * (1 + 3 + 2 + 3) * y.numel() + 2 * 3 * x.numel() + updated)
+    kernel = layer.weight.detach()
+    composed, (rows, columns) = torch.empty_like(kernel), kernel.shape[2:]
+    places = composed.narrow(3, columns // 2, 1), composed.narrow(2, rows // 2, 1)
+    thin_kernels = layer.vertical_weight.detach(), layer.horizontal_weight.detach()
+    gradients = [torch.empty_like(weight) for weight in thin_kernels]
 
-        def compose() -> None:
-            composed = kernel.clone()
-            places = composed[..., kernel.shape[3] // 2 :][..., :1], composed[:, :, kernel.shape[2] // 2 :][:, :, :1]
-            for place, thin_kernel in zip(places, thin_kernels):
-                place += thin_kernel
-                place.contiguous()  # as the thin kernel's gradient is taken out of the kernel's
+    def compose() -> None:
+        composed.copy_(kernel)
+        for place, weight, gradient in zip(places, thin_kernels, gradients):
+            place.add_(weight)
+            gradient.copy_(place)  # as it is taken out of the kernel's
 
-        return Work(0, 2 * layer.weight.numel() + updated, seconds(compose))
-    positions = y.shape[0] * y.shape[2] * y.shape[3]
-    return Work(3 * positions * thin, 2 * (1 + 3 + 2 + 3) * y.numel() + 2 * 3 * x.numel() + updated)
+    return Work(0, 2 * kernel.numel() + updated, [compose], updated - 2 * thin)
 
 
 def dynamic_conv(layer: Any, x: torch.Tensor, y: torch.Tensor) -> Work:
@@ -122,22 +160,71 @@ def dynamic_conv(layer: Any, x: torch.Tensor, y: torch.Tensor) -> Work:
     mixed_kernels = Work(3 * layer.num_kernels * samples * kernel, 6 * samples * kernel + updated)
     mixed_outputs = Work(3 * residuals * positions * kernel, 6 * layer.num_kernels * y.numel() + updated)
     work = min(mixed_kernels, mixed_outputs, key=lambda work: work.numbers)
-    if work is mixed_kernels:
-        left, right = torch.randn(samples, layer.num_kernels), torch.randn(layer.num_kernels, kernel)
-    else:
-        left, right = torch.randn(positions, x.shape[1]), torch.randn(x.shape[1], residuals * kernel // x.shape[1])
-    gradient = torch.randn(len(left), right.shape[1])
-    work.composition = seconds(lambda: (left @ right, gradient @ right.t(), left.t() @ gradient))
+    work.operations = [min(ways_of_mixing(layer, x, y), key=seconds)]
+    work.remaining = updated
+    weight = layer.weight.detach()
+    work.replaced = [lambda: convolve(layer, x, weight, y)]
 
-    pooled = torch.randn(samples, layer.in_channels, requires_grad=True)
-    weights = list(layer.attention.parameters())
+    pooled, scores = torch.randn(samples, layer.in_channels), torch.randn(samples, layer.num_kernels)
+    first, second = layer.attention.fc1.weight.detach(), layer.attention.fc2.weight.detach()
 
-    @torch.enable_grad()
     def attend() -> None:
-        torch.autograd.grad(layer.attention(pooled).softmax(1)[:, 0].sum(), [pooled, *weights])
+        hidden = F.linear(pooled, first).relu_()
+        F.linear(hidden, second).softmax(1)
+        gradient = scores @ second
+        scores.t() @ hidden, gradient.t() @ pooled, gradient @ first
 
-    work += Work(3 * samples * sum(weight.numel() for weight in weights), 3 * x.numel(), seconds(attend))
+    macs = 3 * samples * (first.numel() + second.numel())
+    work += Work(macs, 3 * x.numel(), [attend], 3 * x.numel())
     return work
+
+
+def ways_of_mixing(layer: Any, x: torch.Tensor, y: torch.Tensor) -> list[Callable[[], object]]:
+    """A layer's convolutions, forward and backward, by mixing kernels and, where they are 1x1, by mixing outputs."""
+    samples, count, shape = len(x), layer.num_kernels, layer.weight.shape
+    kernels, coefficients = torch.randn(count, layer.weight.numel()), torch.randn(samples, count)
+    mixed, gradients = torch.empty(samples, kernels.shape[1]), torch.empty_like(kernels)
+    pointwise = layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.groups == 1
+    padded = any(size < side for size, side in zip(x.shape[2:], layer.kernel_size))  # faster there
+    columns, out = x.flatten(2), y.flatten(2)
+    results = [torch.empty_like(values) for values in (mixed, columns, out)]
+
+    def mix_kernels() -> None:
+        torch.mm(coefficients, kernels, out=mixed)
+        if pointwise:
+            each = mixed.view(samples, *shape[:2])
+            torch.bmm(each, columns, out=results[2])
+            torch.bmm(each.transpose(1, 2), out, out=results[1])
+            torch.bmm(out, columns.transpose(1, 2), out=results[0].view_as(each))
+        else:
+            all_x, all_y = x.reshape(1, -1, *x.shape[2:]), y.view(1, -1, *y.shape[2:])
+            if padded:
+                all_x = F.pad(all_x, layer._reversed_padding_repeated_twice)
+            convolve(layer, all_x, mixed.view(-1, *shape[1:]), all_y, [0, 0] if padded else None)
+        torch.mm(coefficients.t(), results[0], out=gradients)
+        results[0] @ kernels.t()
+
+    if not pointwise:
+        return [mix_kernels]
+    rows, all_kernels = columns.transpose(1, 2).reshape(-1, shape[1]), kernels.view(-1, shape[1])
+    all_outputs, rows_out = torch.empty(len(rows), len(all_kernels)), torch.empty_like(rows)
+
+    def mix_outputs() -> None:
+        torch.mm(rows, all_kernels.t(), out=all_outputs)
+        torch.mm(all_outputs, all_kernels, out=rows_out)
+        torch.mm(all_outputs.t(), rows, out=gradients.view_as(all_kernels))
+
+    return [mix_kernels, mix_outputs]
+
+
+def convolve(
+    layer: Any, x: torch.Tensor, kernel: torch.Tensor, gradient: torch.Tensor, padding: list[int] | None = None
+) -> None:
+    """A convolution with a layer's settings, groups as the kernel needs them, and its backward pass."""
+    padding, groups = list(layer.padding) if padding is None else padding, x.shape[1] // kernel.shape[1]
+    F.conv2d(x, kernel, None, layer.stride, padding, layer.dilation, groups)
+    settings = list(layer.stride), padding, list(layer.dilation), False, [0, 0], groups, [True, True, False]
+    convolution_backward(gradient, x, kernel, None, *settings)
 
 
 COUNTED: dict[str, Callable[[Any, torch.Tensor, torch.Tensor], Work]] = {
@@ -214,10 +301,9 @@ def main() -> None:
             print(f'{"":<40} {"step":>12}  {"ideal":>6} {"torch":>6} {"MMACs":>8} {"MB":>8}')
             for model, profile in zip(variants, profiles[1:]):
                 work = count(model, images)
-                moving = FLOAT * work.numbers / byte_rate
-                ideal = work.macs / mac_rate
-                composing = ideal if work.composition is None else work.composition
-                bounds = [1 + (moving + computing) / step for computing in (ideal, composing)]
+                with torch.no_grad():
+                    costs = work.ideal(mac_rate, byte_rate), work.with_operations(mac_rate, byte_rate)
+                bounds = [1 + cost / step for cost in costs]
                 print(
                     f'{profile.name:<40} {profile.step_ratio:>5.2f} ± {profile.step_ratio_spread / 2:.2f}'
                     f'  {bounds[0]:>6.2f} {bounds[1]:>6.2f} {work.macs / 1e6:>8.0f} {FLOAT * work.numbers / 1e6:>8.0f}',
