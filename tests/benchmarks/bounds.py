@@ -11,9 +11,9 @@ backbone's. Beside it stand two bounds, the stock step plus what the method adds
     torch     what is no convolution of the stock kind at the rate of torch's own operations for it instead, these
               without autograd and into memory that is there, layer after layer, so that their operands are not in the
               cache: the batched products of 18-wide matrices of DO-Conv and their additions to a kernel of another
-              order, the depthwise convolutions of RefConv, the copy and the strided additions of AC's thin kernels; for
-              dynamic convolution the attention, and the products that mix and apply kernels, less the convolutions
-              that they take the place of
+              order, the depthwise convolutions of RefConv, the thin convolutions of AC's branches, or the copy and the
+              strided additions of its thin kernels; for dynamic convolution the attention, and the products that mix
+              and apply kernels, less the convolutions that they take the place of
 
 Bytes are counted as whole passes over a tensor, which nothing avoids that runs one operation after the other:
 
@@ -32,6 +32,7 @@ import statistics
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,7 +138,11 @@ def ac_conv(layer: Any, x: torch.Tensor, y: torch.Tensor) -> Work:
     updated = 7 * thin  # gradient written and read, momentum and weight read and written, read by the layer
     if layer.branch_norm != 'none':
         positions = y.shape[0] * y.shape[2] * y.shape[3]
-        return Work(3 * positions * thin, 2 * (1 + 3 + 2 + 3) * y.numel() + 2 * 3 * x.numel() + updated)
+        moved = 2 * (1 + 3 + 2 + 3) * y.numel() + 2 * 3 * x.numel() + updated
+        top, left = layer.padding
+        branches = (layer.vertical_weight.detach(), [top, 0]), (layer.horizontal_weight.detach(), [0, left])
+        convolutions = [partial(convolve, layer, x, weight, y, padding) for weight, padding in branches]
+        return Work(3 * positions * thin, moved, convolutions, moved)
     kernel = layer.weight.detach()
     composed, (rows, columns) = torch.empty_like(kernel), kernel.shape[2:]
     places = composed.narrow(3, columns // 2, 1), composed.narrow(2, rows // 2, 1)
@@ -163,7 +168,7 @@ def dynamic_conv(layer: Any, x: torch.Tensor, y: torch.Tensor) -> Work:
     work.operations = [min(ways_of_mixing(layer, x, y), key=seconds)]
     work.remaining = updated
     weight = layer.weight.detach()
-    work.replaced = [lambda: convolve(layer, x, weight, y)]
+    work.replaced = [partial(convolve, layer, x, weight, y)]
 
     pooled, scores = torch.randn(samples, layer.in_channels), torch.randn(samples, layer.num_kernels)
     first, second = layer.attention.fc1.weight.detach(), layer.attention.fc2.weight.detach()
