@@ -838,14 +838,13 @@ def check_classes(args: argparse.Namespace, train: Any, validation: Any) -> None
                 f'{args.data_dir}: no classes; expected one folder of images for each class, in {args.train_split}/ '
                 f'and {args.val_split or "validation"}/'
             )
-        if validation is not None:
-            _check_split_folders(args, train, validation)
-            if class_names(validation) != names:
-                differing = sorted(set(names) ^ set(class_names(validation) or ()))
-                raise ReparamError(
-                    f'{args.data_dir}: the splits have different classes ({", ".join(differing[:5])}), labels would '
-                    'not mean the same; make the folders equal, or give --class-map'
-                )
+        _check_split_folders(args, train, validation)
+        if validation is not None and class_names(validation) != names:
+            differing = sorted(set(names) ^ set(class_names(validation) or ()))
+            raise ReparamError(
+                f'{args.data_dir}: the splits have different classes ({", ".join(differing[:5])}), labels would '
+                'not mean the same; make the folders equal, or give --class-map'
+            )
     if names is None:
         return
     if len(names) > args.num_classes:
@@ -855,12 +854,15 @@ def check_classes(args: argparse.Namespace, train: Any, validation: Any) -> None
 
 
 def _check_split_folders(args: argparse.Namespace, train: Any, validation: Any) -> None:
-    """timm falls back to the whole folder where it finds no split: never validate on what is trained on unnoticed."""
+    """timm falls back to the whole folder where it finds no split: never train or validate on that unnoticed."""
     roots = [getattr(getattr(dataset, 'reader', None), 'root', None) for dataset in (train, validation)]
+    whole, named = roots[0] == args.data_dir, args.train_split != 'train'
     if roots[0] == roots[1]:
         _logger.warning('%s: no folders of splits; validating on the training images', args.data_dir)
-    elif roots[0] == args.data_dir:  # which holds the validation images, too
+    elif whole and (named or validation is not None):  # which holds the validation images, too
         raise ReparamError(f'{args.data_dir}: no split {args.train_split!r}; name its folder with --train-split')
+    elif whole and os.path.isdir(args.data_dir):
+        _logger.warning('%s: no folder %r; training on the images of all folders', args.data_dir, args.train_split)
     elif roots[1] == args.data_dir:
         raise ReparamError(
             f'{args.data_dir}: no split {args.val_split!r}; name it with --val-split, or train without (--val-split "")'
@@ -1272,6 +1274,8 @@ def prepare(args: argparse.Namespace) -> Run:
         resume(run, path, checkpoint)
     elif args.start_epoch is not None:
         run.epoch = args.start_epoch
+    if args.start_epoch is not None and args.start_epoch >= run.end:
+        raise ReparamError(f'--start-epoch {args.start_epoch}: nothing is left to train of {run.end} epochs; give fewer')
     set_schedule_position(run)
     wrap_model(run)
     if run.is_primary:

@@ -392,6 +392,19 @@ def test_digits_without_scikit_learn(monkeypatch, capsys, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_no_folder_of_the_default_split_is_said(flags, photos, caplog):
+    """A folder of classes is a dataset, one of splits with other names looks the same."""
+    for folder, said in ((photos / 'train', True), (photos, False)):
+        caplog.clear()
+        prepare([*flags('--val-split=', experiment=folder.name), '--data-dir', str(folder)])
+        assert ("no folder 'train'" in caplog.text) == said
+
+
+def test_a_start_past_the_end_is_refused(flags, tmp_path, capsys):
+    assert '--start-epoch 2' in refusal(flags('--epochs', '2', '--start-epoch', '2'), capsys)
+    assert not (tmp_path / 'output').exists()
+
+
 def test_bad_folders(flags, photos, tmp_path, capsys):
     def refused(root: Path, *extra: str) -> str:
         return refusal([*flags(*extra), '--data-dir', str(root)], capsys)
@@ -418,7 +431,8 @@ def test_bad_folders(flags, photos, tmp_path, capsys):
     shutil.copytree(photos / 'validation', leak / 'val')
     message = refused(leak)
     assert "no split 'train'" in message and '--train-split' in message
-    assert "no split 'nosuch'" in refusal(flags('--train-split', 'nosuch'), capsys)
+    for extra in ([], ['--val-split=']):
+        assert "no split 'nosuch'" in refusal(flags('--train-split', 'nosuch', *extra), capsys)
 
     unequal = tmp_path / 'unequal'
     shutil.copytree(photos, unequal)
