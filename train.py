@@ -1275,7 +1275,7 @@ def prepare(args: argparse.Namespace) -> Run:
     elif args.start_epoch is not None:
         run.epoch = args.start_epoch
     if args.start_epoch is not None and args.start_epoch >= run.end:
-        raise ReparamError(f'--start-epoch {args.start_epoch}: nothing is left to train of {run.end} epochs; give fewer')
+        raise ReparamError(f'--start-epoch {args.start_epoch}: nothing left to train, there are {run.end} epochs')
     set_schedule_position(run)
     wrap_model(run)
     if run.is_primary:

@@ -596,6 +596,7 @@ def pair(tmp_path: Path, model: nn.Module) -> tuple[Path, Path]:
 
 def test_add_facts(tmp_path: Path, pair: tuple[Path, Path]):
     weights = (pair[0] / 'model.safetensors').read_bytes()
+    config = config_of(pair[0])
     before = read_facts(pair[0])
     assert add_facts(pair[0], {'license': 'mit', 'metrics': None}) == pair[0]
     assert read_facts(pair[0]) == {**before, 'license': 'mit', 'metrics': None}
@@ -603,6 +604,11 @@ def test_add_facts(tmp_path: Path, pair: tuple[Path, Path]):
     assert card == render_card(pair[0]) and 'license: mit' in card
     assert (pair[0] / 'model.safetensors').read_bytes() == weights
     assert verify_checkpoint(*pair).passed
+    licensed = {**config['pretrained_cfg'], 'license': 'mit'}
+    assert config_of(pair[0]) == {**config, 'pretrained_cfg': licensed}
+    add_facts(pair[0], {'license': None})
+    assert config_of(pair[0]) == config
+    add_facts(pair[0], {'license': 'mit'})
 
     (pair[0] / 'README.md').write_text(card + 'My own words.\n')
     add_facts(pair[0], {'tag': 'other'})

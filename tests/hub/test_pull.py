@@ -341,6 +341,20 @@ def test_forms_with_different_configurations(hub: HubServer, owner: str, pair, t
     assert not any(repo_id.startswith(f'{owner}/') for repo_id in hub.repos)
 
 
+@pytest.mark.parametrize('form', [0, 1])
+@pytest.mark.parametrize('key, value', [('variant', 'acconv'), ('stock_architecture', 'resnet26t')])
+def test_facts_of_another_variant(owner: str, pair, tmp_path: Path, form: int, key: str, value: str):
+    """The card says them, and nothing in the weights of the fused form could tell."""
+    folders = [Path(shutil.copytree(one, tmp_path / one.name)) for one in pair]
+    facts = json.loads((folders[form] / 'training.json').read_text())
+    (folders[form] / 'training.json').write_text(json.dumps({**facts, key: value}))
+    (folders[form] / 'README.md').write_text(render_card(folders[form]))
+    report = verify(folders[0])
+    assert not report.passed and f'{NAMES[form]}/training.json: {key}: expected ' in report.problems[0]
+    with pytest.raises(ReparamError, match=f'training.json: {key}: expected'):
+        publish(folders[0], owner)
+
+
 def test_a_damaged_self_check_is_mended_as_the_error_says(hub: HubServer, published: str, pair: tuple[Path, Path]):
     repo = f'{published}/{NAMES[1]}'
     change(hub, repo, CHECK, change_tensors)

@@ -503,7 +503,7 @@ def copy_checkpoints(folders: Sequence[str | Path], zoo: str | Path) -> list[Pat
 def add_facts(folder: str | Path, facts: Mapping[str, Any]) -> Path:
     """Add to what is known of a saved checkpoint, for instance its licence, and render its card again.
 
-    A card that somebody has written stays as it is.
+    A card that somebody has written stays as it is. A licence is written into ``config.json``, too, where timm looks.
 
     Args:
         folder: Checkpoint folder.
@@ -561,7 +561,7 @@ class _Draft:
         if self.facts is None:
             return None
         cfg['tag'] = self.facts.get('tag')
-        cfg['license'] = self.facts.get('license') or (self.facts.get('base_model') or {}).get('license')
+        cfg['license'] = _stated_license(self.facts)
         cfg.pop('label_names', None)
         cfg.pop('label_descriptions', None)
         labels = (self.facts.get('dataset') or {}).get('label_names')
@@ -606,6 +606,12 @@ class _Copy:
         """Copy the configuration and the weights."""
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             shutil.copyfile(self.source / name, folder / name)
+        if self.facts is not None and {'license', 'base_model'} & self.facts.keys():
+            config = read_config(folder)
+            config['pretrained_cfg'].pop('license', None)  # timm writes no empty entries
+            if license := _stated_license({**(read_facts(self.source) or {}), **self.facts}):
+                config['pretrained_cfg']['license'] = license
+            _write_text(folder / CONFIG_NAME, json.dumps(config, indent=2))
 
     def write_texts(self, folder: Path) -> None:
         """Copy the facts and the card, if they are there; with more facts the card is rendered, if it was before."""
@@ -635,6 +641,10 @@ def _architecture(model: nn.Module) -> str:
             'for inference only; save the train-time model, or what fuse_model makes of it without fold_bn'
         )
     return architecture
+
+
+def _stated_license(facts: Mapping[str, Any]) -> str | None:
+    return facts.get('license') or (facts.get('base_model') or {}).get('license')
 
 
 def _origin(model: nn.Module) -> dict[str, str | None]:

@@ -503,7 +503,7 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def check_same_use(folder: Path, fused: Path) -> None:
-    """Check that two forms of a model are to be used alike: preprocessing, classes and licence in config.json.
+    """Check that two forms say the same of a model: preprocessing, classes and licence, variant and architecture.
 
     Args:
         folder: Train-time checkpoint.
@@ -520,8 +520,16 @@ def check_same_use(folder: Path, fused: Path) -> None:
             if expected != found:
                 name = f'{place}.{key}' if place else key
                 differences.append(f'{fused.name}/{CONFIG_NAME}: {name}: expected {expected!r}, got {found!r}')
+    stock, _, variant = configs[0]['architecture'].rpartition('_')
+    for one in (folder, fused):
+        facts = read_facts(one) or {}
+        for key, expected in (('variant', variant), ('stock_architecture', stock)):
+            if (found := facts.get(key, expected)) != expected:
+                differences.append(f'{one.name}/{FACTS_NAME}: {key}: expected {expected!r}, got {found!r}')
     if differences:
-        raise ReparamError(f'{"; ".join(differences)} (expected is what {folder.name} says); save the pair again')
+        raise ReparamError(
+            f'{"; ".join(differences)} (expected is what {folder.name}/{CONFIG_NAME} says); save the pair again'
+        )
 
 
 def check_claims(folder: Path) -> list[str]:
