@@ -20,9 +20,9 @@ from timm.layers import Conv2dSame, create_feature_extractor, set_exportable
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from timm_reparam import convert_model, fuse_model
+from timm_reparam import convert_model, fuse_model, is_variant
 from timm_reparam.convert import VARIANTS
-from timm_reparam.layers import DynamicConv2d
+from timm_reparam.layers import DOConvTranspose2d, DynamicConv2d, RefConvTranspose2d
 
 ALGEBRA = 1e-10
 STEPS = 5
@@ -327,6 +327,32 @@ def test_traced_by_fx(variant: str, form: str) -> None:
         assert found['point.temperature_position'] == SCHEDULE // 3 + STEPS
     x = images(5, dtype=torch.float64)
     assert torch.equal(graph.eval()(x)['logits'], eager.eval()(x))
+
+
+@variants
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+def test_traced_by_fx_without_timm(variant: str, training: bool) -> None:
+    """torch's own tracer sees each layer as it sees torch's, also where it is asked for a model in training mode."""
+    model = build(variant, 'train_time', torch.float64).train(training)
+    eager = copy.deepcopy(model)
+    graph = torch.fx.symbolic_trace(model)
+    called = {node.target for node in graph.graph.nodes if node.op == 'call_module'}
+    assert called >= {name for name, module in model.named_modules() if is_variant(module)}
+    x = images(3, dtype=torch.float64)
+    assert torch.equal(graph(x), eager(x))
+    state = graph.state_dict()
+    for name, expected in eager.state_dict().items():
+        assert torch.equal(state[name], expected), name
+    fused = fuse_model(graph)
+    assert relative_difference(fused.eval()(x), eager.eval()(x)) <= ALGEBRA
+    assert variant == 'dyconv' or not any(is_variant(module) for module in fused.modules())
+
+
+def test_transposed_layers_traced_by_fx() -> None:
+    for method in (DOConvTranspose2d, RefConvTranspose2d):
+        layer = randomise(method(3, 4, 3, stride=2).double(), seed=1)
+        x = images(2, dtype=torch.float64)
+        assert torch.equal(torch.fx.symbolic_trace(nn.Sequential(layer))(x), layer(x))
 
 
 @pytest.mark.parametrize('variant', ['acconv', 'dyconv'])

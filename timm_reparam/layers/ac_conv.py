@@ -31,7 +31,9 @@ from .base import (
     conv_arguments,
     draw_small,
     exact_copy,
+    fx_leaf,
     is_recorded,
+    is_symbolic,
     scale_shift,
 )
 
@@ -428,6 +430,9 @@ class ACConv2d(ReparamConv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve (batch, in_channels, height, width)."""
+        if not torch.jit.is_scripting():
+            if is_symbolic(x):
+                return fx_leaf(self, x)
         if not self.training or self.vertical_gamma is None:
             return self._convolve(x, self.equivalent_kernel(), self.bias)
         y = self._convolve(x, self.weight, self.bias)

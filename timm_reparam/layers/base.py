@@ -18,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import Conv2dSame, register_notrace_module
 from timm.layers.padding import pad_same
+from torch.fx import Proxy
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import ReparamError
@@ -36,8 +37,10 @@ __all__ = [
     'draw_small',
     'exact',
     'exact_copy',
+    'fx_leaf',
     'give_memory',
     'is_recorded',
+    'is_symbolic',
     'scale_shift',
 ]
 
@@ -65,6 +68,17 @@ def autocast_disabled(device_type: str) -> AbstractContextManager:
 def is_recorded() -> bool:
     """Whether operations are traced, compiled, exported or transformed (torch.func): by torch's own, then."""
     return torch.jit.is_tracing() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def is_symbolic(x: Any) -> bool:
+    """Whether torch.fx is tracing with this input."""
+    return isinstance(x, Proxy)
+
+
+def fx_leaf(layer: nn.Module, *inputs: Any) -> Any:
+    """A call of the layer as one node of the graph that torch.fx is tracing, as for torch's own layers."""
+    tracer = inputs[0].tracer
+    return tracer.create_proxy('call_module', tracer.path_of_module(layer), inputs, {})
 
 
 def check_init(owner: str, init: str) -> None:
@@ -407,6 +421,9 @@ class ReparamConv2d(ReparamLayer, nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve (batch, in_channels, height, width) with the equivalent kernel."""
+        if not torch.jit.is_scripting():
+            if is_symbolic(x):
+                return fx_leaf(self, x)
         return self._convolve(x, self.equivalent_kernel(), self.bias)
 
 
@@ -420,6 +437,9 @@ class ReparamConvTranspose2d(ReparamLayer, nn.ConvTranspose2d):
 
     def forward(self, x: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
         """Transposed convolution of (batch, in_channels, height, width) with the equivalent kernel."""
+        if not torch.jit.is_scripting():
+            if is_symbolic(x):
+                return fx_leaf(self, x, output_size)
         # torch declares lists, and passes tuples itself
         output_pad = self._output_padding(x, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation)  # type: ignore[arg-type]
         return F.conv_transpose2d(

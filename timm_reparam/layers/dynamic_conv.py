@@ -30,8 +30,10 @@ from .base import (
     conv_arguments,
     draw_small,
     exact_copy,
+    fx_leaf,
     give_memory,
     is_recorded,
+    is_symbolic,
 )
 
 __all__ = ['DynamicConv2d', 'KernelAttention']
@@ -446,6 +448,9 @@ class DynamicConv2d(ReparamConv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve each sample of (batch, in_channels, height, width) with its own kernel."""
+        if not torch.jit.is_scripting():
+            if is_symbolic(x):
+                return fx_leaf(self, x)
         unbatched = x.dim() == 3
         if unbatched:
             x = x.unsqueeze(0)
