@@ -205,6 +205,13 @@ def test_weight_standardised_convolutions_are_left_alone() -> None:
         convert_model(model, 'dyconv')
 
 
+@pytest.mark.parametrize('channels, sees_images', [(1, True), (4, True), (5, False), (64, False)])
+def test_only_a_convolution_of_images_can_be_a_stem(channels: int, sees_images: bool) -> None:
+    """A part of a network begins with a convolution of features."""
+    plan = timm_reparam.plan_conversion(nn.Sequential(nn.Conv2d(channels, 8, 3), nn.Conv2d(8, 8, 3)), 'dyconv')
+    assert plan == {'0': 'which sees the image' if sees_images else '', '1': ''}
+
+
 def test_every_convolution_that_stays_plain_has_a_reason() -> None:
     def net() -> nn.Module:
         sizes = {'long': (1, 3), 'point': 1, 'square': 5, 'large': 7}

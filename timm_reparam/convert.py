@@ -57,6 +57,9 @@ VARIANTS: dict[str, tuple[type[ReparamLayer], ...]] = {
 # What a block that re-parameterises itself calls its folding: it reads its convolutions' weights, so they stay plain.
 _SELF_FOLDING = ('fuse', 'reparameterize', 'switch_to_deploy')
 
+# Channels of an image at most, where nothing names the convolution that sees it.
+_IMAGE_CHANNELS = 4
+
 # What counts as a convolution; timm's CondConv2d mixes its kernels itself and derives from none of torch's.
 _CONVOLUTIONS = (_ConvNd, CondConv2d)
 
@@ -650,12 +653,13 @@ def _plain_modules(model: nn.Module, skip_names: list[str]) -> dict[int, str]:
 
 
 def _stems(model: nn.Module, conv_types: Iterable[type[nn.Module]]) -> set[int]:
-    """The convolutions that see the image, by id: timm's first_conv, elsewhere the first one."""
+    """The convolutions that see the image, by id: timm's first_conv, elsewhere the first one if it can be an image."""
     modules = dict(model.named_modules())
     stems = {id(modules[name]) for name in _names_of(model, 'first_conv') if name in modules}
     if not stems:
         convs = (module for module in modules.values() if isinstance(module, tuple(conv_types)))
-        stems = {id(conv) for conv in [next(convs, None)] if conv is not None}
+        first: Any = next(convs, None)  # that of a part of a network takes features
+        stems = {id(first)} if first is not None and first.in_channels <= _IMAGE_CHANNELS else set()
     return stems
 
 
