@@ -234,40 +234,62 @@ def kept_for_backward(function: Callable, x: torch.Tensor) -> tuple[torch.Tensor
         return function(x), kept
 
 
-def inputs_of_a_branch(*shape: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
-    """A sum so far, a branch whose mean is not zero, a gamma."""
+def inputs_of_branches(*shape: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    """A sum so far, two branches whose means are not zero, their gammas."""
     random = generator(1)
-    y, branch = torch.randn(shape, generator=random), 3 + torch.randn(shape, generator=random)
-    gamma = torch.randn(shape[-3], generator=random)
-    return [tensor.to(dtype).requires_grad_() for tensor in (y, branch, gamma)]
+    y, vertical, horizontal = (mean + torch.randn(shape, generator=random) for mean in (0, 3, -2))
+    gammas = torch.randn(2, shape[-3], generator=random)
+    return [tensor.to(dtype).requires_grad_() for tensor in (y, vertical, horizontal, gammas)]
 
 
-def added(y: torch.Tensor, branch: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-    return _add_scaled(y.clone(), branch, gamma, 1e-2)[0]
+def added(y: torch.Tensor, vertical: torch.Tensor, horizontal: torch.Tensor, gammas: torch.Tensor) -> torch.Tensor:
+    return _add_scaled(y.clone(), vertical, horizontal, gammas, 1e-2)[0]
 
 
 @pytest.mark.parametrize('shape', [(2, 3, 4, 5), (3, 4, 5), (0, 3, 4, 5)], ids=identifier)
-def test_a_branch_is_added_as_torch_adds_it(shape: tuple[int, ...]) -> None:
-    y, branch, gamma = inputs = inputs_of_a_branch(*shape)
+def test_branches_are_added_as_torch_adds_them(shape: tuple[int, ...]) -> None:
+    y, *branches, gammas = inputs = inputs_of_branches(*shape)
     dims = (0, 2, 3) if len(shape) == 4 else (1, 2)
-    sum_, variance = _add_scaled(y.clone(), branch, gamma, 1e-2)
-    if branch.numel() > 0:
-        expected = branch.var(dims, unbiased=False)
-        assert relative_difference(variance, expected) <= ALGEBRA
-        scale = (gamma / (expected + 1e-2).sqrt()).view(-1, 1, 1)
-        assert relative_difference(sum_, y) > CLEARLY
-        assert relative_difference(sum_, y + scale * branch) <= ALGEBRA
-    assert sum_.shape == shape and not variance.requires_grad
+    sum_, variances = _add_scaled(y.clone(), *branches, gammas, 1e-2)
+    if y.numel() > 0:
+        wanted = y
+        for branch, gamma, variance in zip(branches, gammas, variances, strict=True):
+            expected = branch.var(dims, unbiased=False)
+            assert relative_difference(variance, expected) <= ALGEBRA
+            scaled = (gamma / (expected + 1e-2).sqrt()).view(-1, 1, 1) * branch
+            assert relative_difference(wanted + scaled, wanted) > CLEARLY
+            wanted = wanted + scaled
+        assert relative_difference(sum_, wanted) <= ALGEBRA
+    assert sum_.shape == shape and not variances.requires_grad
     assert torch.autograd.gradcheck(added, inputs)
     assert torch.autograd.gradgradcheck(added, inputs)
 
 
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=str)
+def test_gradients_of_branches_in_either_layout(layout: torch.memory_format) -> None:
+    """As autograd derives them from plain operations, also where gradient and branches lie differently in memory."""
+    gradients = []
+    for ours in (True, False):
+        y, *branches, gammas = inputs = inputs_of_branches(2, 3, 4, 5)
+        branches = [branch.contiguous(memory_format=layout) for branch in branches]
+        if ours:
+            sum_ = added(y, *branches, gammas)
+        else:
+            sum_ = y
+            for branch, gamma in zip(branches, gammas):
+                sum_ = sum_ + (gamma / (branch.var((0, 2, 3), unbiased=False) + 1e-2).sqrt()).view(-1, 1, 1) * branch
+        sum_.backward(torch.randn(sum_.shape, generator=generator(2), dtype=sum_.dtype))
+        gradients.append([tensor.grad for tensor in inputs])
+    for found, expected in zip(*gradients, strict=True):
+        assert relative_difference(found, expected) <= ALGEBRA
+
+
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_a_branch_of_low_precision_is_scaled_in_float32_and_not_copied(dtype: torch.dtype) -> None:
-    inputs = inputs_of_a_branch(2, 3, 8, 8, dtype=dtype)
-    inputs[2] = inputs[2].detach().float().requires_grad_()  # the dtypes of autocast
+def test_branches_of_low_precision_are_scaled_in_float32_and_not_copied(dtype: torch.dtype) -> None:
+    inputs = inputs_of_branches(2, 3, 8, 8, dtype=dtype)
+    inputs[3] = inputs[3].detach().float().requires_grad_()  # the dtypes of autocast
     sum_, kept = kept_for_backward(lambda y: added(y, *inputs[1:]), inputs[0])
-    assert [tensor.data_ptr() for tensor in kept if tensor.dim() == 4] == [inputs[1].data_ptr()]
+    assert [tensor.data_ptr() for tensor in kept if tensor.dim() == 4] == [branch.data_ptr() for branch in inputs[1:3]]
     projection = torch.randn(sum_.shape, generator=generator(2)).to(dtype)
     sum_.backward(projection)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]

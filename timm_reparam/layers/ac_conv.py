@@ -191,37 +191,48 @@ def _per_channel(values: torch.Tensor) -> torch.Tensor:
     return values.view(-1, 1, 1)
 
 
+def _branch_moments(vertical: torch.Tensor, horizontal: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means and variances of both branches, each (2, channels)."""
+    vertical_mean, vertical_variance = _moments(vertical)
+    horizontal_mean, horizontal_variance = _moments(horizontal)
+    return torch.stack([vertical_mean, horizontal_mean]), torch.stack([vertical_variance, horizontal_variance])
+
+
 def _add_scaled(
-    y: torch.Tensor, branch: torch.Tensor, gamma: torch.Tensor, eps: float
+    y: torch.Tensor, vertical: torch.Tensor, horizontal: torch.Tensor, gammas: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add a branch, scaled by gamma over its standard deviation, to y, which may be overwritten.
+    """Add both branches, each scaled by its gamma over its standard deviation, to y, which may be overwritten.
 
     Returns:
-        The sum, and the branch's variance, through which no gradient flows.
+        The sum, and the branches' variances (2, channels), through which no gradient flows.
     """
     if not torch.jit.is_scripting() and not is_recorded():
         with torch.no_grad():
-            mean, variance = _moments(branch)
-        return _AddScaled.apply(y, branch, gamma, mean, variance, eps), variance
-    _, variance = _moments(branch)
-    scale = (gamma * torch.rsqrt(variance + eps)).to(branch.dtype)
-    return torch.addcmul(y, _per_channel(scale), branch), variance.detach()
+            means, variances = _branch_moments(vertical, horizontal)
+        return _AddScaled.apply(y, vertical, horizontal, gammas, means, variances, eps), variances
+    _, variances = _branch_moments(vertical, horizontal)
+    scales = (gammas * torch.rsqrt(variances + eps)).to(y.dtype)
+    y = torch.addcmul(y, _per_channel(scales[0]), vertical)
+    return torch.addcmul(y, _per_channel(scales[1]), horizontal), variances.detach()
 
 
 class _AddScaled(torch.autograd.Function):
-    """:func:`_add_scaled` in place, keeping nothing of y's size but the branch, and differentiated in few passes."""
+    """:func:`_add_scaled` in place, keeping nothing of y's size but the branches, differentiated in few passes."""
 
     @staticmethod
     def forward(
         y: torch.Tensor,
-        branch: torch.Tensor,
-        gamma: torch.Tensor,
-        mean: torch.Tensor,
-        variance: torch.Tensor,
+        vertical: torch.Tensor,
+        horizontal: torch.Tensor,
+        gammas: torch.Tensor,
+        means: torch.Tensor,
+        variances: torch.Tensor,
         eps: float,
     ) -> torch.Tensor:
-        scale = (gamma * torch.rsqrt(variance + eps)).to(branch.dtype)
-        return y.addcmul_(_per_channel(scale), branch)
+        scales = (gammas * torch.rsqrt(variances + eps)).to(y.dtype)
+        for branch, scale in zip((vertical, horizontal), scales):
+            y.addcmul_(_per_channel(scale), branch)
+        return y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -231,18 +242,21 @@ class _AddScaled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (gradient,), (branch, gamma, mean, variance) = gradients, ctx.saved_tensors
+        (gradient,), (*branches, gammas, means, variances) = gradients, ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
-            mean, variance = _moments(branch)
-        wide_gradient, wide = _widened(gradient), _widened(branch)
-        inverse = torch.rsqrt(variance + ctx.eps)
-        product = wide_gradient * wide
-        for_gamma = inverse * _channel_sums(product)
-        slope = -gamma * inverse * inverse * for_gamma / _count(wide)
-        memory = None if torch.is_grad_enabled() else product
-        for_branch = torch.addcmul(_per_channel(-slope * mean), _per_channel(slope), wide, out=memory)
-        for_branch.addcmul_(_per_channel(gamma * inverse), wide_gradient)
-        return gradient, for_branch.to(branch.dtype), for_gamma.to(gamma.dtype), None, None, None
+            means, variances = _branch_moments(*branches)
+        wide_gradient, wide = _widened(gradient), [_widened(branch) for branch in branches]
+        inverses = torch.rsqrt(variances + ctx.eps)
+        products = [wide_gradient * branch for branch in wide]
+        for_gammas = inverses * torch.stack([_channel_sums(product) for product in products])
+        scales = gammas * inverses
+        slopes = -scales * inverses * for_gammas / _count(gradient)
+        for_branches = []
+        for branch, product, scale, slope, shift in zip(wide, products, scales, slopes, -slopes * means):
+            memory = None if torch.is_grad_enabled() else product
+            change = torch.addcmul(_per_channel(shift), _per_channel(slope), branch, out=memory)
+            for_branches.append(change.addcmul_(_per_channel(scale), wide_gradient).to(gradient.dtype))
+        return gradient, *for_branches, for_gammas.to(gammas.dtype), None, None, None
 
 
 class ACConv2d(ReparamConv2d):
@@ -464,43 +478,43 @@ class ACConv2d(ReparamConv2d):
             # left and right, top and bottom are equal: sides are odd
             padding = (self._reversed_padding_repeated_twice[2], self._reversed_padding_repeated_twice[0])
         vertical_padding, horizontal_padding = _thin_padding(self.kernel_size, padding, self.dilation)
-        y = self._add_branch(
-            y, x, self.vertical_weight, vertical_padding, self.vertical_gamma, self.vertical_running_var
-        )
-        return self._add_branch(
-            y, x, self.horizontal_weight, horizontal_padding, self.horizontal_gamma, self.horizontal_running_var
-        )
-
-    def _add_branch(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        padding: tuple[int, int],
-        gamma: torch.Tensor,
-        running_var: torch.Tensor,
-    ) -> torch.Tensor:
-        """Add a branch's scaled output to y; moves the running variance."""
+        gammas = torch.stack([self.vertical_gamma, self.horizontal_gamma])
         if torch.jit.is_scripting() or not self.recompute:
-            branch = _thin_conv(x, weight, self.stride, padding, self.dilation, self.groups)
-            y, variance = _add_scaled(y, branch, gamma, self.eps)
+            vertical, horizontal = self._branches(x, vertical_padding, horizontal_padding)
+            y, variances = _add_scaled(y, vertical, horizontal, gammas, self.eps)
         else:
-            change, variance = checkpoint(
-                self._scaled_branch, x, weight, padding, gamma, use_reentrant=False, preserve_rng_state=False
+            change, variances = checkpoint(
+                self._scaled_branches,
+                *(x, vertical_padding, horizontal_padding, gammas),
+                use_reentrant=False,
+                preserve_rng_state=False,
             )
             y = y + change
         count = y.numel() // max(self.out_channels, 1)
         if count > 0:
-            unbiased = variance * (count / max(count - 1, 1))
-            running_var.lerp_(unbiased.to(running_var.dtype), self.momentum)
+            unbiased = (variances * (count / max(count - 1, 1))).to(self.vertical_running_var.dtype)
+            self.vertical_running_var.lerp_(unbiased[0], self.momentum)
+            self.horizontal_running_var.lerp_(unbiased[1], self.momentum)
         return y
 
-    @torch.jit.unused
-    def _scaled_branch(
-        self, x: torch.Tensor, weight: torch.Tensor, padding: tuple[int, int], gamma: torch.Tensor
+    def _branches(
+        self, x: torch.Tensor, vertical_padding: tuple[int, int], horizontal_padding: tuple[int, int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        branch = _thin_conv(x, weight, self.stride, padding, self.dilation, self.groups)
-        return _add_scaled(torch.zeros_like(branch), branch, gamma, self.eps)
+        """Outputs of the vertical and of the horizontal convolution."""
+        vertical = _thin_conv(x, self.vertical_weight, self.stride, vertical_padding, self.dilation, self.groups)
+        horizontal = _thin_conv(x, self.horizontal_weight, self.stride, horizontal_padding, self.dilation, self.groups)
+        return vertical, horizontal
+
+    @torch.jit.unused
+    def _scaled_branches(
+        self,
+        x: torch.Tensor,
+        vertical_padding: tuple[int, int],
+        horizontal_padding: tuple[int, int],
+        gammas: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        vertical, horizontal = self._branches(x, vertical_padding, horizontal_padding)
+        return _add_scaled(torch.zeros_like(vertical), vertical, horizontal, gammas, self.eps)
 
     def extra_repr(self) -> str:
         options = f", branch_norm='{self.branch_norm}'"
