@@ -1260,6 +1260,8 @@ def prepare(args: argparse.Namespace) -> Run:
         raise ReparamError(f'--opt {args.opt}, --sched {args.sched}: {error}') from error
     if run.end > run.num_epochs:
         raise ReparamError(f'--stop-epoch {args.stop_epoch}: the schedule has {run.num_epochs} epochs; give fewer')
+    if args.start_epoch is not None and args.start_epoch >= run.end:
+        raise ReparamError(f'--start-epoch {args.start_epoch}: nothing left to train, there are {run.end} epochs')
     set_temperature_schedule(run)
     if args.model_ema and (run.is_primary or not args.model_ema_force_cpu):
         run.ema = utils.ModelEmaV3(
@@ -1274,8 +1276,6 @@ def prepare(args: argparse.Namespace) -> Run:
         resume(run, path, checkpoint)
     elif args.start_epoch is not None:
         run.epoch = args.start_epoch
-    if args.start_epoch is not None and args.start_epoch >= run.end:
-        raise ReparamError(f'--start-epoch {args.start_epoch}: nothing left to train, there are {run.end} epochs')
     set_schedule_position(run)
     wrap_model(run)
     if run.is_primary:

@@ -18,7 +18,7 @@ import timm_reparam
 from timm_reparam import ReparamError
 from timm_reparam.convert import VARIANTS
 from timm_reparam.hub import check_facts, render_card, save_checkpoint, save_pair
-from timm_reparam.hub.cards import license_of, sha256_of, template_folder
+from timm_reparam.hub.cards import license_of, sha256_of, stated_license, template_folder
 from timm_reparam.results import Summary, format_summary
 
 TINY = dict(num_classes=2, channels=(8, 8, 8, 8), stem_width=4)
@@ -242,6 +242,20 @@ def test_license(copies: tuple[Path, Path], facts: dict, expected: str | None, f
         assert f'- License: {line}\n' in text
     (copies[0] / 'training.json').unlink()
     assert license_of(copies[0]) is None
+
+
+@pytest.mark.parametrize(
+    'facts, expected',
+    [
+        ({}, None),
+        ({'base_model': None}, None),
+        ({'base_model': {'license': 'SEER License'}}, 'SEER License'),
+        ({'base_model': {'license': 'mit'}, 'license': 'Our own'}, 'Our own'),
+        ({'base_model': {'license': 'mit'}, 'license': None}, 'mit'),
+    ],
+)
+def test_stated_license(facts: dict, expected: str | None):
+    assert stated_license(facts) == expected
 
 
 @pytest.mark.parametrize(

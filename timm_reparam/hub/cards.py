@@ -50,6 +50,7 @@ __all__ = [
     'read_facts',
     'render_card',
     'sha256_of',
+    'stated_license',
     'template_folder',
 ]
 
@@ -129,6 +130,11 @@ def license_of(folder: str | Path) -> str | None:
     return license_data(read_facts(folder) or {}).get('license')
 
 
+def stated_license(facts: Mapping[str, Any]) -> str | None:
+    """Return the licence in its own words: what the facts state, or else that of the base weights; None if neither."""
+    return facts.get('license') or (facts.get('base_model') or {}).get('license')
+
+
 def license_data(facts: Mapping[str, Any]) -> dict[str, str]:
     """Return the licence as front matter: 'other' with its name if the Hub has no identifier for it.
 
@@ -139,7 +145,7 @@ def license_data(facts: Mapping[str, Any]) -> dict[str, str]:
         Entries of the front matter; empty if no licence is known.
     """
     base = facts.get('base_model') or {}
-    name = _plain(facts.get('license') or base.get('license') or '').lower()
+    name = _plain(stated_license(facts) or '').lower()
     stated = bool(facts.get('license'))
     link = _plain(facts['license_link']) if stated and facts.get('license_link') else None
     if name in _LICENSES - {'other'}:

@@ -44,6 +44,7 @@ from .cards import (
     read_facts,
     render_card,
     sha256_of,
+    stated_license,
 )
 from .training import load_training
 
@@ -561,7 +562,7 @@ class _Draft:
         if self.facts is None:
             return None
         cfg['tag'] = self.facts.get('tag')
-        cfg['license'] = _stated_license(self.facts)
+        cfg['license'] = stated_license(self.facts)
         cfg.pop('label_names', None)
         cfg.pop('label_descriptions', None)
         labels = (self.facts.get('dataset') or {}).get('label_names')
@@ -609,7 +610,7 @@ class _Copy:
         if self.facts is not None and {'license', 'base_model'} & self.facts.keys():
             config = read_config(folder)
             config['pretrained_cfg'].pop('license', None)  # timm writes no empty entries
-            if license := _stated_license({**(read_facts(self.source) or {}), **self.facts}):
+            if license := stated_license({**(read_facts(self.source) or {}), **self.facts}):
                 config['pretrained_cfg']['license'] = license
             _write_text(folder / CONFIG_NAME, json.dumps(config, indent=2))
 
@@ -641,10 +642,6 @@ def _architecture(model: nn.Module) -> str:
             'for inference only; save the train-time model, or what fuse_model makes of it without fold_bn'
         )
     return architecture
-
-
-def _stated_license(facts: Mapping[str, Any]) -> str | None:
-    return facts.get('license') or (facts.get('base_model') or {}).get('license')
 
 
 def _origin(model: nn.Module) -> dict[str, str | None]:
