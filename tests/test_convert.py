@@ -392,7 +392,7 @@ def test_verify_fusion_notices_a_wrong_fusion() -> None:
     with torch.no_grad():
         fused.layer2[0].conv1.weight *= 1.001
     report = verify_fusion(model, fused, inputs=images(4, 3, 48, 48))
-    assert not report.passed and report.stored > report.bound and 'NOT proved' in str(report)
+    assert not report.passed and report.stored > report.bound and 'NOT verified' in str(report)
     with torch.no_grad():
         fused.layer2[0].conv1.weight[0] = float('nan')
     assert not verify_fusion(model, fused, inputs=images(4, 3, 48, 48)).passed

@@ -1,7 +1,7 @@
 """Over-parameterised convolutions for timm backbones: accuracy while training, the stock architecture afterwards."""
 
 from . import models  # registers the models with timm
-from .convert import FusionReport, convert_model, fuse_model, is_variant, plan_conversion, verify_fusion
+from .convert import convert_model, fuse_model, is_variant, plan_conversion
 from .errors import ReparamError
 from .importers import export_state_dict, import_state_dict
 from .layers import (
@@ -14,6 +14,7 @@ from .layers import (
     RefConvTranspose2d,
 )
 from .models import register_variant
+from .verify import FusionReport, LayerReport, verify_fusion
 from .version import __version__
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     'DOConvTranspose2d',
     'DynamicConv2d',
     'FusionReport',
+    'LayerReport',
     'RefConv2d',
     'RefConvTranspose2d',
     'ReparamError',

@@ -1,14 +1,12 @@
-"""Convert a model's convolutions into variants, fuse them back, and prove that nothing changed.
+"""Convert a model's convolutions into variants, and fuse them back.
 
 Works on any ``nn.Module``; a timm model also has the names it is saved under kept right.
 """
 
 import copy
-import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, TypeGuard
 
@@ -16,7 +14,6 @@ import torch
 import torch.nn as nn
 from timm.layers import CondConv2d
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_flatten
 
 from .errors import ReparamError
 from .fold import fold_norms
@@ -29,11 +26,10 @@ from .layers import (
     RefConvTranspose2d,
     ReparamLayer,
 )
-from .layers.base import CALL_HOOKS, autocast_disabled, check_init, conv_arguments, exact_copy
+from .layers.base import CALL_HOOKS, check_init, conv_arguments, exact_copy
 
 __all__ = [
     'VARIANTS',
-    'FusionReport',
     'convert_model',
     'fuse_model',
     'is_variant',
@@ -41,7 +37,6 @@ __all__ = [
     'plan_conversion',
     'stock_architecture',
     'variant_of',
-    'verify_fusion',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -151,7 +146,7 @@ def convert_model(model: nn.Module, variant: str, *, skip: Skip = (), init: str 
                 setattr(module, name, replacements[id(child)])
     if skip_names:
         options = dict(options, skip=skip_names)
-    _rename(model, f'{_architecture(model)}_{variant}', options)
+    _rename(model, f'{architecture_of(model)}_{variant}', options)
     return model
 
 
@@ -224,24 +219,24 @@ def fuse_model(model: nn.Module, *, fold_bn: bool = False) -> nn.Module:
         ReparamError: the model holds no variant layer, or is scripted; or its norms are to be folded and torch.fx
             cannot trace it.
     """
-    model = _unwrap_converted(model)
+    model = unwrap_converted(model)
     if is_variant(model):
-        layer = _with_fused_layers(model)
+        layer = with_fused_layers(model)
         return layer.eval() if fold_bn else layer
-    fused: Any = _fold_norms(model) if fold_bn else _with_fused_layers(model)
+    fused: Any = _fold_norms(model) if fold_bn else with_fused_layers(model)
     remaining = [module for module in fused.modules() if is_variant(module)]
     if remaining:
         _logger.info('%d dynamic convolutions depend on their input and stay, in inference form', len(remaining))
         recorded = getattr(model, '_model_args', {}).get('conv_options', {})
         schedule = ('temperature', 'temperature_steps', 'init')
         options = {name: value for name, value in recorded.items() if name not in schedule}
-        _rename(fused, _architecture(fused), dict(options, temperature=None))
+        _rename(fused, architecture_of(fused), dict(options, temperature=None))
     else:
         _rename(fused, stock_architecture(model), {})
     return fused
 
 
-def _with_fused_layers(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
+def with_fused_layers(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
     """A deep copy of a model with its variant layers fused; what is in the memo is not copied."""
     layers = _fusible(model)
     fused = {number: layer.fuse() for number, layer in layers.items()}
@@ -285,7 +280,7 @@ def _copy_around(
 
 
 def _fold_norms(model: nn.Module) -> nn.Module:
-    """As `_with_fused_layers`, in evaluation mode and with the BatchNorms folded, too."""
+    """As `with_fused_layers`, in evaluation mode and with the BatchNorms folded, too."""
     layers = _fusible(model)
     # in float64 until the norms are folded, so that they are rounded once
     fused = {number: exact_copy(layer).fuse() for number, layer in layers.items()}
@@ -296,148 +291,6 @@ def _fold_norms(model: nn.Module) -> nn.Module:
     _logger.info('%d BatchNorms are folded into the convolutions before them', count)
     folded.folded_norms = getattr(model, 'folded_norms', 0) + count
     return folded
-
-
-@dataclasses.dataclass(frozen=True)
-class FusionReport:
-    """What :func:`verify_fusion` measured. Differences are the largest one over the largest logit.
-
-    Attributes:
-        algebra: Between the model in float64 and its fusion in float64; at most 1e-10 when the algebra is right.
-        stored: Between the fused model in its own dtype and the train-time model in float64.
-        own: Between the train-time model in its own dtype and the same in float64: its own rounding; also on seeded
-            noise, where there are fewer than 16 inputs.
-        bound: What `stored` may be at most: twice `own`, or a few units in the last place (in float64, as `algebra`).
-        top1_agreement: Share of inputs that both models, in their own dtype, put into the same class; None when the
-            output is not one batch of logits.
-        num_inputs: Number of inputs compared.
-    """
-
-    algebra: float
-    stored: float
-    own: float
-    bound: float
-    top1_agreement: float | None
-    num_inputs: int
-
-    ALGEBRA_BOUND = 1e-10
-
-    @property
-    def passed(self) -> bool:
-        """Whether both figures are within their bounds (NaN is not)."""
-        return self.algebra <= self.ALGEBRA_BOUND and self.stored <= self.bound
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields and `passed`, as plain values."""
-        return dict(dataclasses.asdict(self), passed=self.passed)
-
-    def __str__(self) -> str:
-        agreement = '' if self.top1_agreement is None else f', top-1 agreement {self.top1_agreement:.2%}'
-        return (
-            f'fusion {"proved" if self.passed else "NOT proved"} on {self.num_inputs} inputs: '
-            f'algebra {self.algebra:.1e} (at most {self.ALGEBRA_BOUND:.0e}), stored {self.stored:.1e} '
-            f"(at most {self.bound:.1e}; the train-time model's own rounding is {self.own:.1e}){agreement}"
-        )
-
-
-# Units in the last place of the largest logit that two orders of summation may always differ by.
-_ALWAYS_ALLOWED_ULPS = 8
-_VERIFY_IMAGES = 64
-_VERIFY_BATCH = 16
-
-
-@torch.no_grad()
-def verify_fusion(
-    model: nn.Module,
-    fused: nn.Module | None = None,
-    *,
-    inputs: torch.Tensor | Iterable[torch.Tensor] | None = None,
-) -> FusionReport:
-    """Compare a converted model with its fusion on real forward passes.
-
-    Both run in evaluation mode, without autocast and TF32; their modes and the random state are restored.
-
-    Args:
-        model: The converted model.
-        fused: Its fusion, as it will be saved; fused here when None.
-        inputs: A batch, or an iterable of batches, taken one at a time and not kept; None takes 64 seeded random images
-            of the model's own input size.
-
-    Returns:
-        The figures; whether they are good enough is the report's `passed`.
-
-    Raises:
-        ReparamError: the model holds no variant layer, no input size is known, there are no inputs or they are no
-            tensors, or there are no outputs to compare, or others than the model's.
-    """
-    model = _unwrap_converted(model)
-    fused = fuse_model(model) if fused is None else _unwrap(fused)
-    parameter = next(model.parameters())
-    device = parameter.device
-    exact = exact_copy(model).eval()
-    exact_device = next(exact.parameters()).device
-    # The two share what fusing leaves as it is: nothing is trained here.
-    exact_fused = _with_fused_layers(exact, {id(t): t for t in (*exact.parameters(), *exact.buffers())})
-    batches = _seeded_images(model).split(_VERIFY_BATCH) if inputs is None else inputs
-    if isinstance(batches, torch.Tensor):
-        batches = (batches,)
-
-    largest = {'logit': 0.0, 'algebra': 0.0, 'stored': 0.0, 'own': 0.0}
-    num_inputs = agreeing = 0
-    classifies = True
-    fused_dtype = next(fused.parameters()).dtype
-    with _evaluation(model, fused, device=device):
-        for batch in batches:
-            if not isinstance(batch, torch.Tensor):
-                raise ReparamError(
-                    f'verify_fusion: expected tensors as inputs=, got a batch of type {type(batch).__name__}; leave '
-                    'labels and the like out'
-                )
-            reference = _flat_outputs(exact, batch, exact_device, torch.float64)
-            outputs = {
-                'algebra': _flat_outputs(exact_fused, batch, exact_device, torch.float64),
-                'own': _flat_outputs(model, batch, device, parameter.dtype),
-                'stored': _flat_outputs(fused, batch, next(fused.parameters()).device, fused_dtype),
-            }
-            if not reference:
-                raise ReparamError(
-                    f'verify_fusion: {type(model).__name__} returns no floating-point tensor (in tuples, lists and '
-                    'dicts, at most) that could be compared; verify a module that does'
-                )
-            shapes, found = ([tuple(value.shape) for value in values] for values in (reference, outputs['stored']))
-            if found != shapes:
-                raise ReparamError(
-                    f'verify_fusion: expected the outputs of the model, {shapes}, got {found} from the fused one; pass '
-                    'what fuse_model() made of the model'
-                )
-            largest['logit'] = _maximum(largest['logit'], reference)
-            for name, values in outputs.items():
-                largest[name] = _maximum(largest[name], _differences(values, reference))
-            num_inputs += len(batch)
-            like = batch.shape[1:], batch.dtype
-            classifies = classifies and len(reference) == 1 and reference[0].dim() == 2
-            if classifies:
-                agreeing += int((outputs['own'][0].argmax(1).cpu() == outputs['stored'][0].argmax(1).cpu()).sum())
-            del batch  # gone before the next one is made
-        if not num_inputs:
-            raise ReparamError('verify_fusion: expected at least one input, got none; pass a batch as inputs=')
-        scale = largest['logit'] or 1.0
-        own = largest['own'] / scale
-        shape, dtype = like
-        if num_inputs < _VERIFY_BATCH and dtype.is_floating_point:
-            # of so few outputs the largest rounding may be small by chance, and the bound is made of it
-            more = torch.randn(_VERIFY_BATCH, *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-            reference = _flat_outputs(exact, more, exact_device, torch.float64)
-            values = _flat_outputs(model, more, device, parameter.dtype)
-            own = max(own, _maximum(0.0, _differences(values, reference)) / (_maximum(0.0, reference) or 1.0))
-    return FusionReport(
-        algebra=largest['algebra'] / scale,
-        stored=largest['stored'] / scale,
-        own=own,
-        bound=max(2 * own, _ALWAYS_ALLOWED_ULPS * torch.finfo(fused_dtype).eps, FusionReport.ALGEBRA_BOUND),
-        top1_agreement=agreeing / num_inputs if classifies else None,
-        num_inputs=num_inputs,
-    )
 
 
 def lift_state_dict(
@@ -495,7 +348,7 @@ def lift_state_dict(
         ),
     }
     if any(problems.values()):
-        architecture = _architecture(model) or type(model).__name__
+        architecture = architecture_of(model) or type(model).__name__
         raise ReparamError(
             f'the checkpoint is not one of {architecture}, nor of the stock architecture:\n'
             f'{listed_problems(problems)}\n'
@@ -557,7 +410,7 @@ def _names_of(model: nn.Module, role: str) -> tuple[str, ...]:
     return _as_tuple((cfg.get(role) if isinstance(cfg, dict) else None) or ())
 
 
-def _architecture(model: nn.Module) -> str | None:
+def architecture_of(model: nn.Module) -> str | None:
     """Name under which timm would save the model, or None."""
     cfg = getattr(model, 'pretrained_cfg', None)
     return cfg.get('architecture') if isinstance(cfg, dict) else None
@@ -565,7 +418,7 @@ def _architecture(model: nn.Module) -> str | None:
 
 def _rename(model: Any, architecture: str | None, conv_options: dict[str, Any]) -> None:
     """Give a timm model the name and the arguments under which it can be built again."""
-    if _architecture(model) is None:
+    if architecture_of(model) is None:
         return
     model.pretrained_cfg = dict(model.pretrained_cfg, architecture=architecture)
     model.default_cfg = model.pretrained_cfg  # timm keeps both names
@@ -595,15 +448,15 @@ def _inner(model: nn.Module) -> nn.Module | None:
     return getattr(model, '_orig_mod', None)
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     while (inner := _inner(model)) is not None:
         model = inner
     _refuse_wrapped(model, 'fuse_model')
     return model
 
 
-def _unwrap_converted(model: nn.Module) -> nn.Module:
-    model = _unwrap(model)
+def unwrap_converted(model: nn.Module) -> nn.Module:
+    model = unwrap(model)
     if variant_of(model) is None:
         raise ReparamError(f'{type(model).__name__} holds no over-parameterised convolution: there is nothing to fuse')
     return model
@@ -661,58 +514,3 @@ def _stems(model: nn.Module, conv_types: Iterable[type[nn.Module]]) -> set[int]:
         first: Any = next(convs, None)  # that of a part of a network takes features
         stems = {id(first)} if first is not None and first.in_channels <= _IMAGE_CHANNELS else set()
     return stems
-
-
-def _seeded_images(model: nn.Module) -> torch.Tensor:
-    from timm.data import resolve_input_data_config
-
-    if _architecture(model) is None and 'input_size' not in (getattr(model, 'pretrained_cfg', None) or {}):
-        raise ReparamError(
-            f'verify_fusion: {type(model).__name__} does not say its input size; pass a batch of images as inputs='
-        )
-    channels, height, width = resolve_input_data_config(model)['input_size']
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(_VERIFY_IMAGES, channels, height, width, generator=generator)
-
-
-@contextmanager
-def _evaluation(*models: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode, no autocast, no TF32; everything is put back."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    matmul_precision = torch.get_float32_matmul_precision()
-    cudnn = torch.backends.cudnn
-    devices = [device] if device.type == 'cuda' else []
-    try:
-        torch.set_float32_matmul_precision('highest')
-        for model in models:
-            model.eval()
-        with (
-            torch.random.fork_rng(devices=devices),
-            autocast_disabled(device.type),
-            cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False),
-        ):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(matmul_precision)
-        for module, training in modes:
-            module.training = training
-
-
-def _flat_outputs(
-    model: nn.Module, batch: torch.Tensor, device: torch.device, dtype: torch.dtype
-) -> list[torch.Tensor]:
-    """Every floating-point tensor that the model returns, in order."""
-    batch = batch.to(device, dtype if batch.is_floating_point() else None)
-    values = tree_flatten(model(batch))[0]
-    return [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
-
-
-def _differences(values: Iterable[torch.Tensor], reference: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Outputs less those of a reference, in float64 and on the device of these."""
-    return [value.to(expected.device, torch.float64) - expected for value, expected in zip(values, reference)]
-
-
-def _maximum(value: float, tensors: Iterable[torch.Tensor]) -> float:
-    """Largest magnitude so far; NaN once there was one."""
-    values = [value, *(float(tensor.abs().max()) for tensor in tensors if tensor.numel())]
-    return float(torch.tensor(values, dtype=torch.float64).max())

@@ -30,8 +30,8 @@ from .layers.base import exact, scale_shift
 __all__ = ['fold_norms']
 
 # Both by exact type: what derives from them may compute something else.
-_CONVOLUTIONS = (nn.Conv2d, Conv2dSame, nn.ConvTranspose2d, DynamicConv2d)
-_NORMS = (
+CONVOLUTIONS = (nn.Conv2d, Conv2dSame, nn.ConvTranspose2d, DynamicConv2d)
+NORMS = (
     nn.BatchNorm2d,
     BatchNormAct2d,
     nn.SyncBatchNorm,
@@ -46,7 +46,7 @@ class _Tracer(torch.fx.Tracer):
 
     def __init__(self) -> None:
         super().__init__(autowrap_modules=(math,), autowrap_functions=tuple(get_notrace_functions()))
-        self.leaves = (*_CONVOLUTIONS, *_NORMS, *get_notrace_modules())
+        self.leaves = (*CONVOLUTIONS, *NORMS, *get_notrace_modules())
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return isinstance(module, self.leaves) or super().is_leaf_module(module, name)
@@ -82,8 +82,8 @@ def fold_norms(model: nn.Module, keep: Collection[int] = ()) -> int:
         names = str(conv_node.target), str(norm_node.target)
         conv, norm = (modules[name] for name in names)
         return (
-            type(conv) in _CONVOLUTIONS
-            and type(norm) in _NORMS
+            type(conv) in CONVOLUTIONS
+            and type(norm) in NORMS
             and norm.running_mean is not None
             and len(conv_node.users) == 1
             and all(calls[name] == 1 and id(modules[name]) not in keep for name in names)
@@ -98,8 +98,8 @@ def fold_norms(model: nn.Module, keep: Collection[int] = ()) -> int:
         if node.op != 'call_module' or [i.op for i in inputs] != ['call_module'] or not may_fold(inputs[0], node):
             continue
         norm = modules[node.target]
-        _scale_outputs(modules[inputs[0].target], *_scale_shift(norm))
-        rests[id(norm)] = _what_follows(norm)
+        scale_outputs(modules[inputs[0].target], *norm_scale_shift(norm))
+        rests[id(norm)] = rest_of_norm(norm)
     for module in modules.values():
         # _modules, because named_children leaves out a child's second name
         for name, child in list(module._modules.items()):
@@ -133,13 +133,13 @@ def _holds(outer: str, inner: str) -> bool:
     return not outer or f'{inner}.'.startswith(f'{outer}.')
 
 
-def _scale_shift(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def norm_scale_shift(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
     mean, variance = exact(norm.running_mean), exact(norm.running_var)
     gamma, bias = (None if value is None else exact(value) for value in (norm.weight, norm.bias))
     return scale_shift(mean, variance, gamma, bias, norm.eps)
 
 
-def _scale_outputs(conv: nn.Module, scale: torch.Tensor, shift: torch.Tensor) -> None:
+def scale_outputs(conv: nn.Module, scale: torch.Tensor, shift: torch.Tensor) -> None:
     """Make a convolution give ``scale * y + shift``, rounded once. Its parameters become new ones: some may be tied."""
     if isinstance(conv, DynamicConv2d):
         conv.scale_outputs(scale, shift)
@@ -158,7 +158,7 @@ def _scale_outputs(conv: nn.Module, scale: torch.Tensor, shift: torch.Tensor) ->
     conv.weight = nn.Parameter(kernel.to(conv.weight.device, conv.weight.dtype), trainable)
 
 
-def _what_follows(norm: nn.Module) -> nn.Module:
+def rest_of_norm(norm: nn.Module) -> nn.Module:
     """What a norm does after normalising: the drop and the activation of timm's."""
     steps = [getattr(norm, name) for name in ('drop', 'act') if hasattr(norm, name)]
     steps = [step for step in steps if not isinstance(step, nn.Identity)]

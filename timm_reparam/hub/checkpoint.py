@@ -30,10 +30,11 @@ from timm.models._hub import load_model_config_from_path, save_config_for_hf
 from timm.utils import unwrap_model
 from torch import nn
 
-from ..convert import FusionReport, fuse_model, is_variant, stock_architecture, variant_of, verify_fusion
+from ..convert import fuse_model, is_variant, stock_architecture, variant_of
 from ..errors import ReparamError
 from ..layers import DynamicConv2d
 from ..models._registry import cfg_with_weights, ensure_registered, is_variant_name
+from ..verify import FusionReport, verify_fusion
 from .cards import (
     CARD_NAME,
     CONFIG_NAME,

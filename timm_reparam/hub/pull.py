@@ -9,8 +9,8 @@ from typing import Any
 
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-from ..convert import FusionReport
 from ..errors import ReparamError
+from ..verify import FusionReport
 from .cards import CONFIG_NAME, FACTS_NAME, WEIGHTS_NAME, read_facts, sha256_of
 from .checkpoint import (
     FILES,

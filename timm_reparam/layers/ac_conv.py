@@ -11,13 +11,13 @@ Official code: https://github.com/DingXiaoH/ACNet (this is an implementation of 
 """
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import to_2tuple
-from timm.layers.padding import pad_same
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import checkpoint
 
@@ -467,12 +467,8 @@ class ACConv2d(ReparamConv2d):
         if not self.training or self.vertical_gamma is None:
             return self._convolve(x, self.equivalent_kernel(), self.bias)
         y = self._convolve(x, self.weight, self.bias)
-        if self.tf_same:
-            # timm declares lists
-            x = pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
-            padding = (0, 0)
-        elif self.padding_mode != 'zeros':
-            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+        if self.tf_same or self.padding_mode != 'zeros':
+            x = self._pad(x)
             padding = (0, 0)
         else:
             # left and right, top and bottom are equal: sides are odd
@@ -504,6 +500,24 @@ class ACConv2d(ReparamConv2d):
         vertical = _thin_conv(x, self.vertical_weight, self.stride, vertical_padding, self.dilation, self.groups)
         horizontal = _thin_conv(x, self.horizontal_weight, self.stride, horizontal_padding, self.dilation, self.groups)
         return vertical, horizontal
+
+    def branch_form(self) -> Callable[..., torch.Tensor]:
+        return self._evaluate_branches
+
+    def _evaluate_branches(self, x: torch.Tensor) -> torch.Tensor:
+        """The three convolutions of the training mode, each branch over its running standard deviation."""
+        y = self._convolve(x, self.weight, None)
+        vertical_padding, horizontal_padding = _thin_padding(self.kernel_size, (0, 0), self.dilation)
+        vertical, horizontal = self._branches(self._pad(x), vertical_padding, horizontal_padding)
+        if self.vertical_gamma is None:
+            y = self.scale * (y + vertical + horizontal)
+        else:
+            for branch, gamma, variance in (
+                (vertical, self.vertical_gamma, self.vertical_running_var),
+                (horizontal, self.horizontal_gamma, self.horizontal_running_var),
+            ):
+                y = y + _per_channel(gamma / torch.sqrt(variance + self.eps)) * branch
+        return y if self.bias is None else y + _per_channel(self.bias)
 
     @torch.jit.unused
     def _scaled_branches(

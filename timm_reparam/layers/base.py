@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -281,6 +282,24 @@ class ReparamLayer(_ConvNd):
         if getattr(self, '_complete', False):
             self._start('scratch')
 
+    def branch_form(self) -> Callable[..., torch.Tensor]:
+        """The layer in evaluation as the method defines it: every branch computed by itself, with running statistics.
+
+        In evaluation `forward` is a convolution with the kernel that `fuse` uses, so comparing those two says nothing
+        about the method. Verification compares the fused convolution with this form, which shares no step with
+        `_compose`. It is slower than `forward` and needs several times the memory.
+
+        Returns:
+            A function of what `forward` takes, with the parameters that the layer has now.
+
+        Raises:
+            ReparamError: the class does not define it.
+        """
+        raise ReparamError(
+            f'{type(self).__name__}: no branch_form to verify its fusion against; define it from the formula of the '
+            'method, without _compose'
+        )
+
     def equivalent_kernel(self) -> torch.Tensor:
         """The kernel of the one plain convolution that this layer equals in evaluation mode.
 
@@ -304,10 +323,10 @@ class ReparamLayer(_ConvNd):
             A fresh convolution of the type this layer was built from, with the same device, dtype and mode.
         """
         kernel = exact_copy(self).equivalent_kernel()
-        return self._plain_conv(kernel, self.bias)
+        return self.plain_conv(kernel, self.bias)
 
-    def _plain_conv(self, kernel: torch.Tensor, bias: torch.Tensor | None) -> _ConvNd:
-        """A fresh plain convolution with these weights."""
+    def plain_conv(self, kernel: torch.Tensor, bias: torch.Tensor | None) -> _ConvNd:
+        """A fresh plain convolution of this layer's geometry with these weights."""
         arguments = dict(conv_arguments(self), bias=bias is not None)
         conv_type = self.conv_types[0]
         if getattr(self, 'tf_same', False):
@@ -325,14 +344,14 @@ class ReparamLayer(_ConvNd):
 def exact(tensor: torch.Tensor) -> torch.Tensor:
     """A detached float64 copy of a tensor (a plain one of integers), on the CPU where the device has no float64."""
     device = 'cpu' if tensor.device.type == 'mps' else None
-    dtype = torch.float64 if tensor.is_floating_point() else None
+    dtype = torch.float64 if tensor.is_floating_point() else torch.complex128 if tensor.is_complex() else None
     return tensor.detach().to(device=device, dtype=dtype, copy=True)
 
 
-def exact_copy(module: _Module) -> _Module:
-    """A float64 copy of a module, on the CPU where the device has no float64."""
+def exact_copy(module: _Module, memo: Mapping[int, Any] | None = None) -> _Module:
+    """A float64 copy of a module, on the CPU where the device has no float64; what is in the memo is not copied."""
     # Deep-copying with the converted tensors already in the memo makes no copy of them in their own dtype first.
-    memo: dict[int, torch.Tensor] = {id(buffer): exact(buffer) for buffer in module.buffers()}
+    memo = {**(memo or {}), **{id(buffer): exact(buffer) for buffer in module.buffers()}}
     memo |= {id(p): nn.Parameter(exact(p), p.requires_grad) for p in module.parameters()}
     return copy.deepcopy(module, memo)
 
@@ -411,6 +430,14 @@ class ReparamConv2d(ReparamLayer, nn.Conv2d):
         super()._adopt(conv, init)
         self.tf_same = isinstance(conv, Conv2dSame)
 
+    def _pad(self, x: torch.Tensor) -> torch.Tensor:
+        """The input with the padding of the plain convolution around it."""
+        if self.tf_same:
+            # timm declares lists
+            return pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
+        mode = 'constant' if self.padding_mode == 'zeros' else self.padding_mode
+        return F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
+
     def _convolve(self, x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """One convolution with `kernel` and `bias`, padded as the plain convolution pads."""
         if self.tf_same:
@@ -440,15 +467,18 @@ class ReparamConvTranspose2d(ReparamLayer, nn.ConvTranspose2d):
         if not torch.jit.is_scripting():
             if is_symbolic(x):
                 return fx_leaf(self, x, output_size)
+        return self._convolve(x, self.equivalent_kernel(), self.bias, output_size)
+
+    def _convolve(
+        self,
+        x: torch.Tensor,
+        kernel: torch.Tensor,
+        bias: torch.Tensor | None,
+        output_size: list[int] | None = None,
+        groups: int | None = None,
+    ) -> torch.Tensor:
+        """One transposed convolution with `kernel` and `bias`, and the plain one's geometry."""
+        groups = self.groups if groups is None else groups
         # torch declares lists, and passes tuples itself
         output_pad = self._output_padding(x, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation)  # type: ignore[arg-type]
-        return F.conv_transpose2d(
-            x,
-            self.equivalent_kernel(),
-            self.bias,
-            self.stride,
-            self.padding,
-            output_pad,
-            self.groups,
-            self.dilation,
-        )
+        return F.conv_transpose2d(x, kernel, bias, self.stride, self.padding, output_pad, groups, self.dilation)

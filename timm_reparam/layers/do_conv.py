@@ -5,11 +5,13 @@ Official code: https://github.com/yangyanli/DO-Conv (this is an implementation o
 """
 
 import math
+from collections.abc import Callable
 from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import ReparamError
@@ -109,6 +111,17 @@ class _DepthwiseOverParameterised(ReparamLayer):
         """`kernel` plus D applied to the columns of every kernel, both in the layout of `weight`."""
         raise NotImplementedError
 
+    def _factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """E + D (in_channels, kh*kw, depth_multiplier), and all columns of W in the layout of `weight`."""
+        assert self.depthwise_weight is not None
+        area, num_columns = self._area, self.depth_multiplier
+        identity = torch.eye(area, dtype=self.weight.dtype, device=self.weight.device)
+        identity = F.pad(identity.repeat(1, num_columns // area), (0, num_columns % area))
+        columns = self.weight.flatten(2)
+        if self.surplus_weight is not None:
+            columns = torch.cat([columns, self.surplus_weight], 2)
+        return self.depthwise_weight + identity, columns
+
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, depth_multiplier={self.depth_multiplier}'
 
@@ -206,6 +219,23 @@ class DOConv2d(_DepthwiseOverParameterised, ReparamConv2d):
         kernels = torch.einsum('nms,ns->nm', transform, columns.double().flatten(0, 1))
         return Imported({'weight': kernels.to(columns.dtype).reshape(shape)})
 
+    def branch_form(self) -> Callable[..., torch.Tensor]:
+        # the paper's composition of features: D is applied to the window of each position, then W to what comes out
+        if self.depthwise_weight is None:
+            return lambda x: self._convolve(x, self.weight, self.bias)
+        transform, columns = self._factors()
+        pointwise = columns.flatten(1)[:, :, None, None]
+
+        def function(x: torch.Tensor) -> torch.Tensor:
+            x = self._pad(x)
+            sides = zip(x.shape[2:], self.kernel_size, self.dilation, self.stride)
+            size = [(side - dilation * (kernel - 1) - 1) // stride + 1 for side, kernel, dilation, stride in sides]
+            windows = F.unfold(x, self.kernel_size, self.dilation, 0, self.stride).unflatten(1, (self.in_channels, -1))
+            features = torch.einsum('ims,biml->bisl', transform, windows).flatten(1, 2).unflatten(2, size)
+            return F.conv2d(features, pointwise, self.bias, groups=self.groups)
+
+        return function
+
     def _add_transformed(self, kernel: torch.Tensor, depthwise: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         group_channels = self.in_channels // self.groups  # a number, where a shape is not one while a trace runs
         area, num_columns, b = kernel.shape[2], columns.shape[2], _channels_of_a_block(group_channels)
@@ -261,6 +291,22 @@ class DOConvTranspose2d(_DepthwiseOverParameterised, ReparamConvTranspose2d):
         super().__init__(in_channels, out_channels, *geometry, device, dtype)
         self._add_depthwise(depth_multiplier, device, dtype)
         self._start('scratch')
+
+    def branch_form(self) -> Callable[..., torch.Tensor]:
+        # as for the convolution; each input channel spreads into as many maps as D has columns
+        if self.depthwise_weight is None:
+            return lambda x, output_size=None: self._convolve(x, self.weight, self.bias, output_size)
+        transform, columns = self._factors()
+        depthwise = transform.transpose(1, 2).unflatten(2, self.kernel_size)
+        # (in_channels, out_channels/groups, s) as the (out_channels, in_channels/groups * s) of a convolution
+        columns = columns.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(2).flatten(0, 1)
+        pointwise = columns[:, :, None, None]
+
+        def function(x: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+            features = self._convolve(x, depthwise, None, output_size, groups=self.in_channels)
+            return F.conv2d(features, pointwise, self.bias, groups=self.groups)
+
+        return function
 
     def _add_transformed(self, kernel: torch.Tensor, depthwise: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         return kernel + torch.einsum('ios,ims->iom', columns, depthwise)

@@ -11,6 +11,7 @@ Paper: `Dynamic Convolution: Attention over Convolution Kernels` - https://arxiv
 """
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,8 +61,9 @@ _LIFT_RESIDUAL = 0.1
 
 
 def _temperature(position: torch.Tensor, steps: torch.Tensor, start: float) -> torch.Tensor:
-    """Temperature at a position of the schedule, falling linearly from `start` to 1 over `steps`."""
-    return 1 + (start - 1) * (1 - position / steps).clamp(min=0)
+    """Temperature at a position of the schedule, falling linearly from `start` to 1 over `steps`, in float32."""
+    # not the quotient of the integers, which is of whatever dtype is the default one
+    return 1 + (start - 1) * (1 - position.float() / steps).clamp(min=0)
 
 
 def _is_repeated() -> bool:
@@ -306,6 +308,18 @@ class DynamicConv2d(ReparamConv2d):
             'attention.fc2.bias': biases[1],
         }
 
+    def _stacks(self) -> dict[str, torch.Tensor]:
+        """All K kernels (num_kernels, *weight.shape) as `weight`, all K biases as `bias` if there are any."""
+        stacks = {}
+        for name, mean, residual in (
+            ('weight', self.weight, self.residual_weight),
+            ('bias', self.bias, self.residual_bias),
+        ):
+            if mean is not None and residual is not None:
+                residuals = residual.unflatten(0, (self.num_kernels - 1, -1))
+                stacks[name] = mean + torch.cat([residuals, -residuals.sum(0, keepdim=True)])
+        return stacks
+
     @torch.no_grad()
     def to_foreign(self) -> dict[str, torch.Tensor]:
         """The layer's entries in the layout of public code: K stacked kernels, an attention of 1x1 convolutions.
@@ -318,14 +332,7 @@ class DynamicConv2d(ReparamConv2d):
             there is one, ``attention.fc1`` and ``attention.fc2``.
         """
         exact = exact_copy(self.fuse())
-        state = {}
-        for name, mean, residual in (
-            ('weight', exact.weight, exact.residual_weight),
-            ('bias', exact.bias, exact.residual_bias),
-        ):
-            if mean is not None and residual is not None:
-                residuals = residual.unflatten(0, (self.num_kernels - 1, -1))
-                state[name] = mean + torch.cat([residuals, -residuals.sum(0, keepdim=True)])
+        state = exact._stacks()
         for name, value in exact.attention.state_dict().items():
             if name != 'fc1.bias' or value.any():
                 state[f'attention.{name}'] = value[:, :, None, None] if value.dim() == 2 else value
@@ -434,6 +441,18 @@ class DynamicConv2d(ReparamConv2d):
         with autocast_disabled(self.weight.device.type):
             coefficients = self._coefficients(x, self.current_temperature())
             return self._mix(coefficients, self.weight, self.residual_weight)
+
+    def branch_form(self) -> Callable[..., torch.Tensor]:
+        stacks, temperature = self._stacks(), self.current_temperature()
+
+        def function(x: torch.Tensor) -> torch.Tensor:
+            """The paper's formula: attention mixes all K kernels and biases for each sample of a batch."""
+            attention = (self.attention(x.mean((2, 3))) / temperature).softmax(1)
+            mixed = {name: torch.tensordot(attention, stack, 1) for name, stack in stacks.items()}
+            biases = mixed.get('bias', [None] * len(x))
+            return torch.cat([self._convolve(*sample) for sample in zip(x.split(1), mixed['weight'], biases)])
+
+        return function
 
     def equivalent_kernel(self) -> torch.Tensor:
         """Not possible: the kernel depends on the input.

@@ -5,6 +5,8 @@ Official code: https://github.com/Aiolus-X/RefConv (this is an implementation of
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -30,6 +32,9 @@ _METHOD = Method(
     year='2025',
     arxiv='2310.10563',
 )
+
+# Of a kernels' image, whose unfolded pixels are many times the kernels.
+_GROUPS_AT_ONCE = 4096
 
 
 class _Refocusing(ReparamLayer):
@@ -95,6 +100,24 @@ class _Refocusing(ReparamLayer):
             groups = map_weight.shape[0] // map_weight.shape[1]
             change = F.conv2d(image.unsqueeze(0), map_weight, None, 1, [map_h // 2, map_w // 2], 1, groups)
         return base + change.reshape(base.shape)
+
+    def branch_form(self) -> Callable[..., torch.Tensor]:
+        # the frozen kernel and its mapped change, a convolution each
+        convolve: Any = self._convolve  # of either subclass
+        mapped = self._mapped()
+        return lambda x, *size: convolve(x, self.weight, self.bias, *size) + convolve(x, mapped, None, *size)
+
+    def _mapped(self) -> torch.Tensor:
+        """Map(W) by matrix products: every pixel of the kernels' image from the pixels around it in its group."""
+        map_h, map_w = self._map_sides
+        padding = [map_w // 2, map_w // 2, map_h // 2, map_h // 2]
+        image = self.weight.reshape(-1, self.groups, *self.kernel_size)
+        maps = self.map_weight.reshape(len(image), self.groups, self.groups, map_h, map_w)
+        mapped = []
+        for piece, of_map in zip(image.split(_GROUPS_AT_ONCE), maps.split(_GROUPS_AT_ONCE)):
+            around = F.pad(piece, padding).unfold(2, map_h, 1).unfold(3, map_w, 1)
+            mapped.append(torch.einsum('nihwab,noiab->nohw', around, of_map))
+        return torch.cat(mapped).reshape(self.weight.shape)
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, map_kernel_size={self.map_kernel_size}'

@@ -1,0 +1,237 @@
+"""Whether two models are the same beside their convolutions: module by module, under the same names."""
+
+import functools
+import math
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.fx
+import torch.nn as nn
+from timm.layers import DropBlock2d, DropPath, PatchDropout
+from torchvision.ops import StochasticDepth
+
+from .fold import CONVOLUTIONS, NORMS
+from .layers import ReparamLayer
+
+__all__ = ['Comparison', 'differing_settings']
+
+# Modules that do nothing in evaluation, whatever their settings.
+_IDLE = (
+    nn.Identity,
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
+    *(DropBlock2d, DropPath, PatchDropout, StochasticDepth),
+)
+_BATCH_NORMS = (*NORMS, nn.BatchNorm1d, nn.BatchNorm3d)
+# Attributes that decide nothing in evaluation: how a model trains, is named, is exported, or saves memory.
+_WITHOUT_EFFECT = (
+    *('training', 'inplace', 'grad_checkpointing', 'process_group', 'fused_attn', 'exportable', 'scriptable'),
+    *('pretrained_cfg', 'default_cfg', 'folded_norms'),
+)
+# The private attributes that are compared, too: how torch's convolutions pad in the modes other than 'zeros'.
+_PRIVATE = ('_reversed_padding_repeated_twice',)
+_MISSING = object()
+
+
+class Comparison:
+    """Two models, walked through side by side.
+
+    Args:
+        model: The train-time model.
+        fused: What is to be its fusion.
+
+    Attributes:
+        problems: What differs beside the layers below, as sentences that begin with the name of the module.
+        layers: The variant layers and what stands in their place, by their ids: (names, layer, counterpart).
+        convs: The plain convolutions whose tensors differ, likewise, and how: right only where a norm was folded in.
+        folded: The norms of the model in whose place is only what follows them, by id, with their names.
+    """
+
+    def __init__(self, model: nn.Module, fused: nn.Module) -> None:
+        self.problems: list[str] = []
+        self.layers: dict[tuple[int, int], tuple[list[str], ReparamLayer, nn.Module]] = {}
+        self.convs: dict[tuple[int, int], tuple[list[str], nn.Module, nn.Module, list[str]]] = {}
+        self.folded: dict[int, tuple[str, nn.Module]] = {}
+        self._dtypes: dict[torch.dtype, torch.dtype] = {}
+        self._seen: set[tuple[int, int]] = set()
+        self._compare('', model, fused)
+
+    def _compare(self, name: str, module: nn.Module, other: nn.Module) -> None:
+        place = (id(module), id(other))
+        if isinstance(module, ReparamLayer):
+            if place not in self.layers:
+                self._note_dtypes(name, module, other)
+            self.layers.setdefault(place, ([], module, other))[0].append(name)
+            return
+        if place in self.convs:
+            self.convs[place][0].append(name)
+        if place in self._seen or (isinstance(module, _IDLE) and isinstance(other, _IDLE)):
+            return
+        self._seen.add(place)
+        if type(module) in _BATCH_NORMS:
+            if type(other) in _BATCH_NORMS:
+                self._compare_norms(name, module, other)
+            else:
+                self.folded[id(module)] = (name, module)
+            self._compare_steps(name, module, other)
+            return
+        if _kind(module) != _kind(other):
+            self._add(name, 'type', type(module).__name__, type(other).__name__)
+            return
+        self.problems += [f'{name or "the model"}: {text}' for text in differing_settings(module, other)]
+        differing = list(self._differing_tensors(name, module, other))
+        if differing and type(module) in CONVOLUTIONS:
+            self.convs[place] = ([name], module, other, differing)
+            self._note_dtypes(name, module, other)
+        else:
+            self.problems += differing
+        self._compare_children(name, module, other)
+
+    def _compare_children(self, name: str, module: nn.Module, other: nn.Module) -> None:
+        for key in module._modules.keys() | other._modules.keys():
+            path = f'{name}.{key}' if name else key
+            child, counterpart = module._modules.get(key), other._modules.get(key)
+            if child is not None and counterpart is not None:
+                self._compare(path, child, counterpart)
+            elif not _is_idle(child) or not _is_idle(counterpart):
+                self._add(path, 'a module', *('none' if m is None else type(m).__name__ for m in (child, counterpart)))
+
+    def _compare_norms(self, name: str, norm: Any, other: Any) -> None:
+        """Compare two BatchNorms of whatever class: timm's with activation, synchronised and frozen ones."""
+        for key in ('eps', 'momentum'):
+            ours, theirs = (getattr(module, key, _MISSING) for module in (norm, other))
+            if ours != theirs and _MISSING not in (ours, theirs):  # a frozen norm has no momentum
+                self._add(name, key, ours, theirs)
+        for key, default in (('weight', 1.0), ('bias', 0.0), ('running_mean', None), ('running_var', None)):
+            ours, theirs = (getattr(module, key) for module in (norm, other))
+            if default is not None:
+                ours, theirs = (
+                    torch.full_like(norm.running_mean, default)
+                    if value is None and norm.running_mean is not None
+                    else value
+                    for value in (ours, theirs)
+                )
+            self.problems += self._differing_tensor(f'{name}.{key}', ours, theirs)
+        ours, theirs = (getattr(module, 'num_batches_tracked', None) for module in (norm, other))
+        if ours is not None and theirs is not None:
+            self.problems += self._differing_tensor(f'{name}.num_batches_tracked', ours, theirs)
+
+    def _compare_steps(self, name: str, norm: nn.Module, other: nn.Module) -> None:
+        """Compare what happens after a norm: the activation of timm's, which is left where the norm was folded."""
+        steps, others = _steps(norm), _steps(other)
+        if len(steps) != len(others):
+            texts = (' and '.join(type(step).__name__ for step in found) or 'nothing' for found in (steps, others))
+            self._add(name, 'after the norm', *texts)
+        for step, counterpart in zip(steps, others):
+            self._compare(f'{name}.act', step, counterpart)
+
+    def _differing_tensors(self, name: str, module: nn.Module, other: nn.Module) -> Iterator[str]:
+        tensors = [{**m._parameters, **m._buffers} for m in (module, other)]
+        for key in tensors[0].keys() | tensors[1].keys():
+            path = f'{name}.{key}' if name else key
+            yield from self._differing_tensor(path, *(of_one.get(key) for of_one in tensors))
+
+    def _differing_tensor(self, name: str, ours: torch.Tensor | None, theirs: torch.Tensor | None) -> Iterator[str]:
+        if ours is None or theirs is None:
+            if ours is not theirs:
+                yield f'{name}: expected {_shape(ours)}, got {_shape(theirs)}'
+            return
+        if ours.shape != theirs.shape:
+            yield f'{name}: expected shape {tuple(ours.shape)}, got {tuple(theirs.shape)}'
+            return
+        expected = self._dtype_of(ours, theirs)
+        if theirs.dtype != expected:
+            yield f'{name}: expected {expected}, got {theirs.dtype}'
+        cast = ours.detach().to(theirs.device, expected)
+        if not torch.equal(cast, theirs.detach().to(expected)):
+            difference = (cast.to(_wide(cast)) - theirs.to(_wide(theirs))).abs().max().item()
+            yield f"{name}: expected the model's values, got others, by up to {difference:.3g}"
+
+    def _dtype_of(self, ours: torch.Tensor, theirs: torch.Tensor) -> torch.dtype:
+        """The dtype that a tensor has to have: what the first one of its dtype was cast to."""
+        if not ours.is_floating_point():
+            return theirs.dtype if ours.is_complex() and theirs.is_complex() else ours.dtype
+        return self._dtypes.setdefault(ours.dtype, theirs.dtype)
+
+    def _note_dtypes(self, name: str, layer: nn.Module, other: nn.Module) -> None:
+        ours, theirs = (getattr(module, 'weight', None) for module in (layer, other))
+        if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
+            expected = self._dtype_of(ours, theirs)
+            if theirs.dtype != expected:
+                self.problems.append(f'{name}.weight: expected {expected}, got {theirs.dtype}')
+
+    def _add(self, name: str, what: str, expected: Any, found: Any) -> None:
+        self.problems.append(f'{name or "the model"}: {what}: expected {expected}, got {found}')
+
+
+def differing_settings(module: nn.Module, other: nn.Module) -> Iterator[str]:
+    """What two modules of one class were built with differently, where it decides their output in evaluation.
+
+    Numbers, texts, functions, and sequences and dicts of those are compared. What only trains, or caches, is not.
+
+    Args:
+        module: The module that is as it should be.
+        other: The other one.
+
+    Yields:
+        Texts such as 'stride: expected (1, 1), got (2, 2)'.
+    """
+    ours, theirs = vars(module), vars(other)
+    for key in sorted(ours.keys() & theirs.keys()):
+        if (key.startswith('_') and key not in _PRIVATE) or key in _WITHOUT_EFFECT or 'drop' in key:
+            continue
+        expected, found = _plain(ours[key]), _plain(theirs[key])
+        if _MISSING not in (expected, found) and expected != found:
+            yield f'{key}: expected {ours[key]}, got {theirs[key]}'
+    if ('forward' in ours) != ('forward' in theirs):
+        yield f'forward: expected that of the {"instance" if "forward" in ours else "class"}, got another one'
+    if isinstance(module, torch.fx.GraphModule) and module.code != getattr(other, 'code', None):
+        yield 'code: expected that of the model, got another graph'
+
+
+def _kind(module: nn.Module) -> tuple[str, str]:
+    """A module's class by name: torch.fx and torch.nn.utils.parametrize make a class for each instance."""
+    return type(module).__module__, type(module).__qualname__
+
+
+def _is_idle(module: nn.Module | None) -> bool:
+    if isinstance(module, nn.Sequential):
+        return all(_is_idle(child) for child in module)
+    return module is None or isinstance(module, _IDLE)
+
+
+def _steps(module: nn.Module) -> list[nn.Module]:
+    """The modules that do something in evaluation, of a norm after normalising, or of what stands in its place."""
+    if type(module) in _BATCH_NORMS:
+        steps = [getattr(module, name) for name in ('drop', 'act') if hasattr(module, name)]
+    else:
+        steps = list(module) if isinstance(module, nn.Sequential) else [module]
+    return [step for step in steps if not isinstance(step, _IDLE)]
+
+
+def _plain(value: Any) -> Any:
+    """A value that can be compared, or _MISSING."""
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, type, torch.dtype)):
+        return 'nan' if isinstance(value, float) and math.isnan(value) else value
+    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
+        return value
+    if isinstance(value, types.MethodType):
+        return value.__func__
+    if isinstance(value, functools.partial):
+        return _plain([value.func, list(value.args), value.keywords])
+    if isinstance(value, dict):
+        parts = [(key, _plain(part)) for key, part in value.items()]
+        return _MISSING if any(part is _MISSING for _, part in parts) else parts
+    if isinstance(value, (list, tuple)):
+        values = tuple(_plain(part) for part in value)
+        return _MISSING if _MISSING in values else values
+    return _MISSING
+
+
+def _shape(tensor: torch.Tensor | None) -> str:
+    return 'no tensor' if tensor is None else f'a tensor of shape {tuple(tensor.shape)}'
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    return torch.complex128 if tensor.is_complex() else torch.float64

@@ -1,0 +1,693 @@
+"""Verify a fusion: every fused layer against its own train-time layer first, then the two models as a whole.
+
+Outputs of the whole models alone would not do: timm's networks start with gamma = 0 in the last norm of each residual
+branch, and what lies behind that never reaches an output.
+"""
+
+import copy
+import dataclasses
+import math
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils._pytree import tree_flatten
+
+from ._compare import Comparison, differing_settings
+from .convert import architecture_of, fuse_model, is_variant, unwrap, unwrap_converted, with_fused_layers
+from .errors import ReparamError
+from .fold import norm_scale_shift, scale_outputs
+from .layers.base import CALL_HOOKS, autocast_disabled, exact, exact_copy
+
+__all__ = ['FusionReport', 'LayerReport', 'verify_fusion']
+
+_ALGEBRA_BOUND = 1e-10
+_VERIFY_IMAGES = 64
+_VERIFY_BATCH = 16
+# Samples of each call of a layer that are compared: enough to see every output channel, and not many times the forward.
+_SAMPLES_OF_A_CALL = 16
+_NOISE_SAMPLES = 4
+# Of a layer's input, in float64 and with the several maps of a branch form beside it.
+_ELEMENTS_AT_ONCE = 2**16
+# float64 sums in another order, as a share of the largest tap: no unit in the last place of a tap that almost cancels.
+_EXACT_SLACK = 2.0**-44
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """What :func:`verify_fusion` measured of one layer.
+
+    Differences are the largest one over the layer's largest output, on the inputs that reached it and on seeded noise,
+    whichever is larger.
+
+    Attributes:
+        name: Name of the module; all of its names where it has several.
+        kernel: Largest difference of an entry of the fused layer's kernel, bias or other parameter from the exact one,
+            in units in the last place of its dtype; at most 1.
+        algebra: Between the train-time layer in its branch form (:meth:`ReparamLayer.branch_form`) and its fusion
+            before rounding, both in float64; at most 1e-10 when the algebra is right.
+        stored: Between the train-time layer in its branch form and the fused layer as it is stored, both computed in
+            float64.
+        own: Between the train-time layer in the fused dtype and its branch form in float64: its own rounding.
+        bound: What `stored` may be at most: twice `own`, and in float64 what `algebra` may be.
+        num_inputs: Samples that reached the layer and were compared; with 0 the figures are those of noise alone.
+        problems: What stands in the way of a comparison: another type, shape or setting.
+    """
+
+    name: str
+    kernel: float
+    algebra: float
+    stored: float
+    own: float
+    num_inputs: int
+    problems: tuple[str, ...] = ()
+
+    @property
+    def bound(self) -> float:
+        return max(2 * self.own, _ALGEBRA_BOUND)
+
+    @property
+    def excess(self) -> float:
+        """The largest of the figures as a share of what it may be; above 1 (or NaN) the layer is not verified."""
+        if self.problems:
+            return math.inf
+        shares = (self.kernel, self.algebra / _ALGEBRA_BOUND, self.stored / self.bound)
+        return math.nan if any(math.isnan(share) for share in shares) else max(shares)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the fused layer is the train-time layer (NaN is not)."""
+        return self.excess <= 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, `bound` and `passed`, as plain values."""
+        values = dataclasses.asdict(self)
+        return dict(values, problems=list(self.problems), bound=self.bound, passed=self.passed)
+
+    def __str__(self) -> str:
+        if self.problems:
+            return f'{self.name}: {"; ".join(self.problems)}'
+        alone = '' if self.num_inputs else ', on noise alone: no input reached it'
+        return (
+            f'{self.name}: kernel within {self.kernel:.2g} units in the last place (at most 1), algebra '
+            f'{self.algebra:.1e} (at most {_ALGEBRA_BOUND:.0e}), stored {self.stored:.1e} (at most {self.bound:.1e})'
+            f'{alone}'
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class FusionReport:
+    """What :func:`verify_fusion` measured. Differences of outputs are the largest one over the largest output.
+
+    Attributes:
+        algebra: Between the model in float64 and its fusion in float64; at most `algebra_bound`.
+        stored: Between the fused model in its own dtype and the train-time model in float64.
+        own: Between the train-time model in the fused dtype and the same in float64: its own rounding; also on seeded
+            noise, where there are few inputs.
+        bound: What `stored` may be at most: twice `own`, and in float64 what `algebra` may be.
+        top1_agreement: Share of inputs that both models, in their own dtype, put into the same class; None when the
+            output is not one batch of logits.
+        num_inputs: Number of inputs compared.
+        algebra_bound: 1e-10; more only for a model that rounds to float32 whatever its dtype: twice the change of its
+            output in float64 when its input changes by rounding.
+        layers: The figures of every layer that was fused.
+        problems: What differs between the two models beside these layers.
+    """
+
+    algebra: float
+    stored: float
+    own: float
+    bound: float
+    top1_agreement: float | None
+    num_inputs: int
+    algebra_bound: float = _ALGEBRA_BOUND
+    layers: tuple[LayerReport, ...] = ()
+    problems: tuple[str, ...] = ()
+
+    ALGEBRA_BOUND = _ALGEBRA_BOUND
+
+    @property
+    def passed(self) -> bool:
+        """Whether every layer is, nothing else differs, and the outputs are within their bounds (NaN is not)."""
+        outputs = self.algebra <= self.algebra_bound and self.stored <= self.bound
+        return outputs and not self.problems and not self.layers_off
+
+    @property
+    def layers_off(self) -> tuple[LayerReport, ...]:
+        """The layers that are not verified."""
+        return tuple(layer for layer in self.layers if not layer.passed)
+
+    @property
+    def worst_layer(self) -> LayerReport | None:
+        """The layer whose figures are closest to, or furthest beyond, what they may be; None if there are no layers."""
+        return max(self.layers, key=lambda layer: math.inf if math.isnan(layer.excess) else layer.excess, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as plain values: of the layers the number, the worst one and those that are off."""
+        names = ('algebra', 'stored', 'own', 'bound', 'top1_agreement', 'num_inputs', 'algebra_bound')
+        return dict(
+            {name: getattr(self, name) for name in names},
+            num_layers=len(self.layers),
+            layers_without_input=[layer.name for layer in self.layers if not layer.num_inputs],
+            worst_layer=None if self.worst_layer is None else self.worst_layer.to_dict(),
+            layers_off=[layer.to_dict() for layer in self.layers_off],
+            problems=list(self.problems),
+            passed=self.passed,
+        )
+
+    def __str__(self) -> str:
+        agreement = '' if self.top1_agreement is None else f', top-1 agreement {self.top1_agreement:.2%}'
+        text = (
+            f'fusion {"verified" if self.passed else "NOT verified"} on {self.num_inputs} inputs: '
+            f'algebra {self.algebra:.1e} (at most {self.algebra_bound:.0e}), stored {self.stored:.1e} '
+            f"(at most {self.bound:.1e}; the train-time model's own rounding is {self.own:.1e}){agreement}"
+        )
+        if self.worst_layer is not None:
+            text += f'\n{len(self.layers)} layers, the worst one {self.worst_layer}'
+        if unseen := [layer.name for layer in self.layers if not layer.num_inputs]:
+            text += f'\nreached by no input, compared on noise alone: {", ".join(unseen)}'
+        return '\n'.join([text, *(f'  {layer}' for layer in self.layers_off), *(f'  {text}' for text in self.problems)])
+
+
+@torch.no_grad()
+def verify_fusion(
+    model: nn.Module,
+    fused: nn.Module | None = None,
+    *,
+    inputs: torch.Tensor | Iterable[torch.Tensor] | None = None,
+) -> FusionReport:
+    """Compare a converted model with its fusion, layer by layer and then as a whole.
+
+    Every layer that was fused (under all of its names, in each of its calls, a BatchNorm that was folded into it
+    included) is compared with what stands in its place: type and settings; every tap of the kernel, composed in
+    float64; and its function, computed branch by branch in float64, on the inputs that reach it and on seeded noise.
+    All other tensors, norms, activations and settings of the two models have to be equal, after a cast to the fused
+    dtype; modules that do nothing in evaluation are left out. Then the outputs of both models are compared.
+
+    Both run in evaluation mode, without autocast and TF32; their modes and the random state are restored. One batch at
+    a time is held, and of the layers one sample.
+
+    Args:
+        model: The converted model.
+        fused: Its fusion, as it will be saved, in the same or in another dtype; fused here when None.
+        inputs: A batch, or an iterable of batches, taken one at a time and not kept; None takes 64 seeded random images
+            of the model's own input size.
+
+    Returns:
+        The figures; whether they are good enough is the report's `passed`.
+
+    Raises:
+        ReparamError: the model holds no variant layer; `fused` is the model itself, or still holds a layer that should
+            have been fused; no input size is known, there are no inputs or they are no tensors; one of the models
+            cannot run; or there are no outputs to compare, others than the model's, or a number of them that depends on
+            rounding.
+    """
+    model = unwrap_converted(model)
+    fused = fuse_model(model) if fused is None else unwrap(fused)
+    _check_fused(model, fused)
+    device = next(model.parameters()).device
+    batches = _seeded_images(model).split(_VERIFY_BATCH) if inputs is None else inputs
+    if isinstance(batches, torch.Tensor):
+        batches = (batches,)
+    with _evaluation(model, fused, device=device):
+        return _Verification(model, fused).run(batches)
+
+
+def _check_fused(model: nn.Module, fused: nn.Module) -> None:
+    if fused is model:
+        raise ReparamError(
+            'verify_fusion: got the model itself as its fusion, which shows nothing; pass what fuse_model() made of it'
+        )
+    for name, module in fused.named_modules():
+        if is_variant(module) and not module.input_dependent:
+            raise ReparamError(
+                f'verify_fusion: {name or "fused"}: expected a fused layer, got {type(module).__name__}; pass what '
+                'fuse_model() made of the model'
+            )
+
+
+class _Verification:
+    """One comparison of two models, in evaluation mode."""
+
+    def __init__(self, model: nn.Module, fused: nn.Module) -> None:
+        self.model, self.fused = model, fused
+        comparison = Comparison(model, fused)
+        self.problems = comparison.problems
+        self.folded, self.convs = comparison.folded, comparison.convs
+        self.dtype = _dtype_of(fused)
+        # its own rounding is that in the dtype of the fused model
+        self.own = model if _dtype_of(model) == self.dtype else copy.deepcopy(model).to(self.dtype).eval()
+        self.exact = exact_copy(model).eval()
+        # The two share what fusing leaves as it is: nothing is trained here.
+        shared = {id(tensor): tensor for tensor in (*self.exact.parameters(), *self.exact.buffers())}
+        self.exact_fused = with_fused_layers(self.exact, shared)
+        self.modules = [
+            dict(each.named_modules(remove_duplicate=False)) for each in (self.exact, self.exact_fused, self.own)
+        ]
+        self.checks = [self._check(names, counterpart) for names, _, counterpart in comparison.layers.values()]
+        self.largest = dict.fromkeys(('output', 'algebra', 'stored', 'own'), 0.0)
+
+    def _check(self, names: list[str], counterpart: nn.Module) -> '_LayerCheck':
+        exact, exact_fused, own = (modules[names[0]] for modules in self.modules)
+        return _LayerCheck(names, exact, exact_fused, own, counterpart)
+
+    def run(self, batches: Iterable[torch.Tensor]) -> FusionReport:
+        num_inputs = agreeing = 0
+        classifies = True
+        for batch in batches:
+            if not isinstance(batch, torch.Tensor):
+                raise ReparamError(
+                    f'verify_fusion: expected tensors as inputs=, got a batch of type {type(batch).__name__}; leave '
+                    'labels and the like out'
+                )
+            if not num_inputs:
+                self._start(batch)
+            outputs = self._outputs(batch)
+            num_inputs += len(batch)
+            like = batch.shape[1:], batch.dtype
+            classifies = classifies and len(outputs['own']) == 1 and outputs['own'][0].dim() == 2
+            if classifies:
+                agreeing += int((outputs['own'][0].argmax(1).cpu() == outputs['stored'][0].argmax(1).cpu()).sum())
+            del batch, outputs  # gone before the next one is made
+        if not num_inputs:
+            raise ReparamError('verify_fusion: expected at least one input, got none; pass a batch as inputs=')
+        scale = self.largest['output'] or 1.0
+        algebra, stored, own = (self.largest[name] / scale for name in ('algebra', 'stored', 'own'))
+        shape, dtype = like
+        # Of few outputs the largest rounding may be small by chance, and the bound is made of it.
+        for enough in (_VERIFY_BATCH, _VERIFY_IMAGES):
+            if num_inputs < enough and dtype.is_floating_point and (enough == _VERIFY_BATCH or stored > 2 * own):
+                own = max(own, self._own_rounding(enough, shape, dtype))
+        algebra_bound = _ALGEBRA_BOUND
+        if algebra > algebra_bound and dtype.is_floating_point:
+            algebra_bound = max(algebra_bound, 2 * self._rounding_in_float64(shape, dtype))
+        return FusionReport(
+            algebra=algebra,
+            stored=stored,
+            own=own,
+            bound=max(2 * own, _ALGEBRA_BOUND),
+            top1_agreement=agreeing / num_inputs if classifies else None,
+            num_inputs=num_inputs,
+            algebra_bound=algebra_bound,
+            layers=tuple(check.report() for check in self.checks),
+            problems=tuple(self.problems),
+        )
+
+    def _start(self, batch: torch.Tensor) -> None:
+        """What is done once, when the first batch is known."""
+        self._find_folded(batch[:1])
+        for check in self.checks:
+            check.compare_kernels()
+            check.compare_on_noise()
+
+    def _find_folded(self, batch: torch.Tensor) -> None:
+        """Give each norm that was folded to the convolution whose output it takes, as seen in a forward pass."""
+        taken = self._inputs_of_norms(batch) if self.folded else {}
+        checks = {check.names[0]: check for check in self.checks}
+        convs = {names[0]: (names, counterpart) for names, _, counterpart, _ in self.convs.values()}
+        for name, norm in self.folded.values():
+            makers = taken.get(name, set())
+            maker = makers.pop() if len(makers) == 1 else ''
+            if maker in convs and maker not in checks:
+                checks[maker] = self._check(*convs[maker])
+                self.checks.append(checks[maker])
+            if maker in checks and checks[maker].norm is None:
+                checks[maker].norm, _, checks[maker].own_norm = (modules[name] for modules in self.modules)
+            else:
+                self.problems.append(f'{name}: expected {type(norm).__name__}, which no convolution has taken in')
+        for names, _, _, differing in self.convs.values():
+            if names[0] not in checks:
+                self.problems += differing
+
+    def _inputs_of_norms(self, batch: torch.Tensor) -> dict[str, set[str]]:
+        """Names of the convolutions whose output goes straight into each folded norm, by its name."""
+        made: dict[int, tuple[weakref.ref, str]] = {}
+        taken: dict[str, set[str]] = {}
+
+        def note_output(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                if isinstance(output, torch.Tensor):
+                    made[id(output)] = weakref.ref(output), name
+
+            return hook
+
+        def note_input(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any) -> None:
+                reference, maker = made.get(id(args[0]), (None, ''))
+                is_same = reference is not None and reference() is args[0]
+                taken.setdefault(name, set()).add(maker if is_same else '')
+
+            return hook
+
+        convs = {check.names[0] for check in self.checks} | {names[0] for names, *_ in self.convs.values()}
+        modules = self.modules[-1]
+        handles = [modules[name].register_forward_hook(note_output(name)) for name in convs]
+        handles += [modules[name].register_forward_pre_hook(note_input(name)) for name, _ in self.folded.values()]
+        with _removed_afterwards(handles):
+            self._run(self.own, batch)
+        return taken
+
+    def _outputs(self, batch: torch.Tensor) -> dict[str, list[torch.Tensor]]:
+        """Run all models on a batch; return the outputs in their own dtype, and keep the largest differences."""
+        handles = [handle for check in self.checks for handle in check.hooks()]
+        with _removed_afterwards(handles):
+            outputs = {'own': self._run(self.own, batch)}
+        reference = self._run_exactly(self.exact, batch)
+        outputs['algebra'] = self._run_exactly(self.exact_fused, batch)
+        outputs['stored'] = self._run(self.fused, batch)
+        self._check_shapes(reference, outputs)
+        self.largest['output'] = _maximum(self.largest['output'], reference)
+        for name, values in outputs.items():
+            self.largest[name] = _maximum(self.largest[name], _differences(values, reference))
+        return outputs
+
+    def _check_shapes(self, reference: list[torch.Tensor], outputs: Mapping[str, list[torch.Tensor]]) -> None:
+        name = type(self.model).__name__
+        if not reference:
+            raise ReparamError(
+                f'verify_fusion: {name} returns no floating-point tensor (in tuples, lists and dicts, at most) that '
+                'could be compared; verify a module that does'
+            )
+        expected = [tuple(value.shape) for value in reference]
+        found = {role: [tuple(value.shape) for value in values] for role, values in outputs.items()}
+        rounds = next((role for role in ('own', 'algebra') if found[role] != expected), None)
+        if rounds is None and found['stored'] != expected and not self.problems and not self._layers_off():
+            rounds = 'stored'  # nothing else differs
+        if rounds is not None:
+            part = next(
+                (path for path, child in self.model.named_children() if any(map(is_variant, child.modules()))), ''
+            )
+            remedy = f'verify_fusion(model.{part}, fused.{part})' if part else 'a module whose outputs are of one shape'
+            raise ReparamError(
+                f'verify_fusion: {name}: expected outputs whose number does not depend on rounding, got {expected} and '
+                f'{found[rounds]} for the same inputs (a detector?); verify the part before that selection: {remedy}'
+            )
+        if found['stored'] != expected:
+            raise ReparamError(
+                f'verify_fusion: expected the outputs of the model, {expected}, got {found["stored"]} from the fused '
+                f'one; pass what fuse_model() made of the model{self._found_so_far()}'
+            )
+
+    def _layers_off(self) -> list[LayerReport]:
+        return [report for report in (check.report() for check in self.checks) if not report.passed]
+
+    def _found_so_far(self) -> str:
+        """What already tells why the fused model is another one, for an error."""
+        texts = [*map(str, self._layers_off()), *self.problems]
+        return '' if not texts else '. What differs:\n' + '\n'.join(f'  {text}' for text in texts)
+
+    def _run(self, model: nn.Module, batch: torch.Tensor) -> list[torch.Tensor]:
+        """Every floating-point or complex tensor that a model returns in its own dtype, in order."""
+        parameter = next(model.parameters())
+        dtype = _dtype_of(model)
+        try:
+            return _flat_outputs(model, batch, parameter.device, dtype)
+        except ReparamError:
+            raise
+        except Exception as error:  # the model's own code may fail in any way
+            found = self._found_so_far() if model is self.fused else ''
+            raise ReparamError(
+                f'verify_fusion: the {"fused" if model is self.fused else "train-time"} {type(model).__name__} cannot '
+                f'run in {dtype} on a batch of shape {tuple(batch.shape)} ({type(error).__name__}: {error}); pass '
+                f'inputs= and a dtype that it runs with{found}'
+            ) from error
+
+    def _run_exactly(self, model: nn.Module, batch: torch.Tensor) -> list[torch.Tensor]:
+        """The same in float64."""
+        try:
+            # for tensors that a forward makes without saying a dtype
+            with _default_dtype(torch.float64):
+                return _flat_outputs(model, batch, next(model.parameters()).device, torch.float64)
+        except ReparamError:
+            raise
+        except Exception as error:  # it runs in its own dtype: what fails is float64
+            raise ReparamError(
+                f'verify_fusion: {type(model).__name__}: expected a forward that runs in float64, in which a fusion is '
+                f'verified, got {type(error).__name__}: {error}; make its tensors in the dtype of the input '
+                '(dtype=x.dtype) instead of a fixed one, or verify the part of the model that does'
+            ) from error
+
+    def _own_rounding(self, number: int, shape: torch.Size, dtype: torch.dtype) -> float:
+        """The relative rounding of the train-time model on seeded noise."""
+        noise = torch.randn(number, *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        reference = self._run_exactly(self.exact, noise)
+        difference = _maximum(0.0, _differences(self._run(self.own, noise), reference))
+        return difference / (_maximum(0.0, reference) or 1.0)
+
+    def _rounding_in_float64(self, shape: torch.Size, dtype: torch.dtype) -> float:
+        """How far the outputs in float64 move when the input does by 2**-40 of itself: more if the model rounds."""
+        noise = torch.randn(_NOISE_SAMPLES, *shape, generator=torch.Generator().manual_seed(0)).to(dtype).double()
+        reference, moved = (self._run_exactly(self.exact, x) for x in (noise, noise * (1 + 2.0**-40)))
+        return _maximum(0.0, _differences(moved, reference)) / (_maximum(0.0, reference) or 1.0)
+
+
+class _LayerCheck:
+    """A layer of the train-time model beside its counterpart in the fused one.
+
+    Args:
+        names: Names of the two.
+        exact: Variant layer, or a plain convolution into which a norm was folded, in float64.
+        exact_fused: Its fusion in float64.
+        own: The layer in the fused dtype.
+        counterpart: What stands in its place.
+
+    Attributes:
+        norm: The norm that was folded into the counterpart, if any, in float64.
+        own_norm: The same in the fused dtype.
+    """
+
+    def __init__(self, names: list[str], exact: Any, exact_fused: Any, own: Any, counterpart: Any) -> None:
+        self.names, self.exact, self.exact_fused = names, exact, exact_fused
+        self.own, self.counterpart = own, counterpart
+        self.norm: Any = None
+        self.own_norm: Any = None
+        self.kernel = 0.0
+        self.problems: list[str] = []
+        # by where the inputs come from, whose outputs may be of another size
+        self.largest = {kind: dict.fromkeys(('output', 'algebra', 'stored', 'own'), 0.0) for kind in ('noise', 'real')}
+        self.num_inputs = 0
+        self._samples: Counter[int] = Counter()
+
+    def report(self) -> LayerReport:
+        figures = {
+            name: _maximum(0.0, [_ratio(values[name], values['output']) for values in self.largest.values()])
+            for name in ('algebra', 'stored', 'own')
+        }
+        return LayerReport(
+            name=', '.join(self.names) or type(self.exact).__name__,
+            kernel=self.kernel,
+            num_inputs=self.num_inputs,
+            problems=tuple(self.problems),
+            **figures,
+        )
+
+    def expected(self) -> Any:
+        """The fusion in float64, before rounding."""
+        layer, expected = self.exact, self.exact_fused
+        if not is_variant(layer):
+            expected = layer
+        elif layer.input_dependent and not is_variant(self.counterpart):
+            # beside a plain convolution: right if its attention leaves the mean kernel
+            expected = layer.plain_conv(layer.weight, layer.bias)
+        if self.norm is not None:
+            expected = copy.deepcopy(expected)
+            scale_outputs(expected, *norm_scale_shift(self.norm))
+        return expected
+
+    def compare_kernels(self) -> None:
+        """Compare type, settings and every entry of the parameters with those of the exact fusion."""
+        expected, found = self.expected(), self.counterpart
+        if type(found) is not type(expected):
+            self.problems.append(f'type: expected {type(expected).__name__}, got {type(found).__name__}')
+            return
+        self.problems += differing_settings(expected, found)
+        exact_tensors, tensors = ({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (expected, found))
+        for name in sorted(exact_tensors.keys() | tensors.keys()):
+            shapes = [tuple(t[name].shape) if name in t else None for t in (exact_tensors, tensors)]
+            if shapes[0] != shapes[1]:
+                self.problems.append(f'{name}: expected shape {shapes[0]}, got {shapes[1]}')
+            else:
+                self.kernel = _maximum(self.kernel, [_units_in_the_last_place(tensors[name], exact_tensors[name])])
+
+    def compare_on_noise(self) -> None:
+        """Compare the function on seeded noise, which no dead channel and no empty map hides anything from."""
+        if self.problems:
+            return
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(_NOISE_SAMPLES, self.exact.in_channels, *self._noise_size(), generator=generator)
+        # samples that differ in their means, for what depends on those
+        x += torch.randn(*x.shape[:2], 1, 1, generator=generator)
+        x = x.to(self.own.weight.device, self.own.weight.dtype)
+        self._compare('noise', x, self.own.forward(x), {})
+
+    def _noise_size(self) -> list[int]:
+        """Height and width with several places for the kernel, and more than any padding."""
+        layer = self.exact
+        pads = list(getattr(layer, '_reversed_padding_repeated_twice', [0] * 4))
+        sides = zip(layer.kernel_size, layer.stride, layer.dilation, (max(pads[2:]), max(pads[:2])))
+        return [
+            max(dilation * (side - 1) + 1 + (2 + axis) * stride, pad + 1)
+            for axis, (side, stride, dilation, pad) in enumerate(sides)
+        ]
+
+    def hooks(self) -> Iterator[Any]:
+        """Watch the layer for one forward pass of the model, and compare what it makes of its inputs."""
+        if self.problems:
+            return
+        calls = [0]
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
+            calls[0] += 1
+            self._see(calls[0], args, kwargs, output)
+
+        yield self.own.register_forward_hook(hook, with_kwargs=True, prepend=True)
+
+    def _see(self, call: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
+        kwargs = dict(kwargs)
+        x = args[0] if args else kwargs.pop('x', kwargs.pop('input', None))
+        if len(args) > 1:
+            kwargs['output_size'] = args[1]
+        if x.dim() == 3:
+            x, output = x.unsqueeze(0), output.unsqueeze(0)
+        number = min(len(x), _SAMPLES_OF_A_CALL - self._samples[call])
+        if number > 0:
+            self._samples[call] += number
+            self.num_inputs += number
+            self._compare('real', x[:number], output[:number], kwargs)
+
+    def _compare(self, kind: str, x: torch.Tensor, own: torch.Tensor, kwargs: dict[str, Any]) -> None:
+        """Compare outputs for inputs (batch, channels, height, width), of which the layer made `own` in its dtype."""
+        expected = self.expected()
+        function = self.exact.branch_form() if is_variant(self.exact) else self.exact.forward
+        stored = _exact_without_hooks(self.counterpart).to(expected.weight.device)
+        largest = self.largest[kind]
+        at_once = max(1, _ELEMENTS_AT_ONCE // max(x[0].numel(), 1))
+        for piece, of_piece in zip(x.split(at_once), own.split(at_once)):
+            piece = exact(piece).to(expected.weight.device)
+            reference = function(piece, **kwargs)
+            if self.norm is not None:
+                reference, of_piece = _normalise(self.norm, reference), _normalise(self.own_norm, of_piece)
+            largest['output'] = _maximum(largest['output'], [reference])
+            # forward, so that nobody who watches the model sees these calls
+            for name, values in (
+                ('algebra', expected.forward(piece, **kwargs)),
+                ('stored', stored.forward(piece, **kwargs)),
+                ('own', of_piece),
+            ):
+                largest[name] = _maximum(largest[name], _differences([values], [reference]))
+
+
+def _normalise(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    """A BatchNorm in evaluation, without what timm's does after it."""
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+
+
+def _exact_without_hooks(module: nn.Module) -> Any:
+    """A float64 copy of a module that nobody watches."""
+    memo: dict[int, Any] = {id(getattr(part, hooks)): {} for part in module.modules() for hooks in CALL_HOOKS}
+    return exact_copy(module, memo).eval()
+
+
+def _units_in_the_last_place(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference from exact values in units in the last place of the dtype of what was found."""
+    if not found.is_floating_point():
+        return 0.0 if torch.equal(found.to(expected.device), expected) else math.inf
+    if not expected.numel():
+        return 0.0
+    info = torch.finfo(found.dtype)
+    exponent = torch.frexp(expected.abs().clamp(min=info.smallest_normal))[1] - 1
+    unit = torch.ldexp(torch.full_like(expected, info.eps), exponent)
+    slack = _EXACT_SLACK * expected.abs().max()
+    difference = (found.to(expected.device, torch.float64) - expected).abs()
+    return float(((difference - slack).clamp(min=0) / unit).max())
+
+
+def _ratio(difference: float, scale: float) -> float:
+    if not difference:
+        return 0.0
+    return difference / scale if scale else math.inf
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    """Dtype of the first parameter that has one of real numbers."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+
+def _seeded_images(model: nn.Module) -> torch.Tensor:
+    from timm.data import resolve_input_data_config
+
+    if architecture_of(model) is None and 'input_size' not in (getattr(model, 'pretrained_cfg', None) or {}):
+        raise ReparamError(
+            f'verify_fusion: {type(model).__name__} does not say its input size; pass a batch of images as inputs='
+        )
+    channels, height, width = resolve_input_data_config(model)['input_size']
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(_VERIFY_IMAGES, channels, height, width, generator=generator)
+
+
+@contextmanager
+def _evaluation(*models: nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluation mode, no autocast, no TF32; everything is put back."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    matmul_precision = torch.get_float32_matmul_precision()
+    cudnn = torch.backends.cudnn
+    devices = [device] if device.type == 'cuda' else []
+    try:
+        torch.set_float32_matmul_precision('highest')
+        for model in models:
+            model.eval()
+        with (
+            torch.random.fork_rng(devices=devices),
+            autocast_disabled(device.type),
+            cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False),
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(matmul_precision)
+        for module, training in modes:
+            module.training = training
+
+
+def _flat_outputs(
+    model: nn.Module, batch: torch.Tensor, device: torch.device, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    batch = batch.to(device, dtype if batch.is_floating_point() else None)
+    values = [value for value in tree_flatten(model(batch))[0] if isinstance(value, torch.Tensor)]
+    return [value for value in values if value.is_floating_point() or value.is_complex()]
+
+
+def _differences(values: Iterable[torch.Tensor], reference: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Outputs less those of a reference, in its dtype (float64 or complex128) and on its device."""
+    return [value.to(expected.device, expected.dtype) - expected for value, expected in zip(values, reference)]
+
+
+def _maximum(value: float, values: Iterable[torch.Tensor | float]) -> float:
+    """Largest magnitude so far; NaN once there was one."""
+    tensors = [torch.as_tensor(each) for each in values]
+    magnitudes = [value, *(float(tensor.abs().max()) for tensor in tensors if tensor.numel())]
+    return float(torch.tensor(magnitudes, dtype=torch.float64).max())
+
+
+@contextmanager
+def _removed_afterwards(handles: list[Any]) -> Iterator[None]:
+    """Remove hooks, whatever happens."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
