@@ -29,8 +29,8 @@ __all__ = ['FusionReport', 'LayerReport', 'verify_fusion']
 _ALGEBRA_BOUND = 1e-10
 _VERIFY_IMAGES = 64
 _VERIFY_BATCH = 16
-# Samples of each call of a layer that are compared: enough to see every output channel, and not many times the forward.
-_SAMPLES_OF_A_CALL = 16
+# Samples of each call of a layer that are compared: their many positions see every tap, at a fraction of the forward.
+_SAMPLES_OF_A_CALL = 8
 _NOISE_SAMPLES = 4
 # Of a layer's input, in float64 and with the several maps of a branch form beside it.
 _ELEMENTS_AT_ONCE = 2**16
@@ -46,7 +46,7 @@ class LayerReport:
     whichever is larger.
 
     Attributes:
-        name: Name of the module; all of its names where it has several.
+        name: Name of the module; all of its names where it has several, and that of a norm that was folded into it.
         kernel: Largest difference of an entry of the fused layer's kernel, bias or other parameter from the exact one,
             in units in the last place of its dtype; at most 1.
         algebra: Between the train-time layer in its branch form (:meth:`ReparamLayer.branch_form`) and its fusion
@@ -143,6 +143,11 @@ class FusionReport:
         return tuple(layer for layer in self.layers if not layer.passed)
 
     @property
+    def layers_without_input(self) -> list[str]:
+        """Names of the layers that no input reached, whose figures are those of noise alone."""
+        return [layer.name for layer in self.layers if not layer.num_inputs and not layer.problems]
+
+    @property
     def worst_layer(self) -> LayerReport | None:
         """The layer whose figures are closest to, or furthest beyond, what they may be; None if there are no layers."""
         return max(self.layers, key=lambda layer: math.inf if math.isnan(layer.excess) else layer.excess, default=None)
@@ -153,7 +158,7 @@ class FusionReport:
         return dict(
             {name: getattr(self, name) for name in names},
             num_layers=len(self.layers),
-            layers_without_input=[layer.name for layer in self.layers if not layer.num_inputs],
+            layers_without_input=self.layers_without_input,
             worst_layer=None if self.worst_layer is None else self.worst_layer.to_dict(),
             layers_off=[layer.to_dict() for layer in self.layers_off],
             problems=list(self.problems),
@@ -169,8 +174,8 @@ class FusionReport:
         )
         if self.worst_layer is not None:
             text += f'\n{len(self.layers)} layers, the worst one {self.worst_layer}'
-        if unseen := [layer.name for layer in self.layers if not layer.num_inputs]:
-            text += f'\nreached by no input, compared on noise alone: {", ".join(unseen)}'
+        if self.layers_without_input:
+            text += f'\nreached by no input, compared on noise alone: {", ".join(self.layers_without_input)}'
         return '\n'.join([text, *(f'  {layer}' for layer in self.layers_off), *(f'  {text}' for text in self.problems)])
 
 
@@ -317,6 +322,7 @@ class _Verification:
                 checks[maker] = self._check(*convs[maker])
                 self.checks.append(checks[maker])
             if maker in checks and checks[maker].norm is None:
+                checks[maker].norm_name = name
                 checks[maker].norm, _, checks[maker].own_norm = (modules[name] for modules in self.modules)
             else:
                 self.problems.append(f'{name}: expected {type(norm).__name__}, which no convolution has taken in')
@@ -357,8 +363,8 @@ class _Verification:
         handles = [handle for check in self.checks for handle in check.hooks()]
         with _removed_afterwards(handles):
             outputs = {'own': self._run(self.own, batch)}
-        reference = self._run_exactly(self.exact, batch)
-        outputs['algebra'] = self._run_exactly(self.exact_fused, batch)
+        reference = self._run(self.exact, batch)
+        outputs['algebra'] = self._run(self.exact_fused, batch)
         outputs['stored'] = self._run(self.fused, batch)
         self._check_shapes(reference, outputs)
         self.largest['output'] = _maximum(self.largest['output'], reference)
@@ -402,47 +408,39 @@ class _Verification:
         return '' if not texts else '. What differs:\n' + '\n'.join(f'  {text}' for text in texts)
 
     def _run(self, model: nn.Module, batch: torch.Tensor) -> list[torch.Tensor]:
-        """Every floating-point or complex tensor that a model returns in its own dtype, in order."""
-        parameter = next(model.parameters())
-        dtype = _dtype_of(model)
+        """Every floating-point or complex tensor that a model returns, in order; the exact models run in float64."""
+        is_exact, is_fused = model in (self.exact, self.exact_fused), model in (self.fused, self.exact_fused)
+        dtype = torch.float64 if is_exact else _dtype_of(model)
         try:
-            return _flat_outputs(model, batch, parameter.device, dtype)
+            # for tensors that a forward makes without saying a dtype
+            with _default_dtype(dtype if is_exact else torch.get_default_dtype()):
+                return _flat_outputs(model, batch, next(model.parameters()).device, dtype)
         except ReparamError:
             raise
         except Exception as error:  # the model's own code may fail in any way
-            found = self._found_so_far() if model is self.fused else ''
+            which = f'the {"fused" if is_fused else "train-time"} {type(model).__name__}'
+            remedy = 'pass inputs= and a dtype that it runs with'
+            if is_exact and not is_fused:  # it ran in its own dtype before
+                remedy = (
+                    'a fusion is verified in float64: make the tensors of its forward in the dtype of the input '
+                    '(dtype=x.dtype) instead of a fixed one, or verify the part of the model that does'
+                )
             raise ReparamError(
-                f'verify_fusion: the {"fused" if model is self.fused else "train-time"} {type(model).__name__} cannot '
-                f'run in {dtype} on a batch of shape {tuple(batch.shape)} ({type(error).__name__}: {error}); pass '
-                f'inputs= and a dtype that it runs with{found}'
-            ) from error
-
-    def _run_exactly(self, model: nn.Module, batch: torch.Tensor) -> list[torch.Tensor]:
-        """The same in float64."""
-        try:
-            # for tensors that a forward makes without saying a dtype
-            with _default_dtype(torch.float64):
-                return _flat_outputs(model, batch, next(model.parameters()).device, torch.float64)
-        except ReparamError:
-            raise
-        except Exception as error:  # it runs in its own dtype: what fails is float64
-            raise ReparamError(
-                f'verify_fusion: {type(model).__name__}: expected a forward that runs in float64, in which a fusion is '
-                f'verified, got {type(error).__name__}: {error}; make its tensors in the dtype of the input '
-                '(dtype=x.dtype) instead of a fixed one, or verify the part of the model that does'
+                f'verify_fusion: {which} cannot run in {dtype} on a batch of shape {tuple(batch.shape)} '
+                f'({type(error).__name__}: {error}); {remedy}{self._found_so_far() if is_fused else ""}'
             ) from error
 
     def _own_rounding(self, number: int, shape: torch.Size, dtype: torch.dtype) -> float:
         """The relative rounding of the train-time model on seeded noise."""
         noise = torch.randn(number, *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-        reference = self._run_exactly(self.exact, noise)
+        reference = self._run(self.exact, noise)
         difference = _maximum(0.0, _differences(self._run(self.own, noise), reference))
         return difference / (_maximum(0.0, reference) or 1.0)
 
     def _rounding_in_float64(self, shape: torch.Size, dtype: torch.dtype) -> float:
         """How far the outputs in float64 move when the input does by 2**-40 of itself: more if the model rounds."""
         noise = torch.randn(_NOISE_SAMPLES, *shape, generator=torch.Generator().manual_seed(0)).to(dtype).double()
-        reference, moved = (self._run_exactly(self.exact, x) for x in (noise, noise * (1 + 2.0**-40)))
+        reference, moved = (self._run(self.exact, x) for x in (noise, noise * (1 + 2.0**-40)))
         return _maximum(0.0, _differences(moved, reference)) / (_maximum(0.0, reference) or 1.0)
 
 
@@ -457,6 +455,7 @@ class _LayerCheck:
         counterpart: What stands in its place.
 
     Attributes:
+        norm_name: Name of the norm that was folded into the counterpart, if any.
         norm: The norm that was folded into the counterpart, if any, in float64.
         own_norm: The same in the fused dtype.
     """
@@ -464,6 +463,7 @@ class _LayerCheck:
     def __init__(self, names: list[str], exact: Any, exact_fused: Any, own: Any, counterpart: Any) -> None:
         self.names, self.exact, self.exact_fused = names, exact, exact_fused
         self.own, self.counterpart = own, counterpart
+        self.norm_name = ''
         self.norm: Any = None
         self.own_norm: Any = None
         self.kernel = 0.0
@@ -479,7 +479,7 @@ class _LayerCheck:
             for name in ('algebra', 'stored', 'own')
         }
         return LayerReport(
-            name=', '.join(self.names) or type(self.exact).__name__,
+            name=(', '.join(self.names) or type(self.exact).__name__) + (self.norm_name and f' with {self.norm_name}'),
             kernel=self.kernel,
             num_inputs=self.num_inputs,
             problems=tuple(self.problems),
@@ -579,6 +579,9 @@ class _LayerCheck:
                 ('stored', stored.forward(piece, **kwargs)),
                 ('own', of_piece),
             ):
+                if values.shape != reference.shape:
+                    self.problems.append(f'output: expected shape {tuple(reference.shape)}, got {tuple(values.shape)}')
+                    return
                 largest[name] = _maximum(largest[name], _differences([values], [reference]))
 
 
