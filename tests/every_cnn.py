@@ -37,7 +37,16 @@ from timm.models import model_entrypoint
 from timm.utils import reparameterize_model
 from torch import nn
 
-from timm_reparam import DynamicConv2d, ReparamError, convert_model, fuse_model, is_variant, plan_conversion
+from timm_reparam import (
+    DynamicConv2d,
+    FusionReport,
+    ReparamError,
+    convert_model,
+    fuse_model,
+    is_variant,
+    plan_conversion,
+    verify_fusion,
+)
 from timm_reparam.convert import VARIANTS
 
 TABLE = Path(__file__).with_suffix('.csv')
@@ -200,13 +209,7 @@ def rows(architecture: str, variants: Iterable[str] = tuple(VARIANTS)) -> list[d
         found = []
         for variant in variants:
             row = dict(module=module, architecture=architecture, variant=variant)
-            skip = [
-                name
-                for name, why in plan_conversion(stock, variant).items()
-                if not why
-                and variant == 'acconv'
-                and any(side % 2 == 0 for side in stock.get_submodule(name).kernel_size)
-            ]
+            skip = even_kernels(stock, variant)
             reasons = Counter(plan_conversion(stock, variant, skip=skip).values())
             if skip:
                 reasons[EVEN] = reasons.pop('left out by skip')
@@ -219,6 +222,31 @@ def rows(architecture: str, variants: Iterable[str] = tuple(VARIANTS)) -> list[d
             found.append(row)
             gc.collect()
         return found
+
+
+def even_kernels(stock: nn.Module, variant: str) -> list[str]:
+    """The convolutions that the layer of a variant refuses, to be left out by skip=."""
+    return [
+        name
+        for name, why in plan_conversion(stock, variant).items()
+        if not why and variant == 'acconv' and any(side % 2 == 0 for side in stock.get_submodule(name).kernel_size)
+    ]
+
+
+@torch.no_grad()
+def reports(
+    architecture: str, variants: Iterable[str] = tuple(VARIANTS), dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[str, FusionReport]]:
+    """What `verify_fusion` says of the right fusion in each variant that converts anything, all random as in `rows`."""
+    stock, x = random_stock(architecture)
+    for variant in variants:
+        skip = even_kernels(stock, variant)
+        if '' not in plan_conversion(stock, variant, skip=skip).values():
+            continue
+        model = convert_model(copy.deepcopy(stock), variant, skip=skip)
+        disturb(model, model.state_dict().keys() - stock.state_dict().keys())
+        model.to(dtype)
+        yield variant, verify_fusion(model, fuse_model(model), inputs=x)
 
 
 def nothing(stock: nn.Module, variant: str, skip: list[str]) -> dict[str, str]:

@@ -89,7 +89,7 @@ class Comparison:
         self._compare_children(name, module, other)
 
     def _compare_children(self, name: str, module: nn.Module, other: nn.Module) -> None:
-        for key in module._modules.keys() | other._modules.keys():
+        for key in {**module._modules, **other._modules}:
             path = f'{name}.{key}' if name else key
             child, counterpart = module._modules.get(key), other._modules.get(key)
             if child is not None and counterpart is not None:
@@ -128,7 +128,7 @@ class Comparison:
 
     def _differing_tensors(self, name: str, module: nn.Module, other: nn.Module) -> Iterator[str]:
         tensors = [{**m._parameters, **m._buffers} for m in (module, other)]
-        for key in tensors[0].keys() | tensors[1].keys():
+        for key in {**tensors[0], **tensors[1]}:
             path = f'{name}.{key}' if name else key
             yield from self._differing_tensor(path, *(of_one.get(key) for of_one in tensors))
 

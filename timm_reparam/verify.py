@@ -33,7 +33,7 @@ _VERIFY_BATCH = 16
 _SAMPLES_OF_A_CALL = 8
 _NOISE_SAMPLES = 4
 # Of a layer's input, in float64 and with the several maps of a branch form beside it.
-_ELEMENTS_AT_ONCE = 2**16
+_ELEMENTS_AT_ONCE = 2**14
 # float64 sums in another order, as a share of the largest tap: no unit in the last place of a tap that almost cancels.
 _EXACT_SLACK = 2.0**-44
 
@@ -107,8 +107,9 @@ class FusionReport:
     Attributes:
         algebra: Between the model in float64 and its fusion in float64; at most `algebra_bound`.
         stored: Between the fused model in its own dtype and the train-time model in float64.
-        own: Between the train-time model in the fused dtype and the same in float64: its own rounding; also on seeded
-            noise, where there are few inputs.
+        own: Between the train-time model in the fused dtype and the same in float64: its own rounding. Of fewer than 64
+            inputs it may be small by chance: where `stored` is more than twice as large, it is taken on seeded noise,
+            too.
         bound: What `stored` may be at most: twice `own`, and in float64 what `algebra` may be.
         top1_agreement: Share of inputs that both models, in their own dtype, put into the same class; None when the
             output is not one batch of logits.
@@ -285,9 +286,9 @@ class _Verification:
         algebra, stored, own = (self.largest[name] / scale for name in ('algebra', 'stored', 'own'))
         shape, dtype = like
         # Of few outputs the largest rounding may be small by chance, and the bound is made of it.
-        for enough in (_VERIFY_BATCH, _VERIFY_IMAGES):
-            if num_inputs < enough and dtype.is_floating_point and (enough == _VERIFY_BATCH or stored > 2 * own):
-                own = max(own, self._own_rounding(enough, shape, dtype))
+        for number in (_VERIFY_BATCH, _VERIFY_IMAGES):
+            if stored > max(2 * own, _ALGEBRA_BOUND) and num_inputs < number and dtype.is_floating_point:
+                own = max(own, self._own_rounding(number, shape, dtype))
         algebra_bound = _ALGEBRA_BOUND
         if algebra > algebra_bound and dtype.is_floating_point:
             algebra_bound = max(algebra_bound, 2 * self._rounding_in_float64(shape, dtype))

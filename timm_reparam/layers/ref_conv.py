@@ -105,7 +105,7 @@ class _Refocusing(ReparamLayer):
         # the frozen kernel and its mapped change, a convolution each
         convolve: Any = self._convolve  # of either subclass
         mapped = self._mapped()
-        return lambda x, *size: convolve(x, self.weight, self.bias, *size) + convolve(x, mapped, None, *size)
+        return lambda x, **size: convolve(x, self.weight, self.bias, **size) + convolve(x, mapped, None, **size)
 
     def _mapped(self) -> torch.Tensor:
         """Map(W) by matrix products: every pixel of the kernels' image from the pixels around it in its group."""
