@@ -168,10 +168,10 @@ def test_what_is_saved_now_stays_what_it_is(tmp_path: Path, change_defaults: Cha
     name, x = f'resnet10t_{variant}', images(2, 3, 32, 32)
     model = disturbed(timm.create_model(name, conv_options=options, **TINY)).eval()
     fused = timm_reparam.fuse_model(model)
-    own = hub.save_pair(model, tmp_path, tag='t')
     timms = tmp_path / 'timms', tmp_path / 'timms_fused'
     for folder, form in zip(timms, (model, fused)):
         save_for_hf(form, str(folder), safe_serialization=True)
+    own = hub.save_pair(model, tmp_path, tag='t')
     with torch.no_grad():
         outputs = model(x), fused(x)
     change_defaults(variant, changes)
