@@ -85,7 +85,7 @@ from timm_reparam import (
     register_variant,
     verify_fusion,
 )
-from timm_reparam.convert import VARIANTS, variant_of
+from timm_reparam.convert import VARIANTS, record_options, variant_of
 from timm_reparam.hub import publish
 from timm_reparam.hub.checkpoint import check_pair, check_tag, folder_name, save_checkpoint, save_pair
 from timm_reparam.hub.publish import missing_license
@@ -1489,6 +1489,7 @@ class CheckpointState:
         run = self.run
         if ema:
             return {} if run.ema is None else dict(state_dict_ema=run.ema.module.state_dict())
+        record_options(run.model)
         state = dict(
             arch=architecture_of(run.model),
             model_args=get_model_args(run.model),

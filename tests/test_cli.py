@@ -278,7 +278,8 @@ def test_convert(capsys: pytest.CaptureFixture, tmp_path: Path, pair: tuple[Path
     assert 'proved' in printed and 'NOT' not in printed and str(out) in printed
     config = json.loads((out / 'config.json').read_text())
     assert config['architecture'] == 'resnet10t_acconv'
-    assert config['model_args']['conv_options'] == {'branch_norm': 'none', 'skip': 'layer1*'}
+    defaults = {'gamma_init': None, 'scale': 1.0, 'eps': 1e-5, 'momentum': 0.1, 'recompute': False}
+    assert config['model_args']['conv_options'] == {**defaults, 'branch_norm': 'none', 'skip': ['layer1*']}
     assert main(['fuse', str(out), str(fused)]) == 0
     assert (fused / 'model.safetensors').read_bytes() == (pair[1] / 'model.safetensors').read_bytes()
 

@@ -106,7 +106,8 @@ def test_fusion_is_proved_and_is_the_stock_architecture(stock: str, variant: str
         assert [type(m) for m in fused.modules()] == [type(m) for m in reference.modules()]
     else:
         assert fused.pretrained_cfg['architecture'] == f'{stock}_dyconv'
-        assert fused._model_args['conv_options'] == {'temperature': None}
+        options = dict(num_kernels=4, reduction=4, temperature=None, temperature_steps=10_000)
+        assert fused._model_args['conv_options'] == options
         again = timm.create_model(f'{stock}_dyconv', **fused._model_args).eval()
         again.load_state_dict(fused.state_dict())
         assert torch.equal(again(x), fused(x))
@@ -186,6 +187,7 @@ def test_skip_takes_names_patterns_and_types() -> None:
         assert left_out and left_out < every
         assert {name for name, m in model.named_modules() if is_variant(m)} == every - left_out
         recorded = model._model_args['conv_options']
+        assert recorded == dict(depth_multiplier=None, skip=recorded['skip']) and isinstance(recorded['skip'], list)
         again = timm.create_model('resnet10t_doconv', conv_options=recorded)
         assert list(again.state_dict()) == list(model.state_dict())
 

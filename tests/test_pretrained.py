@@ -4,6 +4,7 @@ Static variants (ACConv, DO-Conv, RefConv) are compared with stock timm bit for 
 for each sample: these are compared bit for bit, and the outputs to the rounding of another order of summation.
 """
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -443,6 +444,7 @@ OPTIONS = [
     ('doconv', dict(skip=['layer4.*', 'conv1.0'])),
     ('acconv', dict(branch_norm='none')),
     ('refconv', dict(map_kernel_size=1, skip=['layer[34].*'])),
+    ('refconv', dict(map_kernel_size=(1, 3))),
     ('dyconv', dict(num_kernels=2, reduction=8, temperature=10.0, temperature_steps=50)),
     ('dyconv', dict(temperature=None)),
 ]
@@ -457,7 +459,8 @@ def test_layer_options_come_back_with_the_checkpoint(tmp_path, variant, options)
     assert shapes[0] != shapes[1] or 'temperature_steps' in options
     save_for_hf(model, tmp_path, safe_serialization=True)
     loaded = create(f'local-dir:{tmp_path}')
-    assert loaded._model_args['conv_options'] == options
+    every_option = {**LAYERS[variant].default_options(), **options}
+    assert loaded._model_args['conv_options'] == json.loads(json.dumps(every_option))
     assert_same_state(loaded, model)
     assert_same_function(loaded, model)
 
@@ -472,10 +475,11 @@ FROM_SCRATCH = [
 
 @pytest.mark.parametrize('variant, options', FROM_SCRATCH, ids=str)
 def test_checkpoint_of_a_model_trained_from_scratch(tmp_path, variant, options):
-    """The start is recorded in model_args with the other options and must not stand in its own checkpoint's way."""
+    """The start is no option of the layers: it is not recorded, and does not stand in its own checkpoint's way."""
     model = random_model(f'{RESNET}_{variant}', conv_options=options)
     save_for_hf(model, tmp_path, safe_serialization=True)
     loaded = create(f'local-dir:{tmp_path}')
+    assert loaded._model_args['conv_options'].keys() == LAYERS[variant].default_options().keys()
     assert_same_state(loaded, model)
     assert_same_function(loaded, model)
 

@@ -911,7 +911,7 @@ def test_checkpoints_are_read_without_running_code_and_by_timm(flags, tmp_path):
     [
         (),
         ('--model-ema',),
-        ('--variant', 'doconv', '--conv-options', 'skip=layer1.*'),
+        ('--variant', 'doconv', '--conv-options', 'skip=layer1.*', 'init=lift'),
         ('--aug-splits', '2', '--split-bn'),
     ],
     ids=' '.join,
@@ -922,6 +922,8 @@ def test_checkpoints_are_models_for_the_command_line(extra, flags, tmp_path):
     last = tmp_path / 'output/run/last.pth.tar'
     loaded, data_config, facts = load_training(last)
     checkpoint = torch.load(last, weights_only=True)
+    options = dict(depth_multiplier=None, **({'skip': ['layer1.*']} if '--conv-options' in extra else {}))
+    assert checkpoint['model_args']['conv_options'] == options
     weights = checkpoint.get('state_dict_ema', checkpoint['state_dict'])
     same(dict(loaded.state_dict()), {key: value for key, value in weights.items() if '.aux_bn.' not in key})
     assert data_config['input_size'][-1] == SIDE and facts['recipe']['epochs'] == 1

@@ -35,6 +35,7 @@ __all__ = [
     'is_variant',
     'lift_state_dict',
     'plan_conversion',
+    'record_options',
     'stock_architecture',
     'variant_of',
 ]
@@ -81,6 +82,20 @@ def stock_architecture(model: nn.Module) -> str | None:
     return architecture and architecture.removesuffix(f'_{variant_of(model)}')
 
 
+def record_options(model: Any, *_: Any) -> None:
+    """Name every option of the layers, defaults too, among the arguments that timm saves a model with.
+
+    timm's ``create_model`` comes last, and leaves the options there that its caller gave. So this is done again before
+    a model is saved: it is a hook of the state dict, which timm's ``save_for_hf`` takes first.
+
+    Args:
+        model: A timm model; nothing is done where the layers' options are not known.
+        *_: What a hook is called with besides.
+    """
+    if hasattr(model, '_conv_options'):
+        model._model_args = dict(getattr(model, '_model_args', {}), conv_options=model._conv_options)
+
+
 def convert_model(model: nn.Module, variant: str, *, skip: Skip = (), init: str = 'lift', **options: Any) -> nn.Module:
     """Replace a model's convolutions by a variant, in place.
 
@@ -88,7 +103,8 @@ def convert_model(model: nn.Module, variant: str, *, skip: Skip = (), init: str 
     ``Conv2dSame``, by exact type, and for DO-Conv and RefConv ``nn.ConvTranspose2d``. Weight-standardised and other
     derived convolutions stay as they are, and so does everything inside blocks that re-parameterise themselves (that
     have ``fuse``, ``reparameterize`` or ``switch_to_deploy``); :func:`plan_conversion` says why for each of them.
-    Everything is checked before anything is changed.
+    Everything is checked before anything is changed. A timm model records every option of the layers, defaults too, in
+    the arguments that it is saved with.
 
     Args:
         model: Any module; one that is wrapped (DistributedDataParallel, torch.compile) is converted before wrapping.
@@ -144,8 +160,9 @@ def convert_model(model: nn.Module, variant: str, *, skip: Skip = (), init: str 
         for name, child in list(module._modules.items()):
             if id(child) in replacements:
                 setattr(module, name, replacements[id(child)])
+    options = {**VARIANTS[variant][0].default_options(), **options}
     if skip_names:
-        options = dict(options, skip=skip_names)
+        options['skip'] = skip_names
     _rename(model, f'{architecture_of(model)}_{variant}', options)
     return model
 
@@ -227,12 +244,9 @@ def fuse_model(model: nn.Module, *, fold_bn: bool = False) -> nn.Module:
     remaining = [module for module in fused.modules() if is_variant(module)]
     if remaining:
         _logger.info('%d dynamic convolutions depend on their input and stay, in inference form', len(remaining))
-        recorded = getattr(model, '_model_args', {}).get('conv_options', {})
-        schedule = ('temperature', 'temperature_steps', 'init')
-        options = {name: value for name, value in recorded.items() if name not in schedule}
-        _rename(fused, architecture_of(fused), dict(options, temperature=None))
+        _rename(fused, architecture_of(fused), {**getattr(model, '_conv_options', {}), **remaining[0].options()})
     else:
-        _rename(fused, stock_architecture(model), {})
+        _rename(fused, stock_architecture(model))
     return fused
 
 
@@ -416,16 +430,22 @@ def architecture_of(model: nn.Module) -> str | None:
     return cfg.get('architecture') if isinstance(cfg, dict) else None
 
 
-def _rename(model: Any, architecture: str | None, conv_options: dict[str, Any]) -> None:
+def _rename(model: Any, architecture: str | None, conv_options: dict[str, Any] | None = None) -> None:
     """Give a timm model the name and the arguments under which it can be built again."""
     if architecture_of(model) is None:
         return
     model.pretrained_cfg = dict(model.pretrained_cfg, architecture=architecture)
     model.default_cfg = model.pretrained_cfg  # timm keeps both names
-    model_args = {name: value for name, value in getattr(model, '_model_args', {}).items() if name != 'conv_options'}
-    if conv_options:
-        model_args['conv_options'] = conv_options
-    model._model_args = model_args
+    model_args = getattr(model, '_model_args', {})
+    model._model_args = {name: value for name, value in model_args.items() if name != 'conv_options'}
+    if conv_options is not None:
+        model._conv_options = conv_options
+        record_options(model)
+        return
+    vars(model).pop('_conv_options', None)
+    hooks = model._state_dict_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is record_options]:
+        del hooks[key]  # a stock model is pickled without this package
 
 
 def _refuse_wrapped(model: nn.Module, caller: str) -> None:

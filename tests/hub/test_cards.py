@@ -17,8 +17,8 @@ from PIL import Image
 import timm_reparam
 from timm_reparam import ReparamError
 from timm_reparam.convert import VARIANTS
-from timm_reparam.hub import check_facts, render_card, save_checkpoint, save_pair
-from timm_reparam.hub.cards import license_of, sha256_of, stated_license, template_folder
+from timm_reparam.hub import check_facts, load_checkpoint, render_card, save_checkpoint, save_pair
+from timm_reparam.hub.cards import license_of, read_config, sha256_of, stated_license, template_folder
 from timm_reparam.results import Summary, format_summary
 
 TINY = dict(num_classes=2, channels=(8, 8, 8, 8), stem_width=4)
@@ -607,6 +607,7 @@ def test_facts_are_kept_as_plain_values():
         ('config.json', '[]'),
         ('config.json', '{"architecture": 5}'),
         ('config.json', '{"architecture": "resnet18", "pretrained_cfg": []}'),
+        ('config.json', '{"architecture": "resnet18", "reparam_format": 0}'),
         ('training.json', '{'),
         ('training.json', '{"form": "other"}'),
         ('training.json', '[]'),
@@ -617,6 +618,28 @@ def test_folders_that_cannot_be_described(copies: tuple[Path, Path], file: str, 
     (copies[0] / file).unlink() if content is None else (copies[0] / file).write_text(content)
     with pytest.raises(ReparamError, match=file):
         render_card(copies[0])
+
+
+def test_format_of_the_configuration(copies: tuple[Path, Path]):
+    def read_as(version: object) -> dict:
+        rewrite(copies[0], 'config.json', lambda config: config.update(reparam_format=version))
+        return read_config(copies[0])
+
+    assert read_config(copies[0])['reparam_format'] == 2
+    rewrite(copies[0], 'config.json', lambda config: config.pop('reparam_format'))
+    assert 'reparam_format' not in read_config(copies[0])  # that of 0.1.0
+    for version in (1, 2):
+        assert read_as(version)['reparam_format'] == version
+    for nonsense in (0, -1, 1.0, '2', None, True, [2]):
+        with pytest.raises(ReparamError) as error:
+            read_as(nonsense)
+        for words in ('config.json.reparam_format: expected a positive integer', f'got {nonsense!r}; save or fetch'):
+            assert words in str(error.value)
+    for version in (3, 10**9):
+        with pytest.raises(ReparamError, match=rf'expected at most 2, got {version}, .*; upgrade timm-reparam'):
+            read_as(version)
+        with pytest.raises(ReparamError, match='upgrade timm-reparam'):
+            load_checkpoint(copies[0])
 
 
 def test_templates_of_an_installed_package(tmp_path: Path):

@@ -47,6 +47,20 @@ DATA_CONFIG = dict(
     crop_pct=1.0,
     crop_mode='center',
 )
+# every option of the layers, as it is by default
+OPTIONS: dict[str, dict[str, Any]] = {
+    'acconv': {
+        'branch_norm': 'batch',
+        'gamma_init': None,
+        'scale': 1.0,
+        'eps': 1e-5,
+        'momentum': 0.1,
+        'recompute': False,
+    },
+    'doconv': {'depth_multiplier': None},
+    'dyconv': {'num_kernels': 4, 'reduction': 4, 'temperature': 30.0, 'temperature_steps': 10_000},
+    'refconv': {'map_kernel_size': 3},
+}
 PASSED = FusionReport(algebra=1e-15, stored=1e-7, own=1e-7, bound=1e-6, top1_agreement=1.0, num_inputs=64)
 FAILED = FusionReport(algebra=1e-3, stored=1e-3, own=1e-7, bound=1e-6, top1_agreement=0.5, num_inputs=64)
 
@@ -95,9 +109,14 @@ def run_python(code: str, *args: str, **options) -> subprocess.CompletedProcess:
     'stock, variant, conv_options',
     [
         ('resnet10t', 'acconv', {}),
+        ('resnet10t', 'acconv', {'branch_norm': 'none', 'scale': 0.5, 'init': 'scratch'}),
         ('resnet10t', 'doconv', {'depth_multiplier': 12, 'skip': ['layer1*']}),
+        ('resnet10t', 'doconv', {}),
+        ('resnet10t', 'refconv', {'map_kernel_size': [1, 3]}),
         ('resnet10t', 'refconv', {}),
         ('resnet10t', 'dyconv', {'num_kernels': 3}),
+        ('resnet10t', 'dyconv', {'temperature_steps': 50, 'temperature': 10.0, 'skip': ['layer1*']}),
+        ('resnet10t', 'dyconv', {}),
     ],
 )
 def test_pair_loads_as_saved(tmp_path: Path, images: torch.Tensor, stock: str, variant: str, conv_options: dict):
@@ -118,11 +137,13 @@ def test_pair_loads_as_saved(tmp_path: Path, images: torch.Tensor, stock: str, v
             assert torch.equal(loaded(images), source(images))
     train_time, inference = config_of(folders[0]), config_of(folders[1])
     assert train_time['architecture'] == name
-    assert train_time['model_args'].get('conv_options', {}) == conv_options
+    assert train_time['reparam_format'] == inference['reparam_format'] == 2
+    given = {key: value for key, value in conv_options.items() if key != 'init'}
+    assert train_time['model_args']['conv_options'] == {**OPTIONS[variant], **given}
     if variant == 'dyconv':
         assert inference['architecture'] == name
-        assert inference['model_args']['conv_options']['temperature'] is None
-        assert inference['model_args']['conv_options']['num_kernels'] == 3
+        schedule = {'temperature': None, 'temperature_steps': 10_000}
+        assert inference['model_args']['conv_options'] == {**OPTIONS[variant], **given, **schedule}
     else:
         assert inference['architecture'] == stock
         assert 'conv_options' not in inference['model_args']
@@ -745,7 +766,7 @@ def test_stock_folder_is_lifted(tmp_path: Path, images: torch.Tensor, conv_optio
     model = load_checkpoint(folder)
     with torch.no_grad():
         assert torch.equal(model(images[:, :1]), stock(images[:, :1]))
-    assert config_of(folder)['model_args'].get('conv_options', {}) == conv_options
+    assert config_of(folder)['model_args']['conv_options'] == {**OPTIONS['doconv'], **conv_options}
     assert report.passed and timm_reparam.verify_fusion(model, stock).passed
 
 

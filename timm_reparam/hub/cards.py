@@ -58,6 +58,10 @@ CONFIG_NAME = 'config.json'
 FACTS_NAME = 'training.json'
 WEIGHTS_NAME = 'model.safetensors'
 CARD_NAME = 'README.md'
+# The entry of config.json that says in which format it is, and the newest format, which is the one that is written. In
+# format 1, that of 0.1.0, there was no such entry, and the options of the layers were named only where they were given.
+FORMAT_KEY = 'reparam_format'
+FORMAT = 2
 FORMS = ('train_time', 'fused')
 
 _FORM_LABELS = {'train_time': 'Train-time form', 'fused': 'Fused form'}
@@ -188,7 +192,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         The configuration; ``architecture`` is a text and ``model_args`` and ``pretrained_cfg`` are dicts.
 
     Raises:
-        ReparamError: There is no such file, or it does not describe a timm model.
+        ReparamError: There is no such file, it does not describe a timm model, or it is in a format that this version
+            does not know.
     """
     path = Path(folder) / CONFIG_NAME
     config = _read_json(path)
@@ -198,6 +203,15 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     config.setdefault('pretrained_cfg', {})
     for key, kind in (('architecture', str), ('model_args', dict), ('pretrained_cfg', dict)):
         _expect(config, key, kind, str(path), required=True)
+    version = config.get(FORMAT_KEY, 1)
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ReparamError(
+            f'{path}.{FORMAT_KEY}: expected a positive integer, got {version!r}; save or fetch the checkpoint again'
+        )
+    if version > FORMAT:
+        raise ReparamError(
+            f'{path}.{FORMAT_KEY}: expected at most {FORMAT}, got {version}, of a newer version; upgrade timm-reparam'
+        )
     return config
 
 

@@ -3,6 +3,10 @@
 A folder holds ``config.json`` and ``model.safetensors``, which timm loads as ``local-dir:FOLDER`` or from the Hub, the
 card ``README.md``, and ``training.json`` with the facts about the training (see :mod:`timm_reparam.hub.cards`).
 
+``config.json`` names its format (``reparam_format``) and every option of a variant's layers, defaults too
+(``model_args.conv_options``): a checkpoint stays the function that it is when a default changes. 0.1.0 named no format,
+and only the options that were given; where an option is not named, it is the default of 0.1.0.
+
 A folder is complete or not there at all. It is written under another name beside its place (``.NAME.partial``) and
 renamed; a folder that it replaces is set aside first (``.NAME.previous``) and removed when the new one is in place.
 Whatever a killed process leaves of that is put right by the next save under the same name: a folder that was set aside
@@ -30,15 +34,17 @@ from timm.models._hub import load_model_config_from_path, save_config_for_hf
 from timm.utils import unwrap_model
 from torch import nn
 
-from ..convert import fuse_model, is_variant, stock_architecture, variant_of
+from ..convert import fuse_model, is_variant, record_options, stock_architecture, variant_of
 from ..errors import ReparamError
 from ..layers import DynamicConv2d
-from ..models._registry import cfg_with_weights, ensure_registered, is_variant_name
+from ..models._registry import cfg_with_weights, ensure_registered, is_variant_name, saved_arguments
 from ..verify import FusionReport, verify_fusion
 from .cards import (
     CARD_NAME,
     CONFIG_NAME,
     FACTS_NAME,
+    FORMAT,
+    FORMAT_KEY,
     WEIGHTS_NAME,
     check_facts,
     read_config,
@@ -381,11 +387,13 @@ def _described_by(
     source: Path, model_name: str, model_args: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """What a folder says of a model to be made of it: pretrained_cfg, model arguments, and the facts that stay true."""
-    same = read_config(source)['architecture'] == model_name
+    architecture = read_config(source)['architecture']
+    same = architecture == model_name
     cfg, _, own_args = load_model_config_from_path(source)
+    own_args = saved_arguments(architecture, own_args)
     options = own_args.pop('conv_options', {})
     if options.get('temperature', 0) is None:
-        del options['temperature']  # of the form for inference: training starts again with a schedule
+        del options['temperature'], options['temperature_steps']  # for inference: training starts again with a schedule
     options = {**(options if same else {}), **model_args.get('conv_options', {})}
     model_args = {**own_args, **model_args, 'conv_options': options}
     if not options:
@@ -546,7 +554,7 @@ class _Draft:
     def _config(self) -> bytes:
         """Return the text of ``config.json``, as timm writes it."""
         labels = self._describe_weights()
-        model_config = {'label_names': labels} if labels else None
+        model_config = {FORMAT_KEY: FORMAT, **({'label_names': labels} if labels else {})}
         with _as_reparam_error(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / CONFIG_NAME
             try:
@@ -679,6 +687,7 @@ def _tensors_to_save(model: nn.Module, architecture: str) -> dict[str, torch.Ten
 
 def _rebuild(model: nn.Module, architecture: str, tensors: Mapping[str, torch.Tensor]) -> Any:
     """Build the model that the saved name and arguments stand for, without memory; check that the weights fit it."""
+    record_options(model)
     try:
         args = json.loads(json.dumps(get_model_args(model)))
     except (TypeError, ValueError) as error:

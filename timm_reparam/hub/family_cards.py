@@ -6,7 +6,6 @@ template ``family.md``, the text about the method (``methods/VARIANT.md``) and c
 :func:`measure_costs` counts them again. Accuracies come from ``results/cifar10.csv``, where it has runs of the family.
 """
 
-import inspect
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -76,7 +75,6 @@ def render_family_card(family: str, *, folder: str | Path | None = None, costs: 
     backbone, _, variant = family.rpartition('_')
     backbones, _, stock = _BACKBONES[backbone]
     layer = VARIANTS[variant][0]
-    defaults = inspect.signature(layer).parameters
     data = ModelCardData(
         library_name='timm',
         pipeline_tag='image-classification',
@@ -93,7 +91,7 @@ def render_family_card(family: str, *, folder: str | Path | None = None, costs: 
         method=layer.method,
         text=_read(folder / 'methods' / f'{variant}.md').strip(),
         layer=layer.__name__,
-        options=', '.join(f'`{name}={defaults[name].default!r}`' for name in layer.option_names()),
+        options=', '.join(f'`{name}={default!r}`' for name, default in layer.default_options().items()),
         is_dynamic=layer.input_dependent,
         results=_results(folder, backbone, variant),
         input_size=' x '.join(map(str, INPUT_SIZE)),

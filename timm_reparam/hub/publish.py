@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard
 from torch import nn
 
 from ..errors import ReparamError
-from ..models._registry import ensure_registered
+from ..models._registry import ensure_registered, saved_arguments
 from .cards import (
     CARD_NAME,
     CONFIG_NAME,
@@ -462,7 +462,8 @@ def check_config(folder: Path) -> None:
     shapes = _shapes(folder / WEIGHTS_NAME)
     sizes = [side for shape in shapes.values() for side in shape]
     largest = max([_LARGEST_ARGUMENT, len(shapes), *sizes])
-    sizes_asked_for = dict(config['model_args'])
+    arguments = saved_arguments(architecture, config['model_args'])
+    sizes_asked_for = dict(arguments)
     if isinstance(options := sizes_asked_for.get('conv_options'), dict):
         # the length of a schedule: no tensor is as large as that
         sizes_asked_for['conv_options'] = {key: options[key] for key in options if key != 'temperature_steps'}
@@ -471,7 +472,7 @@ def check_config(folder: Path) -> None:
             raise ReparamError(f'{place}: model_args: {number} is larger than anything in the weights')
     try:
         with torch.device('meta'):
-            model = timm.create_model(architecture, **config['model_args'])
+            model = timm.create_model(architecture, **arguments)
     except Exception as error:  # whatever wrong arguments make of it
         raise ReparamError(f'{place}: {architecture} cannot be built ({one_line(error)[:200]})') from error
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -15,7 +15,7 @@ from timm.models import clean_state_dict
 from torch import nn
 
 from ..errors import ReparamError
-from ..models._registry import ensure_registered
+from ..models._registry import ensure_registered, saved_arguments
 from .cards import WEIGHTS_NAME
 
 __all__ = ['PRIVATE_SETTINGS', 'base_model_facts', 'load_training', 'read_training']
@@ -99,10 +99,11 @@ def load_training(path: str | Path) -> tuple[nn.Module, dict[str, Any], dict[str
         raise ReparamError(f"{path}: expected the settings of the run ('args') beside the weights, found none")
     if not ensure_registered(name):
         raise ReparamError(f'{path}: expected an architecture that timm knows, got {name!r}')
+    arguments = saved_arguments(name, checkpoint.get('model_args') or _model_arguments(settings))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # what there is to say about these settings was said to their user
-            model = timm.create_model(name, **(checkpoint.get('model_args') or _model_arguments(settings)))
+            model = timm.create_model(name, **arguments)
         weights = clean_state_dict(checkpoint.get('state_dict_ema') or checkpoint['state_dict'])
         # norms that --split-bn adds for the augmented images, and that only training uses
         model.load_state_dict({key: value for key, value in weights.items() if '.aux_bn.' not in key})

@@ -21,6 +21,7 @@ from timm.layers import to_2tuple
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import checkpoint
 
+from .._defaults import DEFAULTS_OF_0_1_0
 from ..errors import ReparamError
 from .base import (
     Imported,
@@ -339,10 +340,13 @@ class ACConv2d(ReparamConv2d):
             raise ReparamError(f"ACConv2d: scale belongs to branch_norm='none', got scale={scale} with 'batch'")
         if branch_norm == 'none' and gamma_init is not None:
             raise ReparamError(f"ACConv2d: branch_norm='none' has no gamma, got gamma_init={gamma_init}; leave it out")
-        if branch_norm == 'none' and (eps, momentum) != (_EPS, _MOMENTUM):
-            raise ReparamError(
-                f"ACConv2d: branch_norm='none' has no norm, got eps={eps} and momentum={momentum}; leave them out"
-            )
+        if branch_norm == 'none':
+            # a checkpoint names these, too: as they are by default now, or were in 0.1.0
+            defaults = [ACConv2d.default_options(), DEFAULTS_OF_0_1_0['acconv']]
+            if (eps, momentum) not in [(known['eps'], known['momentum']) for known in defaults]:
+                raise ReparamError(
+                    f"ACConv2d: branch_norm='none' has no norm, got eps={eps} and momentum={momentum}; leave them out"
+                )
         for name, value, most in (('eps', eps, math.inf), ('momentum', momentum, 1)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
                 raise ReparamError(f'ACConv2d: {name} must be a number from 0 to {most}, got {value!r}')

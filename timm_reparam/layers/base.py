@@ -151,6 +151,12 @@ class ReparamLayer(_ConvNd):
         parameters = inspect.signature(cls.__init__).parameters.values()
         return tuple(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
 
+    @classmethod
+    def default_options(cls) -> dict[str, Any]:
+        """The method's own options by name, as they are where none is given."""
+        parameters = inspect.signature(cls.__init__).parameters
+        return {name: parameters[name].default for name in cls.option_names()}
+
     def options(self) -> dict[str, Any]:
         """The method's own options that this layer was built with."""
         return {name: getattr(self, name) for name in self.option_names()}

@@ -24,7 +24,8 @@ from timm.models import (
 )
 from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureHookNet
 
-from ..convert import VARIANTS, convert_model, layers_of, lift_state_dict
+from .._defaults import with_defaults_of_0_1_0
+from ..convert import VARIANTS, convert_model, layers_of, lift_state_dict, record_options
 from ..errors import ReparamError
 from ..importers import import_state_dict
 
@@ -80,6 +81,21 @@ def cfg_with_weights(pretrained_cfg: Mapping[str, Any], state_dict: dict[str, to
     """A pretrained_cfg from which timm loads these weights into any architecture, whatever its own ones were."""
     sources = ('source', 'url', 'file', 'hf_hub_id', 'hf_hub_filename', 'architecture', 'label_offset')
     return {key: value for key, value in pretrained_cfg.items() if key not in sources} | {'state_dict': state_dict}
+
+
+def saved_arguments(name: str, model_args: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a model as a checkpoint records them, with the options that it does not name: 0.1.0's defaults.
+
+    Args:
+        name: Name of the architecture, with or without a tag.
+        model_args: Arguments of ``timm.create_model``.
+    """
+    architecture = name.partition('.')[0]
+    arguments = dict(model_args)
+    options = arguments.get('conv_options') or {}
+    if is_variant_name(architecture) and isinstance(options, dict):  # what is none is refused when it is built
+        arguments['conv_options'] = with_defaults_of_0_1_0(architecture.rpartition('_')[2], options)
+    return arguments
 
 
 def is_variant_name(name: str) -> bool:
@@ -139,7 +155,7 @@ def _create(
     """Build the stock architecture, convert it, load the weights, all within timm's own builder."""
     if conv_options is not None and not isinstance(conv_options, dict):
         raise ReparamError(f'{name}: conv_options must be a dict of layer options, got {conv_options!r}')
-    options = dict(conv_options or {})
+    options = {**_saved_options(name, kwargs), **(conv_options or {})}
     init = options.pop('init', 'lift' if pretrained else 'scratch')
     loader = _Loader(stock_name, variant)
     # A model on the meta device has no weights at all: it is built for its shapes.
@@ -151,8 +167,7 @@ def _create(
             stacklevel=4,
         )
 
-    def model_cls(**model_kwargs: Any) -> nn.Module:
-        loader.model_kwargs = model_kwargs
+    def converted(**model_kwargs: Any) -> nn.Module:
         model = model_entrypoint(stock_name)(pretrained=False, **model_kwargs)
         if not pretrained:
             return convert_model(model, variant, init=init, **options)
@@ -166,9 +181,28 @@ def _create(
                 loader.not_lifted = e
         return convert_model(model, variant, init='scratch', **options)
 
+    def model_cls(**model_kwargs: Any) -> nn.Module:
+        loader.model_kwargs = model_kwargs
+        model: Any = converted(**model_kwargs)
+        loader.conv_options = model._conv_options
+        return model
+
     if kwargs.get('features_only'):
         kwargs.update(_feature_options(stock_name, kwargs))
-    return build_model_with_cfg(model_cls, name, pretrained, pretrained_filter_fn=loader, **kwargs)
+    model: Any = build_model_with_cfg(model_cls, name, pretrained, pretrained_filter_fn=loader, **kwargs)
+    model._conv_options = loader.conv_options  # of a wrapper of features, too
+    if conv_options:
+        model.register_state_dict_pre_hook(record_options)
+    return model
+
+
+def _saved_options(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of the checkpoint that timm builds a model from; none where it builds an architecture by its name."""
+    cfg = kwargs.get('pretrained_cfg')
+    if not isinstance(cfg, Mapping) or cfg.get('source') not in ('hf-hub', 'local-dir'):
+        return {}
+    # timm passes on what is recorded, beside the arguments of its caller
+    return saved_arguments(name, kwargs.get('pretrained_model_args') or {})['conv_options']
 
 
 class _Loader:
@@ -177,6 +211,7 @@ class _Loader:
     Attributes:
         model_kwargs: Arguments the stock model was built with.
         not_lifted: Why stock weights cannot be lifted into the model, if so.
+        conv_options: Every option of the model's layers.
     """
 
     def __init__(self, stock_name: str, variant: str) -> None:
@@ -184,6 +219,7 @@ class _Loader:
         self.variant = variant
         self.model_kwargs: dict[str, Any] = {}
         self.not_lifted: ReparamError | None = None
+        self.conv_options: dict[str, Any] = {}
 
     def __call__(self, state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
         state_dict = import_state_dict(state_dict, model)
