@@ -166,7 +166,7 @@ def test_card_survives_the_client(pair: tuple[Path, Path]):
 def test_nothing_is_claimed_without_facts(tmp_path: Path):
     folder = save_checkpoint(timm.create_model('resnet10t', **TINY), tmp_path / 'm')
     text = render_card(folder)
-    assert 'fused' not in text.lower() and 'proof' not in text.lower() and 'cost' not in text.lower()
+    assert 'fused' not in text.lower() and 'verif' not in text.lower() and 'cost' not in text.lower()
     data = ModelCard(text).data
     assert data.base_model is None and not data.eval_results and data.datasets is None
     assert data.tags == ['image-classification', 'timm', 'timm-reparam']

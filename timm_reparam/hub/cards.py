@@ -15,7 +15,7 @@ checkpoint is checked by :func:`check_facts`; what it does not say is not in the
 - ``metrics``: by form, for instance dict(train_time=dict(top1=97.5), fused=dict(top1=97.5)), accuracies in percent;
 - ``logit_difference``: largest absolute difference between the logits of the two forms;
 - ``profile``: by form, as :meth:`timm_reparam.profile.Profile.to_dict` gives it;
-- ``fusion``: the measured proof, as :meth:`timm_reparam.FusionReport.to_dict` gives it;
+- ``fusion``: what verifying the fusion measured, as :meth:`timm_reparam.FusionReport.to_dict` gives it;
 - ``sibling``: the other form, dict(name=..., repo=where it is published, by default beside this one, sha256=hash of
   its model.safetensors);
 - ``results``: how the method compares with stock over several seeds, entries of :class:`timm_reparam.results.Summary`

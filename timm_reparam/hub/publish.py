@@ -1,4 +1,4 @@
-"""Both forms of a model to the Hub: proved from the files before they are sent, fetched back and compared after."""
+"""Both forms of a model to the Hub: verified from the files before they are sent, fetched back and compared after."""
 
 import copy
 import json
@@ -51,7 +51,7 @@ __all__ = [
 CHECK_NAME = 'test/rand_tensors.safetensors'
 # as timm's own tests compare such tensors
 _TOLERANCE: dict[str, Any] = dict(rtol=1e-3, atol=1e-4)
-# Models are run one at a time: proofs switch settings of the whole process.
+# Models are run one at a time: verifying a fusion switches settings of the whole process.
 one_at_a_time = threading.RLock()
 _FORCED_TRIES = 5
 # What makes timm take weights, or code for reading them, from elsewhere than the folder.
@@ -162,7 +162,7 @@ def publish(
 ) -> SyncReport:
     """Publish both forms of a model, each as one commit: ``NAMESPACE/<model>.<tag>`` and ``…_fused``.
 
-    Before anything is sent the pair is proved again from its files. What was sent is fetched back by the id of its
+    Before anything is sent the pair is verified again from its files. What was sent is fetched back by the id of its
     commit: hashes are compared, and the model that timm makes of it is run beside the local one. Only files that
     differ are sent; a pair that is there already makes no commit. The published facts and cards name the repos, so that
     a card tells how to load from the Hub; the local ones stay as they are.
@@ -258,7 +258,7 @@ def publish_pair(
         form.compare(client.state(form.repo_id, revision))
     if any(form.is_due for form in forms):
         with _refusing(folder.name), one_at_a_time:
-            _prove(*folders)
+            _verify(*folders)
     for form in forms:
         result = RepoResult(form.repo_id, 'skipped', commit=form.state.head)
         if not form.is_due:
@@ -420,7 +420,7 @@ def _known_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def _prove(folder: Path, fused: Path) -> None:
+def _verify(folder: Path, fused: Path) -> None:
     """Raise ReparamError unless two folders are the two forms of one model and say nothing else."""
     for one in (folder, fused):
         facts = read_facts(one) or {}
