@@ -4,6 +4,8 @@
 options), and in ``expected.safetensors`` an input and what every one of them made of it. They are never written anew.
 """
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 
 import timm_reparam
 from timm_reparam import hub
+from timm_reparam.hub.publish import check_claims
 
 FIXTURES = Path(__file__).with_name('fixtures')
 FOLDERS = sorted(path.parent for path in FIXTURES.glob('*/*/config.json'))
@@ -45,6 +48,19 @@ def test_every_variant_is_there_in_both_forms() -> None:
 def test_a_folder_loads_as_what_it_was(folder: Path) -> None:
     assert_as_it_was(timm.create_model(f'local-dir:{folder}', pretrained=True), folder)
     assert_as_it_was(hub.load_checkpoint(folder), folder)
+
+
+@pytest.mark.parametrize('folder', FOLDERS, ids=identifier)
+def test_the_claims_of_its_card_are_checked(folder: Path, tmp_path: Path) -> None:
+    """Under the headings that cards had then."""
+    assert check_claims(folder) == []
+    copy = shutil.copytree(folder, tmp_path / folder.name)
+    card = (copy / 'README.md').read_text(encoding='utf-8')
+    label = 'Algebra, both forms in float64'
+    changed = re.sub(rf'- {label}: [^\n]*', f'- {label}: relative difference 0.25', card)
+    assert changed != card
+    (copy / 'README.md').write_text(changed, encoding='utf-8')
+    assert [label in problem for problem in check_claims(copy)] == [True]
 
 
 @pytest.mark.parametrize('folder', TRAIN_TIME, ids=identifier)

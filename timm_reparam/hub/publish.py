@@ -54,6 +54,7 @@ _TOLERANCE: dict[str, Any] = dict(rtol=1e-3, atol=1e-4)
 # Models are run one at a time: verifying a fusion switches settings of the whole process.
 one_at_a_time = threading.RLock()
 _FORCED_TRIES = 5
+_FUSION_HEADING = re.compile(r'## \w+ of the fusion')
 # What makes timm take weights, or code for reading them, from elsewhere than the folder.
 _ELSEWHERE = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load')
 _OPTIONS = ('model_name', 'checkpoint_path', 'cache_dir', 'scriptable', 'exportable', 'no_jit')
@@ -562,8 +563,9 @@ def check_claims(folder: Path) -> list[str]:
         if claimed.get(key) != expected.get(key):
             problems.append(f'{CARD_NAME}: {key}: expected {expected.get(key)!r}, got {claimed.get(key)!r}')
     headings = {heading for heading, _ in _sections(rendered)}
-    # what stands below other headings is no claim about the files
-    stated = _stated('\n'.join(body for heading, body in _sections(text) if heading in headings))
+    # What stands below other headings is no claim about the files. The section on the fusion had another name in 0.1.0.
+    claims = (body for heading, body in _sections(text) if heading in headings or _FUSION_HEADING.fullmatch(heading))
+    stated = _stated('\n'.join(claims))
     facts.pop('repo', None)
     local = _stated(card_text(config, facts, sha256))  # a card that somebody has added to was published as it was
     for key, value in _stated(rendered).items():
