@@ -2064,7 +2064,13 @@ def finish(run: Run) -> str:
     facts = training_facts(run, metrics, difference, profiles)
     folders = save_pair(model, zoo, tag=tag, fused=fused, report=report, facts=facts, data_config=run.data_config)
     top1 = (metrics[0]['top1'], metrics[1]['top1']) if metrics else None
-    table = format_comparison(*profiles, top1=top1, logit_difference=difference)
+    worst = report.worst_layer
+    table = format_comparison(
+        *profiles,
+        top1=top1,
+        logit_difference=difference,
+        layer_difference=None if worst is None else worst.stored,
+    )
     note = ' (dynamic convolutions stay, in their form for inference)' if dynamic_layers(model) else ''
     return f'{table}\n\nsaved, train-time form: {folders[0]}\nsaved, fused form:      {folders[1]}{note}'
 

@@ -502,7 +502,15 @@ def test_every_variant_trains_and_is_saved_in_both_forms(variant, flags, tmp_pat
     assert facts['dataset']['validation_images'] == CLASSES * VALIDATION_IMAGES
     assert facts['fusion']['num_inputs'] == CLASSES * VALIDATION_IMAGES
     table = capsys.readouterr().out
-    for text in ('top-1', 'largest logit difference', 'parameters', 'MACs', 'latency', str(zoo / names[1])):
+    for text in (
+        'top-1',
+        'largest logit difference',
+        'worst layer',
+        'parameters',
+        'MACs',
+        'latency',
+        str(zoo / names[1]),
+    ):
         assert text in table
 
 

@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument('-v', '--verbose', default=argparse.SUPPRESS, **verbose)
     parser = argparse.ArgumentParser(
         prog='timm-reparam',
-        description='Over-parameterised convolutions for timm backbones: train with them, fuse them, verify the fusion.',
+        description='Over-parameterised convolutions for timm backbones: train, fuse, verify the fusion.',
     )
     parser.add_argument('-v', '--verbose', **verbose)
     parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
