@@ -1,4 +1,4 @@
-"""Train a timm backbone with over-parameterised convolutions, fuse it, prove the fusion, save both forms.
+"""Train a timm backbone with over-parameterised convolutions, fuse it, verify the fusion, save both forms.
 
     python train.py                                                         # the handwritten digits, no download
     python train.py --data-dir photos --model resnet18_doconv --num-classes 10 --epochs 90 --amp
@@ -7,8 +7,8 @@
     python train.py --config args.yaml --experiment first --resume auto     # go on where a killed run stopped
     torchrun --nproc-per-node 4 train.py --config args.yaml                 # one process for each GPU
 
-data -> training, each epoch validated on a fused copy -> best checkpoint -> fused -> proved on the whole validation set
--> ZOO/<model>.<tag>/ and ZOO/<model>.<tag>_fused/ -> a table of both.
+data -> training, each epoch validated on a fused copy -> best checkpoint -> fused -> verified on the whole validation
+set -> ZOO/<model>.<tag>/ and ZOO/<model>.<tag>_fused/ -> a table of both.
 
 Flags have the names, defaults and meanings of timm's train script (`python train.py --help` lists them). A run writes
 its checkpoints, `summary.csv` and `args.yaml` to OUTPUT/EXPERIMENT/. Resumed from any of its checkpoints it does what
@@ -699,8 +699,8 @@ class RandomStream:
         set_random_state(self.outer, self.device)
 
 
-# Images that go through the proof of a fusion at a time.
-PROOF_BATCH = 32
+# Images that go through the verification of a fusion at a time.
+VERIFY_BATCH = 32
 # Images of noise that stand in for a validation split, or help out where one is small.
 NOISE_IMAGES = 64
 # What a stream is for; together with seed, epoch and rank it makes the stream.
@@ -1134,7 +1134,7 @@ class Run:
     device: torch.device
     data_config: dict[str, Any] = field(default_factory=dict)
     model: nn.Module = field(init=False)  # plain module whose state is saved; what trains may be a wrapper around it
-    form: nn.Module = field(init=False)  # a copy of it as it was created, for fusing, proving and saving
+    form: nn.Module = field(init=False)  # a copy of it as it was created, for fusing, verifying and saving
     model_dtype: torch.dtype | None = None
     autocast: Callable = nullcontext
     scaler: utils.NativeScaler | None = None
@@ -1932,18 +1932,18 @@ def take_form(run: Run, state_dict: dict[str, torch.Tensor]) -> tuple[nn.Module,
     return run.form, fused.eval()
 
 
-def prove_on(
+def verify_on(
     run: Run, model: nn.Module, fused: nn.Module, inputs: Callable[[], Iterable[torch.Tensor]], where: str
 ) -> FusionReport:
-    """Hold both forms against each other; a failed proof is the end of the run."""
+    """Compare both forms with each other; a fusion that is not verified is the end of the run."""
 
     def pieces() -> Iterator[torch.Tensor]:  # small ones, because the exact copies compute in float64
-        return (piece for batch in inputs() for piece in batch.split(PROOF_BATCH))
+        return (piece for batch in inputs() for piece in batch.split(VERIFY_BATCH))
 
     report = verify_fusion(model, fused, inputs=pieces())
     if not report.passed and report.num_inputs < NOISE_IMAGES:
         # the largest of a few rounding errors is a matter of luck, so look at more of them
-        report = verify_fusion(model, fused, inputs=(*pieces(), *noise_images(run).split(PROOF_BATCH)))
+        report = verify_fusion(model, fused, inputs=(*pieces(), *noise_images(run).split(VERIFY_BATCH)))
     if not report.passed:
         raise ReparamError(f'{where}: the fused copy is not the model that trains; {report}')
     return report
@@ -1970,7 +1970,7 @@ def validate(run: Run, source: nn.Module, label: str = '') -> dict[str, float]:
     for index, input, target in draw(loader, stream, partial(prepare_batch, run, training=False)):
         if index == 0 and run.is_primary and run.has_variant:
             with stream:
-                report = prove_on(run, model, fused, lambda: [input], f'epoch {run.epoch}')  # noqa: B023
+                report = verify_on(run, model, fused, lambda: [input], f'epoch {run.epoch}')  # noqa: B023
             _logger.debug('epoch %d: %s', run.epoch, report)
         with run.autocast():
             output = fused(input)
@@ -2040,7 +2040,7 @@ def report_epoch(
 
 
 def finish(run: Run) -> str:
-    """Fuse the best checkpoint, prove it on the whole validation set, save both forms; return a table of them."""
+    """Fuse the best checkpoint, verify it on the whole validation set, save both forms; return a table of them."""
     args = run.args
     model, fused = take_form(run, best_weights(run))
     if args.channels_last:  # both are saved, and measured, in the ordinary order
@@ -2059,13 +2059,19 @@ def finish(run: Run) -> str:
         accuracy = f'top-1: {metrics[0]["top1"]:.2f} %\n' if metrics else ''
         return f'{format_profiles(profiles)}\n{accuracy}\nsaved, a stock model with nothing to fuse: {folder}'
 
-    report = prove_on(run, model, fused, lambda: (x for x, _ in validation_batches(run)), 'the best checkpoint')
+    report = verify_on(run, model, fused, lambda: (x for x, _ in validation_batches(run)), 'the best checkpoint')
     _logger.info('%s', report)
     profiles = compare_profiles(model, fused, input_size=input_size)
     facts = training_facts(run, metrics, difference, profiles)
     folders = save_pair(model, zoo, tag=tag, fused=fused, report=report, facts=facts, data_config=run.data_config)
     top1 = (metrics[0]['top1'], metrics[1]['top1']) if metrics else None
-    table = format_comparison(*profiles, top1=top1, logit_difference=difference)
+    worst = report.worst_layer
+    table = format_comparison(
+        *profiles,
+        top1=top1,
+        logit_difference=difference,
+        layer_difference=None if worst is None else worst.stored,
+    )
     note = ' (dynamic convolutions stay, in their form for inference)' if dynamic_layers(model) else ''
     return f'{table}\n\nsaved, train-time form: {folders[0]}\nsaved, fused form:      {folders[1]}{note}'
 

@@ -275,7 +275,7 @@ def test_convert(capsys: pytest.CaptureFixture, tmp_path: Path, pair: tuple[Path
     options = ['--conv-options', 'branch_norm=none', 'skip=layer1*']
     assert main(['convert', str(pair[1]), '--model', 'resnet10t_acconv', '-o', str(out), *options]) == 0
     printed = capsys.readouterr().out
-    assert 'proved' in printed and 'NOT' not in printed and str(out) in printed
+    assert 'verified' in printed and 'NOT' not in printed and str(out) in printed
     config = json.loads((out / 'config.json').read_text())
     assert config['architecture'] == 'resnet10t_acconv'
     defaults = {'gamma_init': None, 'scale': 1.0, 'eps': 1e-5, 'momentum': 0.1, 'recompute': False}
@@ -413,7 +413,7 @@ def test_hub_commands(capsys: pytest.CaptureFixture, hub: HubServer, tmp_path: P
     assert json.loads(capsys.readouterr().out)['passed'] is True
     hub.commit(repo_id, {'README.md': '# Mine'})
     assert main(['verify', repo_id]) == 1
-    assert 'NOT proved' in capsys.readouterr().out
+    assert 'NOT verified' in capsys.readouterr().out
     assert main(['verify', 'cli/nothing']) == 1
     assert 'no such model' in capsys.readouterr().err
 

@@ -83,7 +83,7 @@ def test_lift_keeps_the_function(stock: str, variant: str) -> None:
 
 
 @pytest.mark.parametrize('stock, variant', FAMILIES)
-def test_fusion_is_proved_and_is_the_stock_architecture(stock: str, variant: str) -> None:
+def test_fusion_is_verified_and_is_the_stock_architecture(stock: str, variant: str) -> None:
     model = disturbed(converted(stock, variant)).eval()
     reference = random_model(stock, num_classes=10)
     x = images(8, 3, 48, 48)
@@ -368,7 +368,7 @@ def test_a_classifier_that_is_a_convolution_stays_plain() -> None:
 
 
 @pytest.mark.parametrize('classes', [2, 10])
-def test_few_inputs_prove_a_right_fusion_and_not_a_wrong_one(classes: int) -> None:
+def test_few_inputs_verify_a_right_fusion_and_not_a_wrong_one(classes: int) -> None:
     for seed in range(6):
         model = timm.create_model('resnet10t_doconv', num_classes=classes, channels=(8, 8, 8, 8), stem_width=4)
         model = randomise(model, seed=seed).eval()
@@ -498,7 +498,7 @@ class Returns(nn.Module):
 
 
 @pytest.mark.parametrize('output', [lambda y: y.argmax(1), lambda y: None, lambda y: iter([y])])
-def test_verify_fusion_proves_nothing_without_outputs_to_compare(output) -> None:
+def test_verify_fusion_refuses_a_model_without_outputs_to_compare(output) -> None:
     model = convert_model(Returns(output), 'doconv')
     with pytest.raises(ReparamError, match='Returns returns no floating-point tensor'):
         verify_fusion(model, inputs=images(2, 3, 8, 8))

@@ -8,6 +8,8 @@ The options that they do not name are the defaults of 0.1.0, whatever the defaul
 
 import json
 import pickle
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from timm.utils import reparameterize_model
 import timm_reparam
 from timm_reparam import hub
 from timm_reparam.convert import VARIANTS, variant_of
-from timm_reparam.hub.publish import check_config
+from timm_reparam.hub.publish import check_claims, check_config
 from timm_reparam.hub.training import load_training
 
 FIXTURES = Path(__file__).with_name('fixtures')
@@ -58,6 +60,19 @@ def test_every_variant_is_there_in_both_forms() -> None:
 def test_a_folder_loads_as_what_it_was(folder: Path) -> None:
     assert_as_it_was(timm.create_model(f'local-dir:{folder}', pretrained=True), folder)
     assert_as_it_was(hub.load_checkpoint(folder), folder)
+
+
+@pytest.mark.parametrize('folder', FOLDERS, ids=identifier)
+def test_the_claims_of_its_card_are_checked(folder: Path, tmp_path: Path) -> None:
+    """Under the headings that cards had then."""
+    assert check_claims(folder) == []
+    copy = shutil.copytree(folder, tmp_path / folder.name)
+    card = (copy / 'README.md').read_text(encoding='utf-8')
+    label = 'Algebra, both forms in float64'
+    changed = re.sub(rf'- {label}: [^\n]*', f'- {label}: relative difference 0.25', card)
+    assert changed != card
+    (copy / 'README.md').write_text(changed, encoding='utf-8')
+    assert [label in problem for problem in check_claims(copy)] == [True]
 
 
 @pytest.mark.parametrize('folder', TRAIN_TIME, ids=identifier)

@@ -88,7 +88,7 @@ def create(name: str, cache_dir: Path | None = None, **options) -> nn.Module:
 
 def variant_layers(model: nn.Module, variant: str) -> dict[str, nn.Module]:
     found = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS[variant])}
-    assert found, 'no layer was converted: whatever follows would prove nothing'
+    assert found, 'no layer was converted: whatever follows would show nothing'
     return found
 
 

@@ -372,7 +372,11 @@ def test_tables_say_what_was_measured():
     table = format_comparison(train_time, fused, top1=(97.5, 97.25), logit_difference=1.25e-6)
     for text in ('97.50', '97.25', '1.25e-06', '2.00 k', '1.00 k', '3.00 M', '4.00 ± 0.25 ms', '2.00 ± 0.10 ms'):
         assert text in table
-    assert 'top-1' not in format_comparison(train_time, fused)
+    assert 'top-1' not in format_comparison(train_time, fused) and 'layer' not in table
+    both = format_comparison(train_time, fused, logit_difference=1.25e-6, layer_difference=6.5e-8).splitlines()
+    at = next(index for index, line in enumerate(both) if line.startswith('largest logit difference'))
+    assert both[at + 1].split() == ['worst', 'layer,', 'relative', 'difference', '6.50e-08']
+    assert len(both[at + 1]) > both[0].index('fused')  # in the column of the fused form, as the row before it
     assert format_profiles([train_time, fused]).count('\n') == 3
     assert train_time.to_dict()['input_size'] == [3, 8, 8]
 

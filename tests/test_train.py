@@ -502,7 +502,15 @@ def test_every_variant_trains_and_is_saved_in_both_forms(variant, flags, tmp_pat
     assert facts['dataset']['validation_images'] == CLASSES * VALIDATION_IMAGES
     assert facts['fusion']['num_inputs'] == CLASSES * VALIDATION_IMAGES
     table = capsys.readouterr().out
-    for text in ('top-1', 'largest logit difference', 'parameters', 'MACs', 'latency', str(zoo / names[1])):
+    for text in (
+        'top-1',
+        'largest logit difference',
+        'worst layer',
+        'parameters',
+        'MACs',
+        'latency',
+        str(zoo / names[1]),
+    ):
         assert text in table
 
 
@@ -771,7 +779,7 @@ def test_not_a_number(flags, tmp_path, capsys):
         train.check_finite(run)
 
 
-def test_a_failed_proof_stops_the_run(flags, tmp_path, capsys, monkeypatch):
+def test_a_fusion_that_is_not_verified_stops_the_run(flags, tmp_path, capsys, monkeypatch):
     def wrong_fusion(model):
         fused = fuse_model(model)
         with torch.no_grad():
@@ -780,11 +788,11 @@ def test_a_failed_proof_stops_the_run(flags, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(train, 'fuse_model', wrong_fusion)
     message = refusal(flags(), capsys)
-    assert 'epoch 0' in message and 'NOT proved' in message
+    assert 'epoch 0' in message and 'NOT verified' in message
     assert not (tmp_path / 'zoo').exists() and not train.checkpoints_in(tmp_path / 'output/run')
 
 
-def test_a_proof_is_not_a_matter_of_luck(flags, tmp_path, monkeypatch):
+def test_a_verification_is_not_a_matter_of_luck(flags, tmp_path, monkeypatch):
     seen = []
 
     def unlucky_with_few(model, fused, *, inputs):

@@ -1,4 +1,4 @@
-"""The trained pairs in tests/benchmarks/zoo: they load, they are proved, and their cards state how they compare."""
+"""The trained pairs in tests/benchmarks/zoo: they load, they are verified, and their cards state how they compare."""
 
 import sys
 from pathlib import Path

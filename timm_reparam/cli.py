@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments of the command line; those of the process by default.
 
     Returns:
-        Exit status: 0 if all went well, 1 if something was refused or a proof failed. Wrong usage exits with 2.
+        Exit status: 0 if all went well, 1 if something was refused or not verified. Wrong usage exits with 2.
     """
     args = _parser().parse_args(argv)
     try:
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument('-v', '--verbose', default=argparse.SUPPRESS, **verbose)
     parser = argparse.ArgumentParser(
         prog='timm-reparam',
-        description='Over-parameterised convolutions for timm backbones: train with them, fuse them, prove the fusion.',
+        description='Over-parameterised convolutions for timm backbones: train, fuse, verify the fusion.',
     )
     parser.add_argument('-v', '--verbose', **verbose)
     parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
@@ -158,8 +158,8 @@ def _parser() -> argparse.ArgumentParser:
         'fuse',
         parents=[common],
         help='fuse a train-time checkpoint into a checkpoint of the stock architecture',
-        description='Fuse a train-time checkpoint, prove the fusion on real forward passes, and save it. From a file of'
-        " timm's train script the train-time form is saved, too, beside the fused one: the pair that publish takes.",
+        description='Fuse a train-time checkpoint, verify the fusion on real forward passes, and save it. From a file'
+        " of timm's train script the train-time form is saved, too, beside the fused one: the pair that publish takes.",
     )
     command.add_argument('source', metavar='CHECKPOINT', help="folder, or a file of timm's train script, last.pth.tar")
     command.add_argument(
@@ -172,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
         parents=[common],
         help='make a train-time checkpoint of a fused or stock one, or of one trained with official code',
         description="Lift a stock checkpoint into a variant, or read one that a method's official code or timm's train "
-        'script has made; prove it on real forward passes, and save it.',
+        'script has made; verify it on real forward passes, and save it.',
     )
     command.add_argument('source', metavar='CHECKPOINT', help='folder, or file of weights')
     command.add_argument('--model', required=True, metavar='NAME', help='the variant, resnet18_doconv for instance')
@@ -206,8 +206,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         'verify',
         parents=[common, network],
-        help='prove again that two checkpoints are the two forms of one model',
-        description='Prove a pair again: hashes, what the cards claim, and the train-time form against the fused one.',
+        help='verify again that two checkpoints are the two forms of one model',
+        description='Verify a pair again: hashes, what the cards claim, and the train-time form against the fused one.',
     )
     command.add_argument(
         'target', metavar='FOLDER|REPO', help='either form: a folder, the other one beside it, or NAMESPACE/NAME'
@@ -220,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
         'publish',
         parents=[common, sending, network],
         help='publish both forms of a model on the Hub',
-        description='Prove a pair of checkpoints, send what differs, one commit a repo, and fetch it back to compare.',
+        description='Verify a pair of checkpoints, send what differs, one commit a repo, and fetch it back to compare.',
     )
     command.add_argument('folder', metavar='FOLDER', help='checkpoint of either form, the other one beside it')
     command.add_argument('namespace', metavar='NAMESPACE', help='user or organisation on the Hub')

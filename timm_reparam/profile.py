@@ -284,6 +284,7 @@ def format_comparison(
     *,
     top1: tuple[float, float] | None = None,
     logit_difference: float | None = None,
+    layer_difference: float | None = None,
 ) -> str:
     """Lay out both forms of one model side by side.
 
@@ -292,6 +293,8 @@ def format_comparison(
         fused: Cost of the fused form.
         top1: Top-1 accuracy of both, in percent.
         logit_difference: Largest absolute difference between the logits of the two.
+        layer_difference: Largest difference between the outputs of the worst layer in the two forms, over its largest
+            output: `stored` of a :class:`timm_reparam.LayerReport`.
 
     Returns:
         A table of one line a figure.
@@ -301,6 +304,8 @@ def format_comparison(
         rows.append(('top-1 (%)', f'{top1[0]:.2f}', f'{top1[1]:.2f}'))
     if logit_difference is not None:
         rows.append(('largest logit difference', '', f'{logit_difference:.2e}'))
+    if layer_difference is not None:
+        rows.append(('worst layer, relative difference', '', f'{layer_difference:.2e}'))
     for label, field in (
         ('parameters', 'parameters'),
         ('  of them trainable', 'trainable_parameters'),

@@ -33,15 +33,15 @@ def measure(hub: HubServer, models: int, workers: int, name: str | None, zoos: l
     from timm_reparam import FusionReport
     from timm_reparam.hub import save_pair, sync
 
-    # written down without a proof: sync proves every pair itself
-    proof = FusionReport(algebra=1e-15, stored=1e-7, own=1e-7, bound=1e-6, top1_agreement=1.0, num_inputs=64)
+    # written down without a verification: sync verifies every pair itself
+    unmeasured = FusionReport(algebra=1e-15, stored=1e-7, own=1e-7, bound=1e-6, top1_agreement=1.0, num_inputs=64)
 
     def add_pair(zoo: Path, number: int, seed: int) -> None:
         torch.manual_seed(seed)
         options = {} if name else SMALL
         model = randomise(timm.create_model(name or 'resnet10t_doconv', **options), seed=seed).eval()
         facts = {'license': 'mit'}
-        save_pair(model, zoo, tag=f'm{number:02d}', report=proof, facts=facts, data_config=DATA_CONFIG)
+        save_pair(model, zoo, tag=f'm{number:02d}', report=unmeasured, facts=facts, data_config=DATA_CONFIG)
 
     rows = []
     with tempfile.TemporaryDirectory(prefix='benchmark-') as folder:

@@ -1,5 +1,6 @@
 """Cards: they parse, say what the files say and nothing else, and no text from outside gets out of its place."""
 
+import dataclasses
 import json
 import os
 import re
@@ -25,6 +26,12 @@ TINY = dict(num_classes=2, channels=(8, 8, 8, 8), stem_width=4)
 REPORT = timm_reparam.FusionReport(
     algebra=1.25e-15, stored=1.5e-7, own=1.75e-7, bound=3.5e-7, top1_agreement=1.0, num_inputs=64
 )
+LAYERS = (
+    timm_reparam.LayerReport('layer1.0.conv1', 0.25, 1.5e-16, 2.5e-8, 5.5e-8, num_inputs=16),
+    timm_reparam.LayerReport('layer2.0.conv2', 0.75, 2.75e-15, 6.5e-8, 4.5e-8, num_inputs=16),
+    timm_reparam.LayerReport('layer3.0.conv1', 0.125, 1.5e-16, 2.5e-8, 5.5e-8, num_inputs=0),
+)
+LAYERWISE = dataclasses.replace(REPORT, layers=LAYERS)
 FACTS = {
     'base_model': {'id': 'timm/resnet10t.c3_in1k', 'revision': 'abc123', 'license': 'apache-2.0'},
     'dataset': {
@@ -166,7 +173,7 @@ def test_card_survives_the_client(pair: tuple[Path, Path]):
 def test_nothing_is_claimed_without_facts(tmp_path: Path):
     folder = save_checkpoint(timm.create_model('resnet10t', **TINY), tmp_path / 'm')
     text = render_card(folder)
-    assert 'fused' not in text.lower() and 'proof' not in text.lower() and 'cost' not in text.lower()
+    assert 'fused' not in text.lower() and 'verif' not in text.lower() and 'cost' not in text.lower()
     data = ModelCard(text).data
     assert data.base_model is None and not data.eval_results and data.datasets is None
     assert data.tags == ['image-classification', 'timm', 'timm-reparam']
@@ -307,6 +314,55 @@ def test_comparison_with_stock(copies: tuple[Path, Path]):
         assert '+1.25 [+0.50, +2.00] (2 pairs)' in card
 
 
+def section_on_the_fusion(folder: Path) -> str:
+    return render_card(folder).partition('\n## Verification of the fusion\n\n')[2].partition('\n\n## ')[0]
+
+
+def test_layers_are_named_before_the_logits(copies: tuple[Path, Path]):
+    for folder in copies:
+        known = ('algebra', 'stored', 'own', 'bound', 'top1_agreement', 'num_inputs', 'passed')  # by 0.1.0
+        before = {key: REPORT.to_dict()[key] for key in known}
+        rewrite(folder, 'training.json', lambda facts, before=before: facts.update(fusion=before))
+        logits = section_on_the_fusion(folder)
+        assert logits.startswith('Both forms were run') and 'layer' not in logits.lower()
+        rewrite(folder, 'training.json', lambda facts: facts.update(fusion=LAYERWISE.to_dict()))
+        assert LAYERWISE.passed and check_facts(json.loads((folder / 'training.json').read_text()))
+        layers, _, rest = section_on_the_fusion(folder).partition('\n\nBoth forms were run')
+        assert [line for line in layers.splitlines() if line.startswith('- ')] == [
+            '- Layers compared, each with its own train-time layer in float64: 3',
+            '- Worst layer: `layer2.0.conv2`, kernel within 0.75 units in the last place, algebra 2.75e-15, stored'
+            " 6.5e-08, allowed 9e-08 (the train-time layer's own rounding: 4.5e-08)",
+            '- Layers that no input reached, compared on noise alone: 1',
+            '- Layers that are not verified: none',
+            '- Differences between the two forms beside these layers: none',
+        ]
+        assert f'Both forms were run{rest}'.replace(', allowed 1e-10', '') == logits
+
+
+def test_layers_of_a_report_that_did_not_pass(copies: tuple[Path, Path]):
+    """No pair is saved with such facts, but somebody may write them."""
+    off = dataclasses.replace(LAYERS[2], kernel=7.5)
+    report = dataclasses.replace(LAYERWISE, layers=(*LAYERS[:2], off), problems=('bn1.eps: expected 1, got 2', 'act1'))
+    rewrite(copies[0], 'training.json', lambda facts: facts.update(fusion=report.to_dict()))
+    section = section_on_the_fusion(copies[0])
+    assert '`layer3.0.conv1`, kernel within 7.5 units in the last place' in section and 'on noise alone (' in section
+    assert '- Layers that are not verified: 1\n' in section
+    assert '- Differences between the two forms beside these layers: 2\n' in section
+
+
+@pytest.mark.parametrize(
+    'layer, line',
+    [
+        ({'name': 'conv1'}, 'Worst layer: `conv1`'),
+        ({'name': ' \n', 'kernel': 1}, 'Worst layer: kernel within 1 units in the last place'),
+        ({'name': 'a`b', 'stored': 0.5, 'own': 0.25}, "Worst layer: ``a`b``, stored 0.5 (the train-time layer's own"),
+    ],
+)
+def test_layers_of_which_little_is_known(copies: tuple[Path, Path], layer: dict, line: str):
+    rewrite(copies[0], 'training.json', lambda facts: facts.update(fusion={'worst_layer': layer}))
+    assert f'\n- {line}' in section_on_the_fusion(copies[0])
+
+
 def test_many_labels(copies: tuple[Path, Path]):
     labels = [f'class_{index}' for index in range(30)]
     rewrite(copies[0], 'training.json', lambda facts: facts['dataset'].update(label_names=labels))
@@ -358,7 +414,7 @@ def test_every_figure_is_found_in_the_files(copies: tuple[Path, Path]):
         def measure(facts: dict, latency: float = latency) -> None:
             facts['recipe'] = {'lr': 0.0625, 'epochs': 37, 'opt': 'adamw', 'betas': [0.875, 0.96875]}
             facts['environment'] = {'torch': '2.6.0', 'timm': '1.0.31'}
-            facts['fusion']['num_inputs'] = 641
+            facts['fusion'] = {**LAYERWISE.to_dict(), 'num_inputs': 641, 'num_layers': 71}
             for form in facts['profile'].values():
                 form.update(profile, latency_ms=latency)
                 latency += 1
@@ -377,6 +433,7 @@ def test_every_figure_is_found_in_the_files(copies: tuple[Path, Path]):
             f'{latency + 1:g}',
             '0.0625',
             '641',
+            '71',
             '37',
         ):
             assert figure in figures
@@ -506,11 +563,14 @@ def test_hostile_text_stays_where_it_is_put(copies: tuple[Path, Path], text: str
         facts['recipe'] = {text: text}
         facts['environment'] = {text: text}
         facts['metrics'] = {form: {text: 1.0, 'top1': 2.0} for form in ('train_time', 'fused')}
+        facts['fusion'].update(layers_without_input=[text], layers_off=[{'name': text}], problems=[text])
+        facts['fusion']['worst_layer'].update(name=text, problems=[text])
         for profile in facts['profile'].values():
             profile.update(device=text, dtype=text)
 
     for folder in copies:
-        rewrite(folder, 'training.json', lambda facts: facts.update(license='apache-2.0'))
+        fusion = LAYERWISE.to_dict()
+        rewrite(folder, 'training.json', lambda facts, fusion=fusion: facts.update(license='apache-2.0', fusion=fusion))
         clean = render_card(folder)
         rewrite(folder, 'training.json', poison)
         rewrite(folder, 'config.json', lambda config: config.update(architecture=text + config['architecture']))
@@ -578,6 +638,27 @@ def test_hostile_text_in_code_and_licence(copies: tuple[Path, Path], text: str):
         ({'metrics': {'fused': [97]}}, 'metrics.fused'),
         ({'profile': {'fused': {'macs': 1.5}}}, 'profile.fused.macs'),
         ({'fusion': {'algebra': 'small'}}, 'fusion.algebra'),
+        ({'fusion': {'algebra': 10**400}}, 'fusion.algebra: expected a float'),
+        ({'fusion': {'algebra_bound': [1]}}, 'fusion.algebra_bound'),
+        ({'fusion': {'num_layers': 1.5}}, 'fusion.num_layers'),
+        ({'fusion': {'num_layers': True}}, 'fusion.num_layers'),
+        ({'fusion': {'worst_layer': 'conv1'}}, 'fusion.worst_layer'),
+        ({'fusion': {'worst_layer': {'name': 1}}}, 'fusion.worst_layer.name'),
+        ({'fusion': {'worst_layer': {'kernel': '1'}}}, 'fusion.worst_layer.kernel'),
+        ({'fusion': {'worst_layer': {'algebra': True}}}, 'fusion.worst_layer.algebra'),
+        ({'fusion': {'worst_layer': {'stored': {}}}}, 'fusion.worst_layer.stored'),
+        ({'fusion': {'worst_layer': {'own': float('nan')}}}, 'fusion'),
+        ({'fusion': {'worst_layer': {'bound': -(10**400)}}}, 'fusion.worst_layer.bound: expected a float'),
+        ({'fusion': {'worst_layer': {'num_inputs': 1.5}}}, 'fusion.worst_layer.num_inputs'),
+        ({'fusion': {'worst_layer': {'problems': 'none'}}}, 'fusion.worst_layer.problems'),
+        ({'fusion': {'worst_layer': {'problems': [1]}}}, r'fusion.worst_layer.problems\[0\]'),
+        ({'fusion': {'layers_without_input': 'conv1'}}, 'fusion.layers_without_input'),
+        ({'fusion': {'layers_without_input': ['conv1', None]}}, r'fusion.layers_without_input\[1\]'),
+        ({'fusion': {'layers_off': {}}}, 'fusion.layers_off'),
+        ({'fusion': {'layers_off': [None]}}, r'fusion.layers_off\[0\]'),
+        ({'fusion': {'layers_off': [{}, {'kernel': 'x'}]}}, r'fusion.layers_off\[1\].kernel'),
+        ({'fusion': {'problems': 'none'}}, 'fusion.problems'),
+        ({'fusion': {'problems': [['a']]}}, r'fusion.problems\[0\]'),
         ({'environment': {'torch': 2}}, 'environment.torch'),
         ({'logit_difference': float('inf')}, 'logit_difference'),
         ({'recipe': {'path': Path('x')}}, 'recipe'),

@@ -225,7 +225,7 @@ def test_snippets_run(family: str, capsys: pytest.CaptureFixture):
     stock, variant = space['model'].pretrained_cfg['architecture'].rsplit('_', 1)
     expected = f'{stock}_{variant}' if variant == 'dyconv' else stock
     assert space['fused'].pretrained_cfg['architecture'] == expected
-    assert 'fusion proved' in capsys.readouterr().out
+    assert 'fusion verified' in capsys.readouterr().out
 
 
 def test_published_figures_are_those_of_the_method():

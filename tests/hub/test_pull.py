@@ -1,4 +1,4 @@
-"""Fetching pairs from the loopback Hub and proving them from outside."""
+"""Fetching pairs from the loopback Hub and verifying them from outside."""
 
 import hashlib
 import json
@@ -260,7 +260,7 @@ def test_verify_a_repo(hub: HubServer, published: str, name: str):
     assert report.passed and report.fusion.passed and not report.problems
     assert len(report.checks) == 10 and all(report.checks.values())
     assert json.loads(json.dumps(report.to_dict()))['passed'] is True
-    assert 'proved' in str(report) and 'algebra' in str(report)
+    assert 'verified' in str(report) and 'algebra' in str(report)
     assert {entry.method for entry in hub.log} <= {'GET', 'HEAD'}
 
 
@@ -304,7 +304,7 @@ def test_verify_finds(hub: HubServer, published: str, path: str, edit, words: st
         change(hub, f'{published}/{name}', path, edit)
         report = verify(f'{published}/{NAMES[0]}')
         assert not report.passed and any(words in problem for problem in report.problems), report.problems
-        assert not all(report.checks.values()) and 'NOT proved' in str(report)
+        assert not all(report.checks.values()) and 'NOT verified' in str(report)
 
 
 @pytest.mark.parametrize(

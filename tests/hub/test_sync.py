@@ -28,7 +28,7 @@ DATA_CONFIG = dict(input_size=(3, 32, 32), crop_pct=1.0)
 FACTS = {'license': 'mit'}
 CHECK = 'test/rand_tensors.safetensors'
 FILES = {'README.md', 'config.json', 'model.safetensors', 'training.json', CHECK}
-# written down without a proof, for speed: sync proves every pair itself
+# written down without a verification, for speed: sync verifies every pair itself
 REPORT = FusionReport(algebra=1e-15, stored=1e-7, own=1e-7, bound=1e-6, top1_agreement=1.0, num_inputs=64)
 SCRIPT = """
 import json, sys

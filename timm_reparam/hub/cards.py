@@ -15,7 +15,7 @@ checkpoint is checked by :func:`check_facts`; what it does not say is not in the
 - ``metrics``: by form, for instance dict(train_time=dict(top1=97.5), fused=dict(top1=97.5)), accuracies in percent;
 - ``logit_difference``: largest absolute difference between the logits of the two forms;
 - ``profile``: by form, as :meth:`timm_reparam.profile.Profile.to_dict` gives it;
-- ``fusion``: the measured proof, as :meth:`timm_reparam.FusionReport.to_dict` gives it;
+- ``fusion``: what verifying the fusion measured, as :meth:`timm_reparam.FusionReport.to_dict` gives it;
 - ``sibling``: the other form, dict(name=..., repo=where it is published, by default beside this one, sha256=hash of
   its model.safetensors);
 - ``results``: how the method compares with stock over several seeds, entries of :class:`timm_reparam.results.Summary`
@@ -27,6 +27,7 @@ import hashlib
 import importlib.resources
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -268,8 +269,10 @@ def check_facts(facts: Mapping[str, Any], place: str = 'facts') -> dict[str, Any
         ('metrics', FORMS, dict),
         ('profile', FORMS, dict),
         ('sibling', ('name', 'repo', 'sha256'), str),
-        ('fusion', ('algebra', 'stored', 'own', 'bound', 'top1_agreement'), float),
-        ('fusion', ('num_inputs',), int),
+        ('fusion', ('algebra', 'algebra_bound', 'stored', 'own', 'bound', 'top1_agreement'), float),
+        ('fusion', ('num_inputs', 'num_layers'), int),
+        ('fusion', ('layers_without_input', 'layers_off', 'problems'), list),
+        ('fusion', ('worst_layer',), dict),
     ):
         for key in keys:
             _expect(plain.get(outer) or {}, key, kind, f'{place}.{outer}')
@@ -278,9 +281,8 @@ def check_facts(facts: Mapping[str, Any], place: str = 'facts') -> dict[str, Any
         Summary.from_dict(entry, f'{place}.results[{index}]')
     for name, value in (plain.get('environment') or {}).items():
         _expect({name: value}, name, str, f'{place}.environment')
-    for index, label in enumerate((plain.get('dataset') or {}).get('label_names') or ()):
-        if not isinstance(label, str):
-            raise ReparamError(f'{place}.dataset.label_names[{index}]: expected a text, got {label!r}')
+    _expect_texts(plain.get('dataset') or {}, 'label_names', f'{place}.dataset')
+    _check_layers(plain.get('fusion') or {}, f'{place}.fusion')
     for form in FORMS:
         for name, value in ((plain.get('metrics') or {}).get(form) or {}).items():
             _expect({name: value}, name, float, f'{place}.metrics.{form}')
@@ -290,6 +292,25 @@ def check_facts(facts: Mapping[str, Any], place: str = 'facts') -> dict[str, Any
         for name in ('latency_ms', 'latency_spread_ms'):
             _expect(profile, name, float, f'{place}.profile.{form}')
     return plain
+
+
+def _check_layers(fusion: Mapping[str, Any], place: str) -> None:
+    """Check what the facts of a fusion say of its layers."""
+    for key in ('layers_without_input', 'problems'):
+        _expect_texts(fusion, key, place)
+    layers = {f'layers_off[{index}]': layer for index, layer in enumerate(fusion.get('layers_off') or ())}
+    if fusion.get('worst_layer') is not None:
+        layers['worst_layer'] = fusion['worst_layer']
+    for where, layer in layers.items():
+        if not isinstance(layer, dict):
+            raise ReparamError(f'{place}.{where}: expected dict, got {layer!r}')
+        inside = f'{place}.{where}'
+        _expect(layer, 'name', str, inside)
+        for key in ('kernel', 'algebra', 'stored', 'own', 'bound'):
+            _expect(layer, key, float, inside)
+        _expect(layer, 'num_inputs', int, inside)
+        _expect(layer, 'problems', list, inside)
+        _expect_texts(layer, 'problems', inside)
 
 
 def sha256_of(path: str | Path) -> str:
@@ -374,6 +395,7 @@ class _Context:
             'results': format_summary([Summary.from_dict(entry) for entry in facts['results']])
             if facts.get('results')
             else None,
+            'layers': self._layer_lines(),
             'fusion': self._fusion_lines(),
             'cost': self._cost_rows(),
             'sibling': self._sibling(sibling),
@@ -478,11 +500,49 @@ class _Context:
             )
         return lines
 
+    def _layer_lines(self) -> list[str]:
+        """What was compared layer by layer; none if the facts are older than that comparison."""
+        fusion = self.facts.get('fusion') or {}
+        lines = []
+        if fusion.get('num_layers'):
+            lines.append(f'Layers compared, each with its own train-time layer in float64: {fusion["num_layers"]}')
+        if fusion.get('worst_layer'):
+            lines.append(f'Worst layer: {self._layer_words(fusion["worst_layer"])}')
+        if not lines:
+            return []
+        for label, key in (
+            ('Layers that no input reached, compared on noise alone', 'layers_without_input'),
+            ('Layers that are not verified', 'layers_off'),
+            ('Differences between the two forms beside these layers', 'problems'),
+        ):
+            if fusion.get(key) is not None:
+                lines.append(f'{label}: {len(fusion[key]) or "none"}')
+        return lines
+
+    @staticmethod
+    def _layer_words(layer: Mapping[str, Any]) -> str:
+        words = [_code(layer['name'])] if _plain(layer.get('name') or '') else []
+        if layer.get('kernel') is not None:
+            words.append(f'kernel within {layer["kernel"]:.3g} units in the last place')
+        if layer.get('algebra') is not None:
+            words.append(f'algebra {layer["algebra"]:.3g}')
+        if layer.get('stored') is not None:
+            words.append(f'stored {layer["stored"]:.3g}')
+        if layer.get('bound') is not None:
+            words.append(f'allowed {layer["bound"]:.3g}')
+        if layer.get('num_inputs') == 0:
+            words.append('on noise alone')
+        text = ', '.join(words)
+        return text if layer.get('own') is None else f"{text} (the train-time layer's own rounding: {layer['own']:.3g})"
+
     def _fusion_lines(self) -> list[str]:
         fusion = self.facts.get('fusion') or {}
         lines = []
         if fusion.get('algebra') is not None:
-            lines.append(f'Algebra, both forms in float64: relative difference {fusion["algebra"]:.3g}')
+            text = f'Algebra, both forms in float64: relative difference {fusion["algebra"]:.3g}'
+            if fusion.get('algebra_bound') is not None:
+                text += f', allowed {fusion["algebra_bound"]:.3g}'
+            lines.append(text)
         if fusion.get('stored') is not None:
             text = f'As stored, against the train-time form in float64: relative difference {fusion["stored"]:.3g}'
             if fusion.get('bound') is not None:
@@ -564,6 +624,15 @@ def _expect(mapping: Mapping[str, Any], key: str, kind: type, place: str, *, req
     kinds = (int, float) if kind is float else (kind,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
         raise ReparamError(f'{place}.{key}: expected {kind.__name__}, got {value!r}')
+    # json has whole numbers of any size
+    if isinstance(value, int) and kind is float and abs(value) > sys.float_info.max:
+        raise ReparamError(f'{place}.{key}: expected a float, got a whole number beyond the largest one')
+
+
+def _expect_texts(mapping: Mapping[str, Any], key: str, place: str) -> None:
+    for index, text in enumerate(mapping.get(key) or ()):
+        if not isinstance(text, str):
+            raise ReparamError(f'{place}.{key}[{index}]: expected a text, got {text!r}')
 
 
 def _is_repo_id(text: Any) -> bool:

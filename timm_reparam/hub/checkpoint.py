@@ -174,15 +174,15 @@ def save_pair(
     """Save both forms of a variant, ``ZOO/<model>.<tag>`` and ``ZOO/<model>.<tag>_fused``.
 
     Both are complete on disk before either takes its name. The facts of each folder get its ``form``, ``name``,
-    ``tag``, ``variant`` and ``stock_architecture``, the proof (``fusion``) and the name and hash of the other
-    (``sibling``).
+    ``tag``, ``variant`` and ``stock_architecture``, the figures of the verification (``fusion``) and the name and hash
+    of the other (``sibling``).
 
     Args:
         model: Train-time model.
         zoo: Folder of the pair; made if its parent is there.
         tag: Name of the training result.
         fused: Fused form of the model; fused here by default.
-        report: Proof of the fusion; proved here by default.
+        report: What :func:`timm_reparam.verify_fusion` measured; measured here by default.
         facts: What is known of the training, see :mod:`timm_reparam.hub.cards`.
         data_config: Preprocessing of the inputs; the model's own by default.
 
@@ -190,7 +190,7 @@ def save_pair(
         The folders of the train-time form and of the fused form.
 
     Raises:
-        ReparamError: The proof failed, or what :func:`save_checkpoint` refuses, for either form.
+        ReparamError: The fusion is not verified, or what :func:`save_checkpoint` refuses, for either form.
     """
     architecture = _architecture(model)
     check_tag(tag, architecture)
@@ -275,7 +275,7 @@ def load_checkpoint(folder: str | Path) -> nn.Module:
 
 
 def fuse_checkpoint(source: str | Path, target: str | Path) -> tuple[Path, FusionReport]:
-    """Turn a train-time checkpoint into a fused one, after proving the fusion.
+    """Turn a train-time checkpoint into a fused one, after verifying the fusion.
 
     From a folder, the fused form alone is saved. From a training checkpoint of timm's train script both forms are, as
     :func:`save_pair` saves them.
@@ -286,17 +286,17 @@ def fuse_checkpoint(source: str | Path, target: str | Path) -> tuple[Path, Fusio
             ``<model>.<tag>_fused``, and the parent is made if its own is there.
 
     Returns:
-        The fused folder and the proof.
+        The fused folder and the report of the verification.
 
     Raises:
-        ReparamError: The checkpoint cannot be loaded or has nothing to fuse, the proof failed, or what
+        ReparamError: The checkpoint cannot be loaded or has nothing to fuse, the fusion is not verified, or what
             :func:`save_checkpoint` refuses.
     """
     source, target = Path(source), Path(target).absolute()
     if source.is_file():
         return _fuse_training(source, target)
     model = load_checkpoint(source)
-    fused, report = _fuse_and_prove(model, source)
+    fused, report = _fuse_and_verify(model, source)
     facts = read_facts(source)
     known = ((facts or {}).get('sibling') or {}).get('sha256')
     if facts is not None:
@@ -336,11 +336,11 @@ def convert_checkpoint(
             folder. The number of classes is that of the checkpoint.
 
     Returns:
-        The new folder, and the proof: of the new model against the stock model where the checkpoint is one of those, of
-        its own fusion otherwise.
+        The new folder, and the report of the verification: against the stock model where the checkpoint is one of
+        those, otherwise against the fusion of the new model.
 
     Raises:
-        ReparamError: The checkpoint cannot be read or is not one for this model, the proof failed, or what
+        ReparamError: The checkpoint cannot be read or is not one for this model, the new model is not verified, or what
             :func:`save_checkpoint` refuses.
     """
     source, target = Path(source), Path(target).absolute()
@@ -445,12 +445,12 @@ def _fuse_training(path: Path, target: Path) -> tuple[Path, FusionReport]:
             f'{target}: expected a name for the fused form, {folder_name(architecture, "<tag>", True)}, got'
             f' {target.name!r}; the train-time form is saved beside it, without the {FUSED_SUFFIX!r}'
         )
-    fused, report = _fuse_and_prove(model, path)
+    fused, report = _fuse_and_verify(model, path)
     save_pair(model, target.parent, tag=tag, fused=fused, report=report, facts=facts, data_config=data_config)
     return target, report
 
 
-def _fuse_and_prove(model: nn.Module, source: Path) -> tuple[nn.Module, FusionReport]:
+def _fuse_and_verify(model: nn.Module, source: Path) -> tuple[nn.Module, FusionReport]:
     if variant_of(model) is None:
         raise ReparamError(f'{source}: expected a train-time checkpoint, got {_architecture(model)}, nothing to fuse')
     fused = fuse_model(model)
@@ -461,14 +461,14 @@ def _fuse_and_prove(model: nn.Module, source: Path) -> tuple[nn.Module, FusionRe
 
 
 def verify_checkpoint(folder: str | Path, fused_folder: str | Path | None = None) -> FusionReport:
-    """Prove again that two folders are the two forms of one model.
+    """Verify again that two folders are the two forms of one model.
 
     Args:
         folder: Train-time checkpoint, or the fused one if its name ends with ``_fused`` and no other folder is given.
         fused_folder: Fused checkpoint; by default the folder beside it whose name ends with ``_fused``.
 
     Returns:
-        The proof on fresh inputs.
+        The report on fresh inputs.
 
     Raises:
         ReparamError: A folder cannot be loaded, the two do not belong together, or weights do not have the hash that

@@ -1,4 +1,4 @@
-"""Both forms of a model to the Hub: proved from the files before they are sent, fetched back and compared after."""
+"""Both forms of a model to the Hub: verified from the files before they are sent, fetched back and compared after."""
 
 import copy
 import json
@@ -51,9 +51,10 @@ __all__ = [
 CHECK_NAME = 'test/rand_tensors.safetensors'
 # as timm's own tests compare such tensors
 _TOLERANCE: dict[str, Any] = dict(rtol=1e-3, atol=1e-4)
-# Models are run one at a time: proofs switch settings of the whole process.
+# Models are run one at a time: verifying a fusion switches settings of the whole process.
 one_at_a_time = threading.RLock()
 _FORCED_TRIES = 5
+_FUSION_HEADING = re.compile(r'## \w+ of the fusion')
 # What makes timm take weights, or code for reading them, from elsewhere than the folder.
 _ELSEWHERE = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load')
 _OPTIONS = ('model_name', 'checkpoint_path', 'cache_dir', 'scriptable', 'exportable', 'no_jit')
@@ -162,7 +163,7 @@ def publish(
 ) -> SyncReport:
     """Publish both forms of a model, each as one commit: ``NAMESPACE/<model>.<tag>`` and ``…_fused``.
 
-    Before anything is sent the pair is proved again from its files. What was sent is fetched back by the id of its
+    Before anything is sent the pair is verified again from its files. What was sent is fetched back by the id of its
     commit: hashes are compared, and the model that timm makes of it is run beside the local one. Only files that
     differ are sent; a pair that is there already makes no commit. The published facts and cards name the repos, so that
     a card tells how to load from the Hub; the local ones stay as they are.
@@ -258,7 +259,7 @@ def publish_pair(
         form.compare(client.state(form.repo_id, revision))
     if any(form.is_due for form in forms):
         with _refusing(folder.name), one_at_a_time:
-            _prove(*folders)
+            _verify(*folders)
     for form in forms:
         result = RepoResult(form.repo_id, 'skipped', commit=form.state.head)
         if not form.is_due:
@@ -420,7 +421,7 @@ def _known_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def _prove(folder: Path, fused: Path) -> None:
+def _verify(folder: Path, fused: Path) -> None:
     """Raise ReparamError unless two folders are the two forms of one model and say nothing else."""
     for one in (folder, fused):
         facts = read_facts(one) or {}
@@ -563,8 +564,9 @@ def check_claims(folder: Path) -> list[str]:
         if claimed.get(key) != expected.get(key):
             problems.append(f'{CARD_NAME}: {key}: expected {expected.get(key)!r}, got {claimed.get(key)!r}')
     headings = {heading for heading, _ in _sections(rendered)}
-    # what stands below other headings is no claim about the files
-    stated = _stated('\n'.join(body for heading, body in _sections(text) if heading in headings))
+    # What stands below other headings is no claim about the files. The section on the fusion had another name in 0.1.0.
+    claims = (body for heading, body in _sections(text) if heading in headings or _FUSION_HEADING.fullmatch(heading))
+    stated = _stated('\n'.join(claims))
     facts.pop('repo', None)
     local = _stated(card_text(config, facts, sha256))  # a card that somebody has added to was published as it was
     for key, value in _stated(rendered).items():

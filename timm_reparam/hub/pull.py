@@ -1,4 +1,4 @@
-"""From the Hub to a local zoo, and the proof of a pair from outside. Only safetensors are read, and no code is run."""
+"""From the Hub to a local zoo, and the verification of a pair from outside: only safetensors, and no code is run."""
 
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -42,11 +42,11 @@ _LARGEST_TEXT = 16 * 2**20
 
 @dataclass
 class VerifyReport:
-    """What a proof from outside found.
+    """What a verification from outside found.
 
     Attributes:
         target: What was verified.
-        fusion: The proof of the pair on fresh inputs; None if it could not be run.
+        fusion: The report on the fusion, on fresh inputs; None if it could not be run.
         problems: What is wrong, a line each.
         checks: What was looked at, and whether it is right.
     """
@@ -67,7 +67,7 @@ class VerifyReport:
         return dict(target=self.target, passed=self.passed, fusion=fusion, checks=self.checks, problems=self.problems)
 
     def __str__(self) -> str:
-        lines = [f'{self.target}: {"proved" if self.passed else "NOT proved"}']
+        lines = [f'{self.target}: {"verified" if self.passed else "NOT verified"}']
         lines += [f'  {name}: {"right" if right else "WRONG"}' for name, right in self.checks.items()]
         lines += [f'  {problem}' for problem in self.problems]
         return '\n'.join(lines + ([str(self.fusion)] if self.fusion is not None else []))
@@ -130,7 +130,7 @@ def verify(
     timeout: float = 60.0,
     patience: float = 300.0,
 ) -> VerifyReport:
-    """Prove a pair again from outside.
+    """Verify a pair again from outside.
 
     Compared are the hashes that the Hub gives with those of the files, the claims of both cards and of
     ``training.json`` with the weights, the self-check tensors with what the models make of them, and both forms of the

@@ -38,7 +38,7 @@ def sync(
     """Make the Hub equal to a local zoo.
 
     The hashes of what is there are compared with those of the local files, and only what differs is sent, one commit
-    a repo: a second sync sends nothing. What is to be sent is proved before and fetched back after, as
+    a repo: a second sync sends nothing. What is to be sent is verified before and fetched back after, as
     :func:`publish` does. A repo that somebody else changes at the same time is left to them and reported as a
     conflict. Interrupted at any moment, each repo shows its old state or its new one, and the next sync goes on where
     this one stopped. Files and repos that are not of this zoo stay as they are. A stock model in the zoo is skipped.
@@ -49,7 +49,7 @@ def sync(
         license: Licence of the models of which none is known.
         private: Make the repos private; one that is public already is refused.
         revision: Branch to commit to; main by default.
-        dry_run: Compare, prove and report, but send nothing.
+        dry_run: Compare, verify and report, but send nothing.
         force: On top of what somebody else commits at the same time, commit all the same.
         collection: Title of the collection of this zoo; made if it is not there, models are added to it.
         workers: Models at a time.
