@@ -27,7 +27,7 @@ _BATCH_NORMS = (*NORMS, nn.BatchNorm1d, nn.BatchNorm3d)
 # Attributes that decide nothing in evaluation: how a model trains, is named, is exported, or saves memory.
 _WITHOUT_EFFECT = (
     *('training', 'inplace', 'grad_checkpointing', 'process_group', 'fused_attn', 'exportable', 'scriptable'),
-    *('pretrained_cfg', 'default_cfg', 'folded_norms'),
+    *('pretrained_cfg', 'pretrained_model_args', 'default_cfg', 'folded_norms'),
 )
 # The private attributes that are compared, too: how torch's convolutions pad in the modes other than 'zeros'.
 _PRIVATE = ('_reversed_padding_repeated_twice',)
