@@ -23,6 +23,8 @@ from .cases import (
     METHODS,
     STATIC_METHODS,
     STOCK_NAMES,
+    TRANSPOSED_CASES,
+    TRANSPOSED_METHODS,
     Case,
     Method,
     assert_same_state,
@@ -649,3 +651,41 @@ def test_conv2d_same_stays_conv2d_same_from_scratch() -> None:
         layer = cls.from_conv(case.conv(), init='scratch')
         assert type(layer.fuse()) is Conv2dSame
         assert layer(case.input()).shape == case.conv()(case.input()).shape
+
+
+@pytest.mark.parametrize(
+    'method, case', [*products(METHODS, CASES), *products(TRANSPOSED_METHODS, TRANSPOSED_CASES)], ids=identifier
+)
+def test_the_branch_form_is_the_layer_in_evaluation(
+    method: Method, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = randomised(method, case), case.input()
+
+    def refused(*args: object) -> None:
+        raise AssertionError('the branch form shares a step with what fuses')
+
+    with torch.no_grad():
+        expected = layer(x)
+        for name in ('_compose', '_mix', '_coefficients', 'equivalent_kernel', 'fuse'):
+            monkeypatch.setattr(type(layer), name, refused, raising=False)
+        assert relative_difference(layer.branch_form()(x), expected) <= 1e-12
+
+
+@every_layer
+def test_a_convolution_without_channels_is_refused(method: Method) -> None:
+    for channels in ((0, 4), (4, 0)):
+        with pytest.raises(ReparamError, match=f'{method.cls.__name__}: expected at least one .*channel'):
+            method.cls(*channels, 3)
+    with pytest.raises(ReparamError, match='expected at least one'):
+        method.cls.from_conv(nn.Conv2d(0, 4, 3))
+
+
+@every_layer
+def test_a_weight_that_is_no_parameter_is_refused(method: Method) -> None:
+    for name in ('weight', 'bias'):
+        conv = nn.Conv2d(4, 6, 3)
+        value = getattr(conv, name).detach()
+        delattr(conv, name)
+        conv.register_buffer(name, value)
+        with pytest.raises(ReparamError, match=f'expected {name} to be a parameter, got a buffer; leave it out'):
+            method.cls.from_conv(conv)

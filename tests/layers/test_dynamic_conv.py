@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.utils.parametrize as parametrize
 from timm.layers import set_exportable
 from timm.utils import ModelEmaV3
 from torch.utils.checkpoint import checkpoint
@@ -677,3 +678,24 @@ def test_small_random_starts(dtype: torch.dtype) -> None:
     assert (torch.corrcoef(values.flatten(1)) - torch.eye(3)).abs().max() < 0.03
     following = torch.corrcoef(torch.stack([values.flatten()[:-1], values.flatten()[1:]]))
     assert following[0, 1].abs() < 0.02
+
+
+def test_kernels_of_an_input_without_a_batch() -> None:
+    layer = scheduled(10, position=5).eval()
+    x = torch.randn(3, layer.in_channels, 5, 5, dtype=layer.weight.dtype)
+    for kernel, sample in zip(layer.sample_kernels(x), x):
+        torch.testing.assert_close(layer.sample_kernels(sample), kernel)
+
+
+def test_a_parametrised_layer_is_fused() -> None:
+    layer = scheduled(10, position=5)
+    layer.attention.fc2.weight.requires_grad_(False)
+    parametrize.register_parametrization(layer, 'residual_weight', nn.Tanh())
+    parametrize.register_parametrization(layer.attention.fc1, 'weight', nn.Tanh())
+    parametrize.register_parametrization(layer.attention.fc2, 'bias', nn.Tanh())
+    fused = layer.fuse()
+    assert type(fused) is DynamicConv2d and fused.temperature is None
+    assert torch.equal(fused.residual_weight, layer.residual_weight)
+    assert fused.residual_weight.requires_grad and not fused.attention.fc2.weight.requires_grad
+    x = torch.randn(3, layer.in_channels, 5, 5, dtype=layer.weight.dtype)
+    torch.testing.assert_close(fused.eval()(x), layer.eval()(x))

@@ -244,6 +244,9 @@ class ReparamLayer(_ConvNd):
                 f'{name}: the convolution carries hooks (a weight or spectral norm, perhaps) or a forward of its own, '
                 'which conversion would lose; remove them first, or leave it out with skip='
             )
+        for role in ('weight', 'bias'):
+            if role in conv._buffers:
+                raise ReparamError(f'{name}: expected {role} to be a parameter, got a buffer; leave it out with skip=')
         if not conv.weight.is_floating_point():
             raise ReparamError(f'{name}: expected real weights, got {conv.weight.dtype}; leave it out with skip=')
         unknown = sorted(set(options) - set(cls.option_names()))
@@ -282,6 +285,11 @@ class ReparamLayer(_ConvNd):
 
     def reset_parameters(self) -> None:
         """Draw a new start, as the constructor does: torch's for `weight` and `bias`, the method's for the rest."""
+        if not self.weight.numel():
+            raise ReparamError(
+                f'{type(self).__name__}: expected at least one input and one output channel, got {self.in_channels} and '
+                f'{self.out_channels}; leave it out with skip='
+            )
         if not self.weight.is_meta:
             super().reset_parameters()
         # torch's constructor calls this before the method has added anything

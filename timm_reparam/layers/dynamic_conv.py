@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from timm.layers import is_exportable
 from timm.layers.padding import pad_same
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..errors import ReparamError
 from .base import (
@@ -30,6 +31,7 @@ from .base import (
     autocast_disabled,
     conv_arguments,
     draw_small,
+    exact,
     exact_copy,
     fx_leaf,
     give_memory,
@@ -436,8 +438,10 @@ class DynamicConv2d(ReparamConv2d):
             x: Input (batch, in_channels, height, width).
 
         Returns:
-            Kernels (batch, out_channels, in_channels/groups, kh, kw).
+            Kernels (batch, out_channels, in_channels/groups, kh, kw); without the batch if the input has none.
         """
+        if x.dim() == 3:
+            return self.sample_kernels(x.unsqueeze(0)).squeeze(0)
         with autocast_disabled(self.weight.device.type):
             coefficients = self._coefficients(x, self.current_temperature())
             return self._mix(coefficients, self.weight, self.residual_weight)
@@ -597,12 +601,7 @@ class DynamicConv2d(ReparamConv2d):
         Returns:
             A fresh DynamicConv2d without a schedule, with the same device, dtype and mode.
         """
-        # all that fusing changes; the kernels, which are many, are copied as they are
-        fc2 = exact_copy(self.attention.fc2)
-        temperature = self.current_temperature().to(fc2.weight.device)
-        fc2.weight.div_(temperature)
-        fc2.bias.div_(temperature)
-        layer = type(self)(
+        layer = type_before_parametrizations(self)(
             **conv_arguments(self),
             device='meta',
             dtype=self.weight.dtype,
@@ -613,11 +612,16 @@ class DynamicConv2d(ReparamConv2d):
         give_memory(layer, self.weight.device)
         layer.tf_same = self.tf_same
         layer.exportable = self.exportable
-        state = {name: value for name, value in self.state_dict().items() if name not in _SCHEDULE}
-        state.update({f'attention.fc2.{name}': value for name, value in fc2.state_dict().items()})
-        layer.load_state_dict(state)
-        for (_, new), (_, old) in zip(layer.named_parameters(), self.named_parameters()):
-            new.requires_grad_(old.requires_grad)
+        parameters = dict(self.named_parameters())
+        trainable = any(parameter.requires_grad for parameter in parameters.values())
+        for name, new in layer.named_parameters():
+            owner, _, part = name.rpartition('.')
+            value = getattr(self.get_submodule(owner), part)  # no entry of the state dict, where it is parametrised
+            if owner == 'attention.fc2':  # all that changes
+                value = exact(value)
+                value = value / self.current_temperature().to(value.device)
+            new.copy_(value)
+            new.requires_grad_(parameters[name].requires_grad if name in parameters else trainable)
         return layer.train(self.training)
 
     @torch.no_grad()
