@@ -287,7 +287,7 @@ class ReparamLayer(_ConvNd):
         """Draw a new start, as the constructor does: torch's for `weight` and `bias`, the method's for the rest."""
         if not self.weight.numel():
             raise ReparamError(
-                f'{type(self).__name__}: expected at least one input and one output channel, got {self.in_channels} and '
+                f'{type(self).__name__}: expected at least one input and output channel, got {self.in_channels} and '
                 f'{self.out_channels}; leave it out with skip='
             )
         if not self.weight.is_meta:
