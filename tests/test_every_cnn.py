@@ -2,12 +2,17 @@
 
 import every_cnn
 import pytest
+import torch
 
 from timm_reparam.convert import VARIANTS
 
 TABLE = every_cnn.read()
 ARCHITECTURES = sorted({architecture for architecture, _ in TABLE})
 # even kernels, blocks that fold themselves (all of the convolutions, or some), SAME padding in groups of several sizes
+IN_HALF_PRECISION = (
+    *('convnext_zepto_rms', 'cspnext_tiny', 'densenet121', 'edgenext_xx_small', 'ghostnet_050', 'lcnetv2_small'),
+    *('mobilenetv3_small_050', 'regnetx_002', 'repghostnet_050', 'resnetv2_18', 'skresnet18', 'starnet_s050'),
+)
 FEW = ('convnext_zepto_rms', 'levit_128s', 'fastvit_t8', 'tf_mixnet_s')
 
 
@@ -48,3 +53,20 @@ def test_every_row_is_what_it_was(architecture: str) -> None:
 @pytest.mark.timeout(3600)
 def test_the_table_holds_the_smallest_of_every_module() -> None:
     assert ARCHITECTURES == sorted(every_cnn.architectures())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+def test_the_right_fusion_is_verified(architecture: str) -> None:
+    for variant, report in every_cnn.reports(architecture):
+        assert report.passed, f'{variant}: {report}'
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=['bfloat16', 'float16'])
+@pytest.mark.parametrize('architecture', IN_HALF_PRECISION)
+def test_the_right_fusion_is_verified_in_half_precision(architecture: str, dtype: torch.dtype) -> None:
+    for variant, report in every_cnn.reports(architecture, dtype=dtype):
+        assert report.passed, f'{variant}: {report}'

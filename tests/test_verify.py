@@ -18,6 +18,7 @@ import timm_reparam
 from timm_reparam import DOConv2d, ReparamError, convert_model, fuse_model, is_variant, verify_fusion
 from timm_reparam._measure import cpu_allocations
 from timm_reparam.convert import VARIANTS
+from timm_reparam.fold import norm_scale_shift, scale_outputs
 from timm_reparam.layers import ReparamConv2d
 
 STATIC = ('acconv', 'doconv', 'refconv')
@@ -193,6 +194,35 @@ def test_a_norm_that_was_not_folded_is_missed() -> None:
     wrong = fuse_model(model)
     wrong.layer2[0].downsample[2] = nn.Identity()
     assert 'layer2.0.downsample.2' in str(verify_fusion(model, wrong, inputs=images(2, 3, 32, 32)))
+
+
+class Twice(nn.Module):
+    """A norm that takes one of two outputs of a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(5, 5, 3, padding=1)
+        self.bn = nn.BatchNorm2d(5)
+        self.last = nn.BatchNorm2d(5)
+        nn.init.zeros_(self.last.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        return x + self.last(self.conv(self.bn(y)))
+
+
+def test_a_norm_that_could_not_be_folded_is_missed() -> None:
+    model = convert_model(Twice(), 'doconv').eval()
+    nn.init.normal_(model.conv.depthwise_weight, std=0.1)
+    nn.init.uniform_(model.bn.running_var, 0.5, 1.5)
+    x = images(2, 5, 6, 6)
+    assert verify_fusion(model, fuse_model(model, fold_bn=True), inputs=x).passed
+    wrong = fuse_model(model)
+    scale_outputs(wrong.conv, *norm_scale_shift(wrong.bn))
+    wrong.bn = nn.Identity()
+    report = verify_fusion(model, wrong, inputs=x)
+    assert report.stored <= report.bound, 'hidden'
+    assert 'bn: expected BatchNorm2d, which no convolution has taken in' in report.problems
 
 
 # --- outputs -------------------------------------------------------------------------------------------------------

@@ -317,8 +317,7 @@ class _Verification:
         checks = {check.names[0]: check for check in self.checks}
         convs = {names[0]: (names, counterpart) for names, _, counterpart, _ in self.convs.values()}
         for name, norm in self.folded.values():
-            makers = taken.get(name, set())
-            maker = makers.pop() if len(makers) == 1 else ''
+            maker = taken.get(name, '')
             if maker in convs and maker not in checks:
                 checks[maker] = self._check(*convs[maker])
                 self.checks.append(checks[maker])
@@ -331,15 +330,16 @@ class _Verification:
             if names[0] not in checks:
                 self.problems += differing
 
-    def _inputs_of_norms(self, batch: torch.Tensor) -> dict[str, set[str]]:
-        """Names of the convolutions whose output goes straight into each folded norm, by its name."""
+    def _inputs_of_norms(self, batch: torch.Tensor) -> dict[str, str]:
+        """The convolution whose every output goes straight into a folded norm, by the norm's name."""
         made: dict[int, tuple[weakref.ref, str]] = {}
-        taken: dict[str, set[str]] = {}
+        calls: Counter[str] = Counter()
+        taken: dict[str, list[str]] = {}
 
         def note_output(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
-                if isinstance(output, torch.Tensor):
-                    made[id(output)] = weakref.ref(output), name
+                calls[name] += 1
+                made[id(output)] = weakref.ref(output), name
 
             return hook
 
@@ -347,7 +347,7 @@ class _Verification:
             def hook(module: nn.Module, args: Any) -> None:
                 reference, maker = made.get(id(args[0]), (None, ''))
                 is_same = reference is not None and reference() is args[0]
-                taken.setdefault(name, set()).add(maker if is_same else '')
+                taken.setdefault(name, []).append(maker if is_same else '')
 
             return hook
 
@@ -357,7 +357,7 @@ class _Verification:
         handles += [modules[name].register_forward_pre_hook(note_input(name)) for name, _ in self.folded.values()]
         with _removed_afterwards(handles):
             self._run(self.own, batch)
-        return taken
+        return {name: makers[0] for name, makers in taken.items() if makers == [makers[0]] * calls[makers[0]]}
 
     def _outputs(self, batch: torch.Tensor) -> dict[str, list[torch.Tensor]]:
         """Run all models on a batch; return the outputs in their own dtype, and keep the largest differences."""
