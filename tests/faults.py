@@ -38,12 +38,13 @@ class Block(nn.Module):
         self.conv1 = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(CHANNELS)
         self.act1 = nn.LeakyReLU(0.1)
+        self.idle = nn.Dropout(0.1)
         self.conv2 = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, groups=2)
         self.bn2 = BatchNormAct2d(CHANNELS, apply_act=False)
         self.act2 = nn.Hardswish()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.act2(x + self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x))))))
+        return self.act2(x + self.bn2(self.conv2(self.idle(self.act1(self.bn1(self.conv1(x)))))))
 
 
 class Net(nn.Module):
@@ -62,6 +63,7 @@ class Net(nn.Module):
         self.spare = nn.Conv2d(CHANNELS, CHANNELS, 3)
         self.point = nn.Conv2d(CHANNELS, CHANNELS, 1)
         self.pool = nn.AvgPool2d(2)
+        self.pools = nn.Sequential(nn.Hardtanh(), nn.Tanh())
         self.group_norm = nn.GroupNorm(2, CHANNELS)
         self.scale = 0.5
         self.head = nn.Linear(CHANNELS, 5)
@@ -70,7 +72,7 @@ class Net(nn.Module):
         x = self.blocks(self.bn(self.stem(x)))
         x = self.again(self.again(x)) * self.scale
         x = self.reflect(self.up(self.norm_act(self.same(x))))
-        x = self.group_norm(self.pool(self.point(x)))
+        x = self.group_norm(self.pools(self.pool(self.point(x))))
         return self.head(x.mean((2, 3)))
 
 
@@ -200,6 +202,17 @@ def doubling(module: Any, fused: nn.Module, of_model: Any) -> nn.Module:
     return module
 
 
+class Ten(nn.Identity):
+    """Nothing that is idle."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 10 * x
+
+
+def reordered(module: nn.Module, fused: nn.Module, of_model: nn.Module) -> None:
+    module._modules = dict(reversed(module._modules.items()))
+
+
 def of_the_other_block(module: nn.Module, fused: Any, of_model: Any) -> nn.Module:
     first, second = (block.conv1 for block in fused.blocks)
     return copy.deepcopy(second if module is first else first)
@@ -326,6 +339,11 @@ FAULTS = (
     Fault('a class of another function', CONV1, doubling, STATIC),
     Fault('a layer that is skipped', CONV1, instead(nn.Identity)),
     Fault('a forward of its own', CONV1, set_attributes(forward=lambda x: x)),
+    Fault(
+        'a bias in another dtype',
+        'spare',
+        lambda module, fused, layer: setattr(module, 'bias', nn.Parameter(module.bias.double())),
+    ),
     # norms
     Fault('means lost', BN1, set_values('running_mean', torch.zeros_like)),
     Fault('variances lost', BN1, set_values('running_var', torch.ones_like)),
@@ -336,6 +354,7 @@ FAULTS = (
     Fault('the gamma that hides', 'blocks.1.bn2', set_values('weight', torch.ones_like)),
     Fault('another eps', BN1, set_attributes(eps=1e-4)),
     Fault('another momentum', BN1, set_attributes(momentum=0.2)),
+    Fault('a norm with a forward of its own', BN1, set_attributes(forward=lambda x: x)),
     Fault('a norm that is skipped', BN1, instead(nn.Identity)),
     Fault('a norm of another kind', BN1, instead(lambda: nn.InstanceNorm2d(CHANNELS, affine=True))),
     Fault('another number of groups', 'group_norm', set_attributes(num_groups=3)),
@@ -345,6 +364,16 @@ FAULTS = (
     Fault('an activation that is skipped', '{block}.act1', instead(nn.Identity)),
     Fault('another activation of a norm', 'norm_act.act', instead(nn.ReLU)),
     Fault('an activation that is new', '{block}.bn2.act', instead(nn.ReLU)),
+    Fault('an idle module that is none', '{block}.idle', instead(Ten)),
+    Fault('an idle module with a forward of its own', '{block}.idle', set_attributes(forward=lambda x: 2 * x)),
+    Fault(
+        'a class of the same name',
+        '{block}.act1',
+        instead(
+            type('LeakyReLU', (nn.LeakyReLU,), {'forward': lambda self, x: x, '__module__': nn.LeakyReLU.__module__})
+        ),
+    ),
+    Fault('modules in another order', 'pools', reordered),
     Fault('another pooling', 'pool', set_attributes(ceil_mode=True)),
     Fault('pooling of another kind', 'pool', instead(lambda: nn.MaxPool2d(2))),
     Fault('another number of the model', '', set_attributes(scale=0.51)),
@@ -417,6 +446,7 @@ FAULTS = (
         variants=('refconv',),
         broken=wrapped('_compose', lambda self, kernel: kernel - self.weight),
     ),
+    Fault('a layer that is not what its method says', broken=wrapped('forward', lambda self, y: 1.5 * y)),
     # dynamic convolution
     Fault('a temperature that is not folded in', CONV1, not_divided, DYNAMIC),
     Fault('residual kernels of zeros', CONV1, set_values('residual_weight', torch.zeros_like), DYNAMIC),

@@ -196,6 +196,47 @@ def test_a_norm_that_was_not_folded_is_missed() -> None:
     assert 'layer2.0.downsample.2' in str(verify_fusion(model, wrong, inputs=images(2, 3, 32, 32)))
 
 
+class Hidden(nn.Module):
+    """A convolution and a norm, which looks as if it were folded, with something between or beside them."""
+
+    def __init__(self, between, kernel_size: int) -> None:
+        super().__init__()
+        self.between = between
+        self.conv = nn.Conv2d(5, 5, kernel_size, padding=kernel_size // 2)
+        self.bn = nn.BatchNorm2d(5)
+        self.other = nn.Conv2d(5, 5, 3, padding=1)
+        self.last = nn.BatchNorm2d(5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.last(self.other(self.between(self.conv(x), self.bn)))
+
+
+@pytest.mark.parametrize('kernel_size', [1, 3])
+@pytest.mark.parametrize(
+    'between, is_right',
+    [
+        (lambda y, bn: bn(y), True),
+        (lambda y, bn: bn(y.relu_()), False),
+        (lambda y, bn: bn(y.mul_(2).add_(1)), False),
+        (lambda y, bn: bn(y) + y, False),
+        (lambda y, bn: bn(y + 1), False),
+    ],
+    ids=['alone', 'relu in place', 'arithmetic in place', 'read twice', 'another tensor'],
+)
+def test_a_norm_takes_the_output_of_its_convolution_alone(between, is_right: bool, kernel_size: int) -> None:
+    model = disturbed(convert_model(Hidden(between, kernel_size), 'doconv')).eval()
+    nn.init.zeros_(model.last.weight)
+    folded = copy.deepcopy(model).double()
+    scale_outputs_of = folded.conv.fuse() if is_variant(folded.conv) else folded.conv
+    scale_outputs(scale_outputs_of, *norm_scale_shift(model.bn))
+    wrong = fuse_model(model)
+    wrong.conv, wrong.bn = scale_outputs_of.float(), nn.Identity()
+    x = images(2, 5, 6, 6)
+    report = verify_fusion(model, wrong, inputs=x)
+    assert report.passed == is_right and report.stored <= report.bound
+    assert is_right or 'bn: expected BatchNorm2d, which no convolution has taken in' in report.problems
+
+
 class Twice(nn.Module):
     """A norm that takes one of two outputs of a convolution."""
 
@@ -286,6 +327,109 @@ def test_a_model_that_cannot_run_is_said() -> None:
         ReparamError, match=r'(?s)the fused ResNet cannot run.*layer2.0.conv1: stride: expected \(2, 2\)'
     ):
         verify_fusion(model, wrong, inputs=images(2, 3, 32, 32))
+
+
+def test_a_complex_parameter_is_not_cast_to_a_real_one() -> None:
+    class Spectral(Around):
+        def __init__(self) -> None:
+            super().__init__(lambda y: y)
+            self.weight = nn.Parameter(torch.randn(5, 6, 6, dtype=torch.complex64))
+            self.gain = 1.0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.fft.fft2(self.conv(x).float()) * self.weight * self.gain
+
+    model = disturbed(convert_model(Spectral(), 'doconv')).eval()
+    x = images(2, 5, 8, 8)
+    for dtype in (torch.float32, torch.bfloat16):
+        fused = fuse_model(model)
+        for parameter in fused.parameters():
+            if not parameter.is_complex():
+                parameter.data = parameter.data.to(dtype)
+        report = verify_fusion(model, fused, inputs=x)
+        assert report.passed and report.own < 0.1, report
+        fused.gain = 1.5
+        assert not verify_fusion(model, fused, inputs=x).stored <= 0.4
+
+
+def test_outputs_of_different_sizes_are_compared_each_by_its_own() -> None:
+    model = around(lambda y: {'big': y * 1e10, 'small': y})
+    wrong = fuse_model(model)
+    wrong.function = lambda y: {'big': y * 1e10, 'small': 1.001 * y}
+    report = verify_fusion(model, wrong, inputs=images(2, 5, 8, 8))
+    assert report.stored > report.bound
+
+
+def test_outputs_that_are_masked() -> None:
+    mask = torch.tensor([0.0, -math.inf, 0.0, math.nan, 0.0])[:, None, None]
+    model = around(lambda y: y + mask.to(y))
+    assert verify_fusion(model, inputs=images(2, 5, 8, 8)).passed
+    wrong = fuse_model(model)
+    wrong.function = lambda y: y + mask.flip(0).roll(1).to(y)
+    assert not verify_fusion(model, wrong, inputs=images(2, 5, 8, 8)).passed
+    nothing = around(lambda y: y * math.nan)
+    assert not verify_fusion(nothing, inputs=images(2, 5, 8, 8)).passed
+
+
+def test_batches_without_samples_are_skipped() -> None:
+    model = small('doconv')
+    report = verify_fusion(model, fuse_model(model, fold_bn=True), inputs=[images(0, 3, 32, 32), images(2, 3, 32, 32)])
+    assert report.passed and report.num_inputs == 2
+    with pytest.raises(ReparamError, match='at least one input'):
+        verify_fusion(model, inputs=[images(0, 3, 32, 32)])
+    with pytest.raises(ReparamError, match='got a single number'):
+        verify_fusion(model, inputs=torch.tensor(1.0))
+    with pytest.raises(ReparamError, match='got int; pass a tensor'):
+        verify_fusion(model, inputs=3)
+    with pytest.raises(ReparamError, match='got ResNet on the meta device'):
+        verify_fusion(copy.deepcopy(model).to('meta'), fuse_model(model))
+
+
+def test_norms_may_stay_in_float32() -> None:
+    model = small('acconv')
+    fused = fuse_model(model).bfloat16()
+    for module in fused.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.float()
+    stock = fuse_model(model)
+    for module, other in zip(fused.modules(), stock.modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            module.load_state_dict(other.state_dict())
+    report = verify_fusion(model, fused, inputs=images(2, 3, 32, 32))
+    assert report.passed, report
+
+
+def test_functions_that_are_made_with_each_model() -> None:
+    def make(factor: float) -> nn.Module:
+        torch.manual_seed(0)
+        return Around(lambda y: factor * y)
+
+    model = disturbed(convert_model(make(2.0), 'refconv')).eval()
+    x = images(2, 5, 8, 8)
+    for factor in (2.0, 2.5):
+        other = make(factor)
+        other.load_state_dict(fuse_model(model).state_dict())
+        assert verify_fusion(model, other, inputs=x).passed == (factor == 2.0)
+
+
+def test_settings_of_torch_that_are_switched_meanwhile_are_put_back() -> None:
+    model, x = around(lambda y: y), images(2, 5, 8, 8)
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, 'fp32_precision'):
+        pytest.skip('this torch has only the older function')
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = 'tf32'
+        assert verify_fusion(model, inputs=x).passed
+        assert matmul.fp32_precision == 'tf32'
+    finally:
+        matmul.fp32_precision = before
+    torch.get_float32_matmul_precision()
+
+
+def test_transposed_convolutions_that_crop_much() -> None:
+    model = disturbed(convert_model(nn.Sequential(nn.ConvTranspose2d(5, 6, 3, padding=10)), 'doconv')).eval()
+    assert verify_fusion(model, inputs=images(2, 5, 40, 40)).passed
 
 
 # --- the report ----------------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ class Comparison:
         layers: The variant layers and what stands in their place, by their ids: (names, layer, counterpart).
         convs: The plain convolutions whose tensors differ, likewise, and how: right only where a norm was folded in.
         folded: The norms of the model in whose place is only what follows them, by id, with their names.
+        dtypes: To what the floating-point tensors of each dtype were cast.
     """
 
     def __init__(self, model: nn.Module, fused: nn.Module) -> None:
@@ -53,7 +54,7 @@ class Comparison:
         self.layers: dict[tuple[int, int], tuple[list[str], ReparamLayer, nn.Module]] = {}
         self.convs: dict[tuple[int, int], tuple[list[str], nn.Module, nn.Module, list[str]]] = {}
         self.folded: dict[int, tuple[str, nn.Module]] = {}
-        self._dtypes: dict[torch.dtype, torch.dtype] = {}
+        self.dtypes: dict[torch.dtype, torch.dtype] = {}
         self._seen: set[tuple[int, int]] = set()
         self._compare('', model, fused)
 
@@ -66,9 +67,12 @@ class Comparison:
             return
         if place in self.convs:
             self.convs[place][0].append(name)
-        if place in self._seen or (isinstance(module, _IDLE) and isinstance(other, _IDLE)):
+        if place in self._seen:
             return
         self._seen.add(place)
+        self._compare_forwards(name, module, other)
+        if type(module) in _IDLE and type(other) in _IDLE:
+            return
         if type(module) in _BATCH_NORMS:
             if type(other) in _BATCH_NORMS:
                 self._compare_norms(name, module, other)
@@ -77,7 +81,7 @@ class Comparison:
             self._compare_steps(name, module, other)
             return
         if _kind(module) != _kind(other):
-            self._add(name, 'type', type(module).__name__, type(other).__name__)
+            self._add(name, 'type', *(f'{type(each).__module__}.{type(each).__qualname__}' for each in (module, other)))
             return
         self.problems += [f'{name or "the model"}: {text}' for text in differing_settings(module, other)]
         differing = list(self._differing_tensors(name, module, other))
@@ -88,7 +92,19 @@ class Comparison:
             self.problems += differing
         self._compare_children(name, module, other)
 
+    def _compare_forwards(self, name: str, module: nn.Module, other: nn.Module) -> None:
+        """Compare the forwards that modules have of their own, instead of their class's."""
+        ours, theirs = (_plain(vars(each).get('forward')) for each in (module, other))
+        if ours != theirs:
+            self._add(name, 'forward', *('that of the class' if f is None else 'its own' for f in (ours, theirs)))
+
     def _compare_children(self, name: str, module: nn.Module, other: nn.Module) -> None:
+        if type(module) in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
+            orders = [
+                [key for key in m._modules if key in module._modules and key in other._modules] for m in (module, other)
+            ]
+            if orders[0] != orders[1]:
+                self._add(name, 'order of the modules', *orders)
         for key in {**module._modules, **other._modules}:
             path = f'{name}.{key}' if name else key
             child, counterpart = module._modules.get(key), other._modules.get(key)
@@ -141,10 +157,10 @@ class Comparison:
             yield f'{name}: expected shape {tuple(ours.shape)}, got {tuple(theirs.shape)}'
             return
         expected = self._dtype_of(ours, theirs)
-        if theirs.dtype != expected:
+        if theirs.dtype not in (expected, ours.dtype):  # some stay as they are where the others are cast: norms
             yield f'{name}: expected {expected}, got {theirs.dtype}'
-        cast = ours.detach().to(theirs.device, expected)
-        if not torch.equal(cast, theirs.detach().to(expected)):
+        cast = ours.detach().to(theirs.device, theirs.dtype)
+        if not torch.equal(cast, theirs.detach()):
             difference = (cast.to(_wide(cast)) - theirs.to(_wide(theirs))).abs().max().item()
             yield f"{name}: expected the model's values, got others, by up to {difference:.3g}"
 
@@ -152,13 +168,13 @@ class Comparison:
         """The dtype that a tensor has to have: what the first one of its dtype was cast to."""
         if not ours.is_floating_point():
             return theirs.dtype if ours.is_complex() and theirs.is_complex() else ours.dtype
-        return self._dtypes.setdefault(ours.dtype, theirs.dtype)
+        return self.dtypes.setdefault(ours.dtype, theirs.dtype)
 
     def _note_dtypes(self, name: str, layer: nn.Module, other: nn.Module) -> None:
         ours, theirs = (getattr(module, 'weight', None) for module in (layer, other))
         if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
             expected = self._dtype_of(ours, theirs)
-            if theirs.dtype != expected:
+            if theirs.dtype not in (expected, ours.dtype):
                 self.problems.append(f'{name}.weight: expected {expected}, got {theirs.dtype}')
 
     def _add(self, name: str, what: str, expected: Any, found: Any) -> None:
@@ -177,28 +193,28 @@ def differing_settings(module: nn.Module, other: nn.Module) -> Iterator[str]:
     Yields:
         Texts such as 'stride: expected (1, 1), got (2, 2)'.
     """
-    ours, theirs = vars(module), vars(other)
-    for key in sorted(ours.keys() & theirs.keys()):
-        if (key.startswith('_') and key not in _PRIVATE) or key in _WITHOUT_EFFECT or 'drop' in key:
+    for key in sorted(vars(module).keys() | vars(other).keys()):
+        if (key.startswith('_') and key not in _PRIVATE) or key in _WITHOUT_EFFECT or 'drop' in key or key == 'forward':
             continue
-        expected, found = _plain(ours[key]), _plain(theirs[key])
+        ours, theirs = (getattr(each, key, _MISSING) for each in (module, other))
+        expected, found = _plain(ours), _plain(theirs)
         if _MISSING not in (expected, found) and expected != found:
-            yield f'{key}: expected {ours[key]}, got {theirs[key]}'
-    if ('forward' in ours) != ('forward' in theirs):
-        yield f'forward: expected that of the {"instance" if "forward" in ours else "class"}, got another one'
+            yield f'{key}: expected {ours}, got {theirs}'
     if isinstance(module, torch.fx.GraphModule) and module.code != getattr(other, 'code', None):
         yield 'code: expected that of the model, got another graph'
 
 
-def _kind(module: nn.Module) -> tuple[str, str]:
-    """A module's class by name: torch.fx and torch.nn.utils.parametrize make a class for each instance."""
-    return type(module).__module__, type(module).__qualname__
+def _kind(module: nn.Module) -> tuple[Any, ...]:
+    """A module's class by name and code: torch.fx, torch.nn.utils.parametrize and functions make new ones each time."""
+    cls = type(module)
+    code = None if isinstance(module, torch.fx.GraphModule) else getattr(cls.forward, '__code__', None)
+    return cls.__module__, cls.__qualname__, code
 
 
 def _is_idle(module: nn.Module | None) -> bool:
-    if isinstance(module, nn.Sequential):
+    if type(module) is nn.Sequential:
         return all(_is_idle(child) for child in module)
-    return module is None or isinstance(module, _IDLE)
+    return module is None or (type(module) in _IDLE and 'forward' not in vars(module))
 
 
 def _steps(module: nn.Module) -> list[nn.Module]:
@@ -207,17 +223,19 @@ def _steps(module: nn.Module) -> list[nn.Module]:
         steps = [getattr(module, name) for name in ('drop', 'act') if hasattr(module, name)]
     else:
         steps = list(module) if isinstance(module, nn.Sequential) else [module]
-    return [step for step in steps if not isinstance(step, _IDLE)]
+    return [step for step in steps if not _is_idle(step)]
 
 
 def _plain(value: Any) -> Any:
     """A value that can be compared, or _MISSING."""
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes, type, torch.dtype)):
         return 'nan' if isinstance(value, float) and math.isnan(value) else value
-    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
+    if isinstance(value, types.FunctionType):  # made anew with each model, perhaps
+        return value.__code__, _plain(value.__defaults__), *map(_content, value.__closure__ or ())
+    if isinstance(value, types.BuiltinFunctionType):
         return value
     if isinstance(value, types.MethodType):
-        return value.__func__
+        return _plain(value.__func__)
     if isinstance(value, functools.partial):
         return _plain([value.func, list(value.args), value.keywords])
     if isinstance(value, dict):
@@ -227,6 +245,15 @@ def _plain(value: Any) -> Any:
         values = tuple(_plain(part) for part in value)
         return _MISSING if _MISSING in values else values
     return _MISSING
+
+
+def _content(cell: Any) -> Any:
+    """What a closure holds, if it can be compared."""
+    try:
+        value = cell.cell_contents
+    except ValueError:  # nothing yet
+        return _MISSING
+    return value.__code__ if isinstance(value, types.FunctionType) else _plain(value)  # it may hold itself
 
 
 def _shape(tensor: torch.Tensor | None) -> str:

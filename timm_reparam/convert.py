@@ -468,15 +468,17 @@ def _inner(model: nn.Module) -> nn.Module | None:
     return getattr(model, '_orig_mod', None)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module, caller: str = 'fuse_model') -> nn.Module:
+    """The model inside wrappers; ReparamError if there is none, in the name of the caller."""
     while (inner := _inner(model)) is not None:
         model = inner
-    _refuse_wrapped(model, 'fuse_model')
+    _refuse_wrapped(model, caller)
     return model
 
 
-def unwrap_converted(model: nn.Module) -> nn.Module:
-    model = unwrap(model)
+def unwrap_converted(model: nn.Module, caller: str = 'fuse_model') -> nn.Module:
+    """The same of a model that has to hold variant layers."""
+    model = unwrap(model, caller)
     if variant_of(model) is None:
         raise ReparamError(f'{type(model).__name__} holds no over-parameterised convolution: there is nothing to fuse')
     return model

@@ -51,7 +51,7 @@ class LayerReport:
         kernel: Largest difference of an entry of the fused layer's kernel, bias or other parameter from the exact one,
             in units in the last place of its dtype; at most 1.
         algebra: Between the train-time layer in its branch form (:meth:`ReparamLayer.branch_form`) and its fusion
-            before rounding, both in float64; at most 1e-10 when the algebra is right.
+            before rounding, and its own evaluation, all in float64; at most 1e-10 when the algebra is right.
         stored: Between the train-time layer in its branch form and the fused layer as it is stored, both computed in
             float64.
         own: Between the train-time layer in the fused dtype and its branch form in float64, and on noise between the
@@ -202,7 +202,8 @@ def verify_fusion(
 
     Args:
         model: The converted model.
-        fused: Its fusion, as it will be saved, in the same or in another dtype; fused here when None.
+        fused: Its fusion, as it will be saved: in the dtype of the model, or cast to a narrower one (all of it, or all
+            but some modules, such as norms); fused here when None.
         inputs: A batch, or an iterable of batches, taken one at a time and not kept; None takes 64 seeded random images
             of the model's own input size.
 
@@ -215,13 +216,18 @@ def verify_fusion(
             cannot run; or there are no outputs to compare, others than the model's, or a number of them that depends on
             rounding.
     """
-    model = unwrap_converted(model)
-    fused = fuse_model(model) if fused is None else unwrap(fused)
+    model = unwrap_converted(model, 'verify_fusion')
+    fused = fuse_model(model) if fused is None else unwrap(fused, 'verify_fusion: fused')
     _check_fused(model, fused)
     device = next(model.parameters()).device
     batches = _seeded_images(model).split(_VERIFY_BATCH) if inputs is None else inputs
     if isinstance(batches, torch.Tensor):
         batches = (batches,)
+    if not isinstance(batches, Iterable):
+        raise ReparamError(
+            f'verify_fusion: expected a batch or an iterable of batches as inputs=, got {type(batches).__name__}; '
+            'pass a tensor'
+        )
     with _evaluation(model, fused, device=device):
         return _Verification(model, fused).run(batches)
 
@@ -231,6 +237,11 @@ def _check_fused(model: nn.Module, fused: nn.Module) -> None:
         raise ReparamError(
             'verify_fusion: got the model itself as its fusion, which shows nothing; pass what fuse_model() made of it'
         )
+    for each in (model, fused):
+        if any(parameter.is_meta for parameter in each.parameters()):
+            raise ReparamError(
+                f'verify_fusion: expected weights with values, got {type(each).__name__} on the meta device; load them'
+            )
     for name, module in fused.named_modules():
         if is_variant(module) and not module.input_dependent:
             raise ReparamError(
@@ -249,7 +260,9 @@ class _Verification:
         self.folded, self.convs = comparison.folded, comparison.convs
         self.dtype = _dtype_of(fused)
         # its own rounding is that in the dtype of the fused model
-        self.own = model if _dtype_of(model) == self.dtype else copy.deepcopy(model).to(self.dtype).eval()
+        self.own = model
+        if any(ours != theirs for ours, theirs in comparison.dtypes.items()):
+            self.own = _cast_copy(model, fused).eval()
         self.exact = exact_copy(model).eval()
         # The two share what fusing leaves as it is: nothing is trained here.
         shared = {id(tensor): tensor for tensor in (*self.exact.parameters(), *self.exact.buffers())}
@@ -258,7 +271,11 @@ class _Verification:
             dict(each.named_modules(remove_duplicate=False)) for each in (self.exact, self.exact_fused, self.own)
         ]
         self.checks = [self._check(names, counterpart) for names, _, counterpart in comparison.layers.values()]
-        self.largest = dict.fromkeys(('output', 'algebra', 'stored', 'own'), 0.0)
+        # by output, whose sizes may differ by orders of magnitude
+        self.largest: dict[str, list[float]] = {name: [] for name in ('output', 'algebra', 'stored', 'own')}
+
+    def _figure(self, name: str) -> float:
+        return _worst_ratio(self.largest[name], self.largest['output'])
 
     def _check(self, names: list[str], counterpart: nn.Module) -> '_LayerCheck':
         exact, exact_fused, own = (modules[names[0]] for modules in self.modules)
@@ -273,6 +290,10 @@ class _Verification:
                     f'verify_fusion: expected tensors as inputs=, got a batch of type {type(batch).__name__}; leave '
                     'labels and the like out'
                 )
+            if not batch.dim():
+                raise ReparamError('verify_fusion: expected batches as inputs=, got a single number; pass a batch')
+            if not len(batch):
+                continue
             if not num_inputs:
                 self._start(batch)
             outputs = self._outputs(batch)
@@ -284,8 +305,7 @@ class _Verification:
             del batch, outputs  # gone before the next one is made
         if not num_inputs:
             raise ReparamError('verify_fusion: expected at least one input, got none; pass a batch as inputs=')
-        scale = self.largest['output'] or 1.0
-        algebra, stored, own = (self.largest[name] / scale for name in ('algebra', 'stored', 'own'))
+        algebra, stored, own = (self._figure(name) for name in ('algebra', 'stored', 'own'))
         shape, dtype = like
         # The rounding of the kernels, the same for all inputs, may happen to cancel in one model and not in the other.
         if stored > max(2 * own, _ALGEBRA_BOUND) and dtype.is_floating_point:
@@ -333,21 +353,22 @@ class _Verification:
 
     def _inputs_of_norms(self, batch: torch.Tensor) -> dict[str, str]:
         """The convolution whose every output goes straight into a folded norm, by the norm's name."""
-        made: dict[int, tuple[weakref.ref, str]] = {}
+        made: dict[int, tuple[weakref.ref, int, str]] = {}
         calls: Counter[str] = Counter()
         taken: dict[str, list[str]] = {}
 
         def note_output(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
+            def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
                 calls[name] += 1
-                made[id(output)] = weakref.ref(output), name
+                made[id(output)] = weakref.ref(output), output._version, name
 
             return hook
 
         def note_input(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any) -> None:
-                reference, maker = made.get(id(args[0]), (None, ''))
-                is_same = reference is not None and reference() is args[0]
+            def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+                reference, version, maker = made.get(id(args[0]), (None, 0, ''))
+                # the same tensor, and nothing was done to it in place
+                is_same = reference is not None and reference() is args[0] and args[0]._version == version
                 taken.setdefault(name, []).append(maker if is_same else '')
 
             return hook
@@ -358,7 +379,33 @@ class _Verification:
         handles += [modules[name].register_forward_pre_hook(note_input(name)) for name, _ in self.folded.values()]
         with _removed_afterwards(handles):
             self._run(self.own, batch)
-        return {name: makers[0] for name, makers in taken.items() if makers == [makers[0]] * calls[makers[0]]}
+        pairs = {name: makers[0] for name, makers in taken.items() if makers == [makers[0]] * calls[makers[0]]}
+        if self._are_read_elsewhere(batch, pairs):
+            pairs = {norm: conv for norm, conv in pairs.items() if not self._are_read_elsewhere(batch, {norm: conv})}
+        return pairs
+
+    def _are_read_elsewhere(self, batch: torch.Tensor, pairs: Mapping[str, str]) -> bool:
+        """Whether anything but its norm reads the output of a convolution: where that is NaN, an output is, too.
+
+        gamma = 0 hides nothing here: 0 times NaN is NaN.
+        """
+        kept: dict[str, list[torch.Tensor]] = {norm: [] for norm in pairs}
+        modules = self.modules[-1]
+
+        def keep(name: str) -> Any:
+            return modules[name].register_forward_hook(lambda module, args, output: kept[name].append(output.clone()))
+
+        def give_back(name: str) -> Any:
+            return modules[name].register_forward_hook(lambda module, args, output: kept[name].pop(0))
+
+        def poison(name: str) -> Any:
+            return modules[name].register_forward_hook(lambda module, args, output: torch.full_like(output, math.nan))
+
+        with _removed_afterwards([keep(norm) for norm in pairs]):
+            before = self._run(self.own, batch)
+        with _removed_afterwards([*map(poison, pairs.values()), *map(give_back, pairs)]):
+            after = self._run(self.own, batch)
+        return any(map(torch.Tensor.any, _differences(after, before)))
 
     def _outputs(self, batch: torch.Tensor) -> dict[str, list[torch.Tensor]]:
         """Run all models on a batch; return the outputs in their own dtype, and keep the largest differences."""
@@ -369,9 +416,12 @@ class _Verification:
         outputs['algebra'] = self._run(self.exact_fused, batch)
         outputs['stored'] = self._run(self.fused, batch)
         self._check_shapes(reference, outputs)
-        self.largest['output'] = _maximum(self.largest['output'], reference)
-        for name, values in outputs.items():
-            self.largest[name] = _maximum(self.largest[name], _differences(values, reference))
+        for name, values in (
+            ('output', _sizes(reference)),
+            *((n, _differences(v, reference)) for n, v in outputs.items()),
+        ):
+            before = self.largest[name] or [0.0] * len(values)
+            self.largest[name] = [_maximum(largest, [value]) for largest, value in zip(before, values, strict=True)]
         return outputs
 
     def _check_shapes(self, reference: list[torch.Tensor], outputs: Mapping[str, list[torch.Tensor]]) -> None:
@@ -411,7 +461,8 @@ class _Verification:
 
     def _run(self, model: nn.Module, batch: torch.Tensor) -> list[torch.Tensor]:
         """Every floating-point or complex tensor that a model returns, in order; the exact models run in float64."""
-        is_exact, is_fused = model in (self.exact, self.exact_fused), model in (self.fused, self.exact_fused)
+        is_exact, is_fused = model is self.exact or model is self.exact_fused, model is not self.own
+        is_fused = is_fused and model is not self.exact
         dtype = torch.float64 if is_exact else _dtype_of(model)
         try:
             # for tensors that a forward makes without saying a dtype
@@ -438,23 +489,34 @@ class _Verification:
         That is within what the layers may differ by, one unit in the last place.
         """
         generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(_VERIFY_BATCH, *shape, generator=generator).to(dtype)
+        noise = torch.randn(_VERIFY_BATCH, *shape, generator=generator, device='cpu').to(dtype)
         reference = self._run(self.exact, noise)
-        largest = _maximum(0.0, _differences(self._run(self.own, noise), reference))
-        rounded = copy.deepcopy(self.fused)
+        largest = self._relative(self._run(self.own, noise), reference)
+        rounded = _cast_copy(self.exact_fused, self.fused)  # of what is right, whatever the fused model is
         modules = dict(rounded.named_modules(remove_duplicate=False))
         for _ in range(_RANDOM_ROUNDINGS):
             for check in self.checks:
-                if not check.problems:
-                    _round_at_random(modules[check.names[0]], check.expected(), generator)
-            largest = _maximum(largest, _differences(self._run(rounded, noise), reference))
-        return largest / (_maximum(0.0, reference) or 1.0)
+                _round_at_random(modules[check.names[0]], check.exact_fused, generator)
+            largest = max(largest, self._relative(self._run(rounded, noise), reference))
+        return largest
+
+    @staticmethod
+    def _relative(values: list[torch.Tensor], reference: list[torch.Tensor]) -> float:
+        """The largest difference of outputs, each over the largest entry of its reference."""
+        differences, sizes = (
+            [_maximum(0.0, [t]) for t in ts] for ts in (_differences(values, reference), _sizes(reference))
+        )
+        return _worst_ratio(differences, sizes)
 
     def _rounding_in_float64(self, shape: torch.Size, dtype: torch.dtype) -> float:
         """How far the outputs in float64 move when the input does by 2**-40 of itself: more if the model rounds."""
-        noise = torch.randn(_NOISE_SAMPLES, *shape, generator=torch.Generator().manual_seed(0)).to(dtype).double()
+        noise = (
+            torch.randn(_NOISE_SAMPLES, *shape, generator=torch.Generator().manual_seed(0), device='cpu')
+            .to(dtype)
+            .double()
+        )
         reference, moved = (self._run(self.exact, x) for x in (noise, noise * (1 + 2.0**-40)))
-        return _maximum(0.0, _differences(moved, reference)) / (_maximum(0.0, reference) or 1.0)
+        return self._relative(moved, reference)
 
 
 class _LayerCheck:
@@ -526,17 +588,21 @@ class _LayerCheck:
                 self.problems.append(f'{name}: expected shape {shapes[0]}, got {shapes[1]}')
             else:
                 self.kernel = _maximum(self.kernel, [_units_in_the_last_place(tensors[name], exact_tensors[name])])
+                if tensors[name].is_floating_point() and tensors[name].dtype != found.weight.dtype:
+                    self.problems.append(f'{name}: expected {found.weight.dtype}, got {tensors[name].dtype}')
 
     def compare_on_noise(self) -> None:
         """Compare the function on seeded noise, which no dead channel and no empty map hides anything from."""
         if self.problems:
             return
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(_NOISE_SAMPLES, self.exact.in_channels, *self._noise_size(), generator=generator)
+        x = torch.randn(_NOISE_SAMPLES, self.exact.in_channels, *self._noise_size(), generator=generator, device='cpu')
         # samples that differ in their means, for what depends on those
-        x += torch.randn(*x.shape[:2], 1, 1, generator=generator)
+        x += torch.randn(*x.shape[:2], 1, 1, generator=generator, device='cpu')
         x = x.to(self.own.weight.device, self.own.weight.dtype)
         self._compare('noise', x, self.own.forward(x), {})
+        if self.problems:
+            return
         self._compare_random_roundings(exact(x), generator)
 
     def _compare_random_roundings(self, x: torch.Tensor, generator: torch.Generator) -> None:
@@ -554,8 +620,10 @@ class _LayerCheck:
 
     def _noise_size(self) -> list[int]:
         """Height and width with several places for the kernel, and more than any padding."""
-        layer = self.exact
-        pads = list(getattr(layer, '_reversed_padding_repeated_twice', [0] * 4))
+        layer: Any = self.exact
+        if isinstance(self.exact, nn.ConvTranspose2d):  # whose padding crops the output
+            return [2 * pad // stride + 4 + axis for axis, (pad, stride) in enumerate(zip(layer.padding, layer.stride))]
+        pads = layer._reversed_padding_repeated_twice
         sides = zip(layer.kernel_size, layer.stride, layer.dilation, (max(pads[2:]), max(pads[:2])))
         return [
             max(dilation * (side - 1) + 1 + (2 + axis) * stride, pad + 1)
@@ -575,8 +643,10 @@ class _LayerCheck:
         yield self.own.register_forward_hook(hook, with_kwargs=True, prepend=True)
 
     def _see(self, call: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
+        if self.problems:
+            return
         kwargs = dict(kwargs)
-        x = args[0] if args else kwargs.pop('x', kwargs.pop('input', None))
+        x = args[0] if args else kwargs.pop('x' if 'x' in kwargs else 'input')  # as torch's convolutions call it
         if len(args) > 1:
             kwargs['output_size'] = args[1]
         if x.dim() == 3:
@@ -597,15 +667,19 @@ class _LayerCheck:
         for piece, of_piece in zip(x.split(at_once), own.split(at_once)):
             piece = exact(piece).to(expected.weight.device)
             reference = function(piece, **kwargs)
+            try:  # forward, so that nobody who watches the model sees these calls
+                forms = [each.forward(piece, **kwargs) for each in (self.exact, expected, stored)]
+            except Exception as error:  # it may be of any class
+                self.problems.append(f'cannot run in float64 ({type(error).__name__}: {error})')
+                return
             if self.norm is not None:
-                reference, of_piece = _normalise(self.norm, reference), _normalise(self.own_norm, of_piece)
+                reference, forms[0], of_piece = (
+                    _normalise(norm, values)
+                    for norm, values in ((self.norm, reference), (self.norm, forms[0]), (self.own_norm, of_piece))
+                )
             largest['output'] = _maximum(largest['output'], [reference])
-            # forward, so that nobody who watches the model sees these calls
-            for name, values in (
-                ('algebra', expected.forward(piece, **kwargs)),
-                ('stored', stored.forward(piece, **kwargs)),
-                ('own', of_piece),
-            ):
+            # the layer's own evaluation, too, has to be what its method says
+            for name, values in zip(('algebra', 'algebra', 'stored', 'own'), (*forms, of_piece), strict=True):
                 if values.shape != reference.shape:
                     self.problems.append(f'output: expected shape {tuple(reference.shape)}, got {tuple(values.shape)}')
                     return
@@ -629,7 +703,8 @@ def _units_in_the_last_place(found: torch.Tensor, expected: torch.Tensor) -> flo
         return 0.0 if torch.equal(found.to(expected.device), expected) else math.inf
     if not expected.numel():
         return 0.0
-    slack = _EXACT_SLACK * expected.abs().max()
+    rows = expected.abs().flatten(1).amax(1) if expected.dim() > 1 else expected.abs().max().expand(len(expected))
+    slack = _EXACT_SLACK * rows.view(-1, *[1] * (expected.dim() - 1))
     difference = (found.to(expected.device, torch.float64) - expected).abs()
     return float(((difference - slack).clamp(min=0) / _unit(expected, found.dtype)).max())
 
@@ -645,11 +720,32 @@ def _round_at_random(
     module: nn.Module, exact_module: nn.Module, generator: torch.Generator, dtype: torch.dtype | None = None
 ) -> None:
     """Set a module's parameters to exact ones, each rounded up or down at random, the nearer value more often."""
-    for tensor, values in zip(module.parameters(), exact_module.parameters()):
+    for name, values in exact_module.named_parameters():
+        tensor = module.get_parameter(name)
         unit = _unit(values, tensor.dtype if dtype is None else dtype)
         # drawn on the CPU, so that a GPU gives the same figures
-        draws = torch.rand(values.shape, generator=generator).to(unit)
+        draws = torch.rand(values.shape, generator=generator, device='cpu').to(unit)
         tensor.copy_((values / unit + draws).floor() * unit)
+
+
+def _worst_ratio(differences: Iterable[float], sizes: Iterable[float]) -> float:
+    return _maximum(0.0, [_ratio(*pair) for pair in zip(differences, sizes, strict=True)])
+
+
+def _cast_copy(model: nn.Module, fused: nn.Module) -> nn.Module:
+    """A copy of a model in the dtypes that the tensors have in its fusion."""
+    memo: dict[int, Any] = {}
+    modules = dict(fused.named_modules(remove_duplicate=False))
+    for name, module in model.named_modules():
+        counterpart = modules.get(name)
+        for part in module.modules() if is_variant(module) else (module,):
+            for key, tensor in {**part._parameters, **part._buffers}.items():
+                if tensor is None or not tensor.is_floating_point() or id(tensor) in memo:
+                    continue
+                found = getattr(counterpart, 'weight' if is_variant(module) else key, None)
+                cast = tensor.detach().to(found.dtype if isinstance(found, torch.Tensor) else _dtype_of(fused))
+                memo[id(tensor)] = nn.Parameter(cast) if isinstance(tensor, nn.Parameter) else cast
+    return copy.deepcopy(model, memo)
 
 
 def _ratio(difference: float, scale: float) -> float:
@@ -672,30 +768,50 @@ def _seeded_images(model: nn.Module) -> torch.Tensor:
         )
     channels, height, width = resolve_input_data_config(model)['input_size']
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(_VERIFY_IMAGES, channels, height, width, generator=generator)
+    return torch.randn(_VERIFY_IMAGES, channels, height, width, generator=generator, device='cpu')
 
 
 @contextmanager
 def _evaluation(*models: nn.Module, device: torch.device) -> Iterator[None]:
     """Evaluation mode, no autocast, no TF32; everything is put back."""
     modes = [(module, module.training) for model in models for module in model.modules()]
-    matmul_precision = torch.get_float32_matmul_precision()
     cudnn = torch.backends.cudnn
     devices = [device] if device.type == 'cuda' else []
     try:
-        torch.set_float32_matmul_precision('highest')
         for model in models:
             model.eval()
         with (
             torch.random.fork_rng(devices=devices),
             autocast_disabled(device.type),
+            _highest_matmul_precision(),
             cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False),
         ):
             yield
     finally:
-        torch.set_float32_matmul_precision(matmul_precision)
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def _highest_matmul_precision() -> Iterator[None]:
+    """float32 products as they are; what was set by torch's older function or by its newer names is put back."""
+    backends: Any = torch.backends
+    newer = [each.matmul for each in (backends.cuda, backends.mkldnn) if hasattr(each, 'matmul')]
+    newer = [place for place in newer if hasattr(place, 'fp32_precision')]
+    settings = [place.fp32_precision for place in newer]
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by the newer names, of which the older function knows nothing
+        before = None
+    torch.set_float32_matmul_precision('highest')
+    try:
+        yield
+    finally:
+        if before is not None:
+            torch.set_float32_matmul_precision(before)
+        else:
+            for place, setting in zip(newer, settings):
+                place.fp32_precision = setting
 
 
 def _flat_outputs(
@@ -707,15 +823,36 @@ def _flat_outputs(
 
 
 def _differences(values: Iterable[torch.Tensor], reference: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Outputs less those of a reference, in its dtype (float64 or complex128) and on its device."""
-    return [value.to(expected.device, expected.dtype) - expected for value, expected in zip(values, reference)]
+    """Outputs less those of a reference, in its dtype (float64 or complex128) and on its device.
+
+    Infinities and NaN at the same places, as in masked outputs, are equal where the reference has finite values, too.
+    """
+    differences = []
+    for value, expected in zip(values, reference, strict=True):
+        value = value.to(expected.device, expected.dtype)
+        difference = value - expected
+        finite = expected.isfinite()
+        if not finite.all() and finite.any():
+            same = (value == expected) | (value.isnan() & expected.isnan())
+            difference = torch.where(same, torch.zeros_like(difference), difference)
+        differences.append(difference)
+    return differences
+
+
+def _sizes(reference: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Outputs of a reference without the infinities and NaN that `_differences` takes as equal."""
+    return [torch.where(t.isfinite(), t, torch.zeros_like(t)) if t.isfinite().any() else t for t in reference]
 
 
 def _maximum(value: float, values: Iterable[torch.Tensor | float]) -> float:
     """Largest magnitude so far; NaN once there was one."""
-    tensors = [torch.as_tensor(each) for each in values]
-    magnitudes = [value, *(float(tensor.abs().max()) for tensor in tensors if tensor.numel())]
-    return float(torch.tensor(magnitudes, dtype=torch.float64).max())
+    magnitudes = [value]
+    for each in values:
+        if not isinstance(each, torch.Tensor):
+            magnitudes.append(each)
+        elif each.numel():
+            magnitudes.append(float(each.abs().max()))
+    return math.nan if any(map(math.isnan, magnitudes)) else max(magnitudes)
 
 
 @contextmanager
