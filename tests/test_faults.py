@@ -16,10 +16,10 @@ ALL = [
     for variant, dtype in itertools.product(fault.variants, DTYPES)
     for place in fault.places
 ]
-# every fault in every variant; the place and the dtype change from one to the next
+# every fault once; the variant, the place and the dtype change from one to the next
 SOME = [
-    (fault, fault.places[number % len(fault.places)], variant, DTYPES[number % len(DTYPES)])
-    for number, (fault, variant) in enumerate((fault, variant) for fault in FAULTS for variant in fault.variants)
+    (fault, *(choices[number % len(choices)] for choices in (fault.places, fault.variants, DTYPES)))
+    for number, fault in enumerate(FAULTS)
 ]
 
 
