@@ -291,8 +291,8 @@ def _units_in_the_last_place(found: torch.Tensor, expected: torch.Tensor) -> flo
     nearest = expected.to(found.dtype)
     if torch.equal(found.to(expected.device), nearest):  # half a unit at most, whatever the entries
         return 0.5 if bool((nearest.to(torch.float64) != expected).any()) else 0.0
-    rows = expected.abs().flatten(1).amax(1) if expected.dim() > 1 else expected.abs().max().expand(len(expected))
-    slack = _EXACT_SLACK * rows.view(-1, *[1] * (expected.dim() - 1))
+    size = expected.abs()
+    slack = _EXACT_SLACK * (size.amax(tuple(range(1, size.dim())), keepdim=True) if size.dim() > 1 else size.max())
     difference = (found.to(expected.device, torch.float64) - expected).abs()
     return float(((difference - slack).clamp(min=0) / _unit(expected, found.dtype)).max())
 

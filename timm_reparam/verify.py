@@ -196,7 +196,6 @@ class _Verification:
         comparison = Comparison(model, fused)
         self.problems = comparison.problems
         self.folded, self.convs = comparison.folded, comparison.convs
-        self.dtype = _dtype_of(fused)
         # its own rounding is that in the dtype of the fused model
         self.own = model
         if any(ours != theirs for ours, theirs in comparison.dtypes.items()):
@@ -468,7 +467,8 @@ def _cast_copy(model: nn.Module, fused: nn.Module) -> nn.Module:
                 if tensor is None or not tensor.is_floating_point() or id(tensor) in memo:
                     continue
                 found = getattr(counterpart, 'weight' if is_variant(module) else key, None)
-                cast = tensor.detach().to(found.dtype if isinstance(found, torch.Tensor) else _dtype_of(fused))
+                dtype = found.dtype if isinstance(found, torch.Tensor) else _dtype_of(fused)
+                cast = tensor.detach().to(dtype, copy=True)  # its values may be set
                 memo[id(tensor)] = nn.Parameter(cast) if isinstance(tensor, nn.Parameter) else cast
     return copy.deepcopy(model, memo)
 
