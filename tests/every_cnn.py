@@ -114,11 +114,22 @@ def random_stock(architecture: str) -> tuple[nn.Module, torch.Tensor]:
     model = random_model(architecture)
     disturb(model, [name for name, tensor in model.named_parameters() if tensor.ndim > 1 and is_vector(tensor)])
     x = images(model)
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
+    for norm in norms_of(model):
         if norm.weight is not None:
             norm.weight *= 0.5  # large queries and keys make attention a switch, which rounding errors flip
+    settle(model, x)
+    return model, x
+
+
+def norms_of(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def settle(model: nn.Module, x: torch.Tensor) -> None:
+    """Give every BatchNorm random statistics close to those of the images."""
+    norms = norms_of(model)
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
         norm.train()
         norm.momentum = 1.0
     run(model, x)
@@ -131,7 +142,6 @@ def random_stock(architecture: str) -> tuple[nn.Module, torch.Tensor]:
         # a channel of two images may hardly vary: divided by that, rounding errors would grow as much as the signal
         norm.running_var.clamp_(min=0.1 * norm.running_var.mean())
         norm.running_var *= 0.2 * torch.rand(norm.running_var.shape, generator=generator) + 0.9
-    return model, x
 
 
 def is_vector(tensor: torch.Tensor) -> bool:
@@ -245,6 +255,7 @@ def reports(
             continue
         model = convert_model(copy.deepcopy(stock), variant, skip=skip)
         disturb(model, model.state_dict().keys() - stock.state_dict().keys())
+        settle(model, x)
         model.to(dtype)
         yield variant, verify_fusion(model, fuse_model(model), inputs=x)
 

@@ -372,6 +372,54 @@ def test_outputs_that_are_masked() -> None:
     assert not verify_fusion(nothing, inputs=images(2, 5, 8, 8)).passed
 
 
+def test_outputs_that_the_dtype_does_not_determine_have_no_bound() -> None:
+    """The layers have: what is right is verified whatever its outputs are, and what is wrong is not."""
+    model, x = around(lambda y: (y * 1e9).sin()), images(2, 5, 8, 8)
+    report = verify_fusion(model, inputs=x)
+    assert report.passed and report.own > 0.5 and report.bound is None, report
+    assert 'no bound' in str(report) and json.dumps(report.to_dict(), allow_nan=False)
+    wrong = fuse_model(model)
+    with torch.no_grad():
+        wrong.conv.weight[0, 0, 0, 0] *= 1 + 1e-5
+    assert not verify_fusion(model, wrong, inputs=x).passed
+
+
+def test_a_model_that_overflows_in_its_dtype_is_said() -> None:
+    model = around(lambda y: y * 1e30 * 1e30)
+    report = verify_fusion(model, inputs=images(2, 5, 8, 8))
+    assert not report.passed and "the train-time model's own in torch.float32 are not finite" in str(report)
+    assert verify_fusion(model.double(), inputs=images(2, 5, 8, 8)).passed
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_tensors_that_a_model_keeps_beside_its_own_follow_the_dtype(variant: str) -> None:
+    """As timm's models with attention biases do, in a dict for each device."""
+
+    class Keeping(Around):
+        def __init__(self) -> None:
+            super().__init__(lambda y: y)
+            self.bias = nn.Parameter(torch.eye(6))
+            self.kept: dict[torch.device, list[torch.Tensor]] = {}
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            kept = self.kept.setdefault(x.device, [self.bias.abs()])
+            return self.conv(x) @ kept[0]
+
+    model = disturbed(convert_model(Keeping(), variant)).eval()
+    x = images(2, 5, 8, 8)
+    with torch.no_grad():
+        model(x)  # it keeps one in float32
+    assert verify_fusion(model, inputs=x).passed
+    assert next(iter(model.kept.values()))[0].dtype == torch.float32
+    fused = fuse_model(model)
+    with torch.no_grad():
+        fused.conv.weight *= 1.001
+    assert not verify_fusion(model, fused, inputs=x).passed
+    fused = fuse_model(model).half()
+    fused.kept.clear()
+    assert verify_fusion(model, fused, inputs=x).passed
+
+
 def test_batches_without_samples_are_skipped() -> None:
     model = small('doconv')
     report = verify_fusion(model, fuse_model(model, fold_bn=True), inputs=[images(0, 3, 32, 32), images(2, 3, 32, 32)])

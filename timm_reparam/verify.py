@@ -31,13 +31,15 @@ from ._layer_check import (
 )
 from .convert import architecture_of, fuse_model, is_variant, unwrap, unwrap_converted, with_fused_layers
 from .errors import ReparamError
-from .layers.base import autocast_disabled, exact_copy
+from .layers.base import autocast_disabled, exact_copy, kept_tensors
 
 __all__ = ['FusionReport', 'LayerReport', 'verify_fusion']
 
 _VERIFY_IMAGES = 64
 _VERIFY_BATCH = 16
 _NOISE_SAMPLES = 4
+# Rounding, as a share of the largest output, beyond which outputs of one model differ as those of two do.
+_UNDETERMINED = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,8 @@ class FusionReport:
         own: Between the train-time model in the fused dtype and the same in float64: its own rounding. It may be small
             by chance; where `stored` is more than twice as large, it is taken on seeded noise, too, where kernels are
             also rounded up or down at random.
-        bound: What `stored` may be at most: twice `own`, and in float64 what `algebra` may be.
+        bound: What `stored` may be at most: twice `own`, and in float64 what `algebra` may be. None where `own` is more
+            than half of the output, which the dtype does not determine then: the layers alone are compared.
         top1_agreement: Share of inputs that both models, in their own dtype, put into the same class; None when the
             output is not one batch of logits.
         num_inputs: Number of inputs compared.
@@ -63,7 +66,7 @@ class FusionReport:
     algebra: float
     stored: float
     own: float
-    bound: float
+    bound: float | None
     top1_agreement: float | None
     num_inputs: int
     algebra_bound: float = ALGEBRA_BOUND
@@ -75,7 +78,7 @@ class FusionReport:
     @property
     def passed(self) -> bool:
         """Whether every layer is, nothing else differs, and the outputs are within their bounds (NaN is not)."""
-        outputs = self.algebra <= self.algebra_bound and self.stored <= self.bound
+        outputs = self.algebra <= self.algebra_bound and (self.bound is None or self.stored <= self.bound)
         return outputs and not self.problems and not self.layers_off
 
     @property
@@ -108,10 +111,11 @@ class FusionReport:
 
     def __str__(self) -> str:
         agreement = '' if self.top1_agreement is None else f', top-1 agreement {self.top1_agreement:.2%}'
+        allowed = 'no bound' if self.bound is None else f'at most {self.bound:.1e}'
         text = (
             f'fusion {"verified" if self.passed else "NOT verified"} on {self.num_inputs} inputs: '
             f'algebra {self.algebra:.1e} (at most {self.algebra_bound:.0e}), stored {self.stored:.1e} '
-            f"(at most {self.bound:.1e}; the train-time model's own rounding is {self.own:.1e}){agreement}"
+            f"({allowed}; the train-time model's own rounding is {self.own:.1e}){agreement}"
         )
         if self.worst_layer is not None:
             text += f'\n{len(self.layers)} layers, the worst one {self.worst_layer}'
@@ -247,6 +251,11 @@ class _Verification:
         # The rounding of the kernels, the same for all inputs, may happen to cancel in one model and not in the other.
         if stored > max(2 * own, ALGEBRA_BOUND) and dtype.is_floating_point:
             own = max(own, self._own_rounding(shape, dtype))
+        if not math.isfinite(own):
+            self.problems.append(
+                f"outputs: the train-time model's own in {_dtype_of(self.own)} are not finite; verify it in a dtype in "
+                'which it does not overflow'
+            )
         algebra_bound = ALGEBRA_BOUND
         if algebra > algebra_bound and dtype.is_floating_point:
             algebra_bound = max(algebra_bound, 2 * self._rounding_in_float64(shape, dtype))
@@ -256,7 +265,7 @@ class _Verification:
             algebra=algebra,
             stored=stored,
             own=own,
-            bound=max(2 * own, ALGEBRA_BOUND),
+            bound=None if own > _UNDETERMINED else max(2 * own, ALGEBRA_BOUND),
             top1_agreement=agreeing / num_inputs if classifies else None,
             num_inputs=num_inputs,
             algebra_bound=algebra_bound,
@@ -431,7 +440,7 @@ class _Verification:
         noise = torch.randn(_VERIFY_BATCH, *shape, generator=generator, device='cpu').to(dtype)
         reference = self._run(self.exact, noise)
         largest = self._relative(self._run(self.own, noise), reference)
-        rounded = _cast_copy(self.exact_fused, self.fused)  # of what is right, whatever the fused model is
+        rounded = with_fused_layers(self.own)  # of what is right, whatever the fused model is
         modules = dict(rounded.named_modules(remove_duplicate=False))
         for _ in range(RANDOM_ROUNDINGS):
             for check in self.checks:
@@ -470,6 +479,8 @@ def _cast_copy(model: nn.Module, fused: nn.Module) -> nn.Module:
                 dtype = found.dtype if isinstance(found, torch.Tensor) else _dtype_of(fused)
                 cast = tensor.detach().to(dtype, copy=True)  # its values may be set
                 memo[id(tensor)] = nn.Parameter(cast) if isinstance(tensor, nn.Parameter) else cast
+    dtype = _dtype_of(fused)
+    memo |= {id(kept): kept.detach().to(dtype) for kept in kept_tensors(model) if id(kept) not in memo}
     return copy.deepcopy(model, memo)
 
 

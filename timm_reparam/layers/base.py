@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -21,6 +21,7 @@ from timm.layers import Conv2dSame, register_notrace_module
 from timm.layers.padding import pad_same
 from torch.fx import Proxy
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_flatten
 
 from ..errors import ReparamError
 
@@ -367,7 +368,17 @@ def exact_copy(module: _Module, memo: Mapping[int, Any] | None = None) -> _Modul
     # Deep-copying with the converted tensors already in the memo makes no copy of them in their own dtype first.
     memo = {**(memo or {}), **{id(buffer): exact(buffer) for buffer in module.buffers()}}
     memo |= {id(p): nn.Parameter(exact(p), p.requires_grad) for p in module.parameters()}
+    memo |= {id(kept): exact(kept) for kept in kept_tensors(module) if id(kept) not in memo}
     return copy.deepcopy(module, memo)
+
+
+def kept_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """The floating-point tensors that modules keep in plain attributes: masks and tables made once, in evaluation."""
+    for part in module.modules():
+        values = [value for key, value in vars(part).items() if key not in ('_parameters', '_buffers', '_modules')]
+        for value in tree_flatten(values)[0]:
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                yield value
 
 
 def scale_shift(
