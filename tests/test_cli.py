@@ -49,6 +49,33 @@ def run(*args: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, **options)
 
 
+# Each command in a process of its own, forked from one that has imported what all of them need.
+FORKS = """
+import json, os, sys
+from timm_reparam.cli import main
+for number, words in enumerate(json.loads(sys.argv[1])):
+    if not os.fork():
+        for stream, name in ((1, 'out'), (2, 'err')):
+            os.dup2(os.open(f'{number}.{name}', os.O_WRONLY | os.O_CREAT), stream)
+        sys.argv = ['timm-reparam', *words]
+        sys.exit(main(words))
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+def run_each(*commands: list[str], cwd: Path) -> list[subprocess.CompletedProcess]:
+    """What each of several commands, which may succeed or fail, does in a fresh process."""
+    env = {**os.environ, 'PYTHONPATH': str(Path(timm_reparam.__file__).parents[1])}
+    call = [sys.executable, '-c', FORKS, json.dumps(commands)]
+    done = subprocess.run(call, env=env, capture_output=True, text=True, timeout=240, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    codes = map(int, done.stdout.split())
+    return [
+        subprocess.CompletedProcess(words, code, *((cwd / f'{number}.{name}').read_text() for name in ('out', 'err')))
+        for number, (words, code) in enumerate(zip(commands, codes, strict=True))
+    ]
+
+
 def test_list(capsys: pytest.CaptureFixture):
     assert main(['list']) == 0
     names = capsys.readouterr().out.split()
@@ -423,20 +450,20 @@ def test_variants_that_were_registered_at_run_time(tmp_path: Path):
     name = timm_reparam.register_variant('regnetx_002', 'doconv')
     model = timm.create_model(name, num_classes=2).eval()
     pair = save_pair(model, tmp_path / 'zoo', tag='t', facts={}, data_config=DATA_CONFIG)
-    settings = argparse.Namespace(model=name, num_classes=2, model_kwargs={})
+    settings = argparse.Namespace(model=name, num_classes=2, model_kwargs={}, input_size=DATA_CONFIG['input_size'])
     torch.save({'args': settings, 'state_dict': model.state_dict()}, tmp_path / 'last.pth.tar')
     (tmp_path / 'script.py').write_text('import sys, timm\ntimm.create_model(sys.argv[1].partition("=")[2])\n')
-    for words in (
+    commands = (
         ['fuse', str(pair[0]), 'from_folder'],
         ['fuse', 'last.pth.tar', f'{name}.again_fused'],
         ['convert', str(pair[1]), '--model', name, '-o', 'back'],
         ['verify', str(pair[0])],
         ['profile', name, '--conv-options', 'depth_multiplier=18', '--input-size', '3', '32', '32', '--runs', '0'],
         ['run', 'script.py', f'--model={name}.some_tag'],
-    ):
-        done = run(*words, cwd=tmp_path)
-        assert done.returncode == int(words[0] == 'run'), done.stderr  # a tag that timm refuses, not the name
-        assert words[0] != 'run' or 'some_tag' in done.stderr.splitlines()[-1], done.stderr
+    )
+    *others, script = run_each(*commands, cwd=tmp_path)
+    assert [done.returncode for done in others] == [0] * 5, [done.stderr for done in others]
+    assert script.returncode == 1 and 'some_tag' in script.stderr.splitlines()[-1]  # the tag is refused, not the name
 
 
 def test_run(tmp_path: Path):
@@ -449,12 +476,12 @@ def test_run(tmp_path: Path):
         'if "--fail" in sys.argv: raise KeyError("own")\n'
         'sys.exit(7)\n'
     )
-    done = run('run', 'script.py', '-v', '--help', 'x', cwd=tmp_path)
+    commands = [['run', 'script.py', '-v', '--help', 'x'], ['run', 'missing.py'], ['run', 'script.py', '--fail']]
+    done, missing, failed = run_each(*commands, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (7, "beside ['script.py', '-v', '--help', 'x']\n"), done.stderr
-    done = run('run', 'missing.py', cwd=tmp_path)
-    assert done.returncode == 1 and done.stderr.startswith('timm-reparam: missing.py') and done.stderr.count('\n') == 1
-    done = run('run', 'script.py', '--fail', cwd=tmp_path)
-    assert done.returncode == 1 and "KeyError: 'own'" in done.stderr
+    assert missing.returncode == 1 and missing.stderr.count('\n') == 1
+    assert missing.stderr.startswith('timm-reparam: missing.py')
+    assert failed.returncode == 1 and "KeyError: 'own'" in failed.stderr
 
 
 def test_as_a_module():

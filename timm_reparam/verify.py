@@ -9,7 +9,7 @@ import dataclasses
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -162,7 +162,7 @@ def verify_fusion(
     fused = fuse_model(model) if fused is None else unwrap(fused, 'verify_fusion: fused')
     _check_fused(model, fused)
     device = next(model.parameters()).device
-    batches = _seeded_images(model).split(_VERIFY_BATCH) if inputs is None else inputs
+    batches = seeded_images(_input_size(model)) if inputs is None else inputs
     if isinstance(batches, torch.Tensor):
         batches = (batches,)
     if not isinstance(batches, Iterable):
@@ -489,16 +489,20 @@ def _dtype_of(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
-def _seeded_images(model: nn.Module) -> torch.Tensor:
+def seeded_images(input_size: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    """The batches that :func:`verify_fusion` takes by default, of images of a size (channels, height, width)."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(_VERIFY_IMAGES, *input_size, generator=generator, device='cpu').split(_VERIFY_BATCH)
+
+
+def _input_size(model: nn.Module) -> tuple[int, int, int]:
     from timm.data import resolve_input_data_config
 
     if architecture_of(model) is None and 'input_size' not in (getattr(model, 'pretrained_cfg', None) or {}):
         raise ReparamError(
             f'verify_fusion: {type(model).__name__} does not say its input size; pass a batch of images as inputs='
         )
-    channels, height, width = resolve_input_data_config(model)['input_size']
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(_VERIFY_IMAGES, channels, height, width, generator=generator, device='cpu')
+    return resolve_input_data_config(model)['input_size']
 
 
 @contextmanager

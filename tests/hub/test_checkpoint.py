@@ -105,6 +105,14 @@ def run_python(code: str, *args: str, **options) -> subprocess.CompletedProcess:
 # Both forms
 
 
+def test_a_pair_is_verified_at_the_size_that_it_names(tmp_path: Path):
+    model, sizes = small_model(), set()
+    handle = model.register_forward_pre_hook(lambda module, args: sizes.add(tuple(args[0].shape[1:])))
+    save_pair(model, tmp_path, tag='t', data_config=dict(DATA_CONFIG, input_size=(3, 24, 28)))
+    assert sizes == {(3, 24, 28)}
+    handle.remove()
+
+
 @pytest.mark.parametrize(
     'stock, variant, conv_options',
     [

@@ -38,7 +38,7 @@ from ..convert import fuse_model, is_variant, record_options, stock_architecture
 from ..errors import ReparamError
 from ..layers import DynamicConv2d
 from ..models._registry import cfg_with_weights, ensure_registered, is_variant_name, saved_arguments
-from ..verify import FusionReport, verify_fusion
+from ..verify import FusionReport, seeded_images, verify_fusion
 from .cards import (
     CARD_NAME,
     CONFIG_NAME,
@@ -182,7 +182,8 @@ def save_pair(
         zoo: Folder of the pair; made if its parent is there.
         tag: Name of the training result.
         fused: Fused form of the model; fused here by default.
-        report: What :func:`timm_reparam.verify_fusion` measured; measured here by default.
+        report: What :func:`timm_reparam.verify_fusion` measured; measured here by default, on images of the size in
+            `data_config`.
         facts: What is known of the training, see :mod:`timm_reparam.hub.cards`.
         data_config: Preprocessing of the inputs; the model's own by default.
 
@@ -209,7 +210,7 @@ def save_pair(
     for form, form_model in (('train_time', model), ('fused', fused)):
         name = folder_name(architecture, tag, form == 'fused')
         drafts.append(_Draft(zoo / name, form_model, data_config, {**common, 'form': form, 'name': name}))
-    report = verify_fusion(model, fused) if report is None else report
+    report = verify_fusion(model, fused, inputs=_inputs(data_config)) if report is None else report
     if not report.passed:
         raise ReparamError(f'{architecture}: the fused model differs from the train-time model, not saved: {report}')
 
@@ -445,16 +446,24 @@ def _fuse_training(path: Path, target: Path) -> tuple[Path, FusionReport]:
             f'{target}: expected a name for the fused form, {folder_name(architecture, "<tag>", True)}, got'
             f' {target.name!r}; the train-time form is saved beside it, without the {FUSED_SUFFIX!r}'
         )
-    fused, report = _fuse_and_verify(model, path)
+    fused, report = _fuse_and_verify(model, path, data_config)
     save_pair(model, target.parent, tag=tag, fused=fused, report=report, facts=facts, data_config=data_config)
     return target, report
 
 
-def _fuse_and_verify(model: nn.Module, source: Path) -> tuple[nn.Module, FusionReport]:
+def _inputs(data_config: Mapping[str, Any] | None) -> tuple[torch.Tensor, ...] | None:
+    """Images of the size that a checkpoint will name, for verification; None for the model's own."""
+    size = (data_config or {}).get('input_size')
+    return seeded_images(size) if size else None
+
+
+def _fuse_and_verify(
+    model: nn.Module, source: Path, data_config: Mapping[str, Any] | None = None
+) -> tuple[nn.Module, FusionReport]:
     if variant_of(model) is None:
         raise ReparamError(f'{source}: expected a train-time checkpoint, got {_architecture(model)}, nothing to fuse')
     fused = fuse_model(model)
-    report = verify_fusion(model, fused)
+    report = verify_fusion(model, fused, inputs=_inputs(data_config))
     if not report.passed:
         raise ReparamError(f'{source}: the fused model differs from the train-time model, not saved: {report}')
     return fused, report
