@@ -37,6 +37,18 @@ def pytest_unconfigure() -> None:
     _home.cleanup()
 
 
+@pytest.fixture(autouse=True, scope='session')
+def few_images() -> Iterator[None]:
+    """Where a test says nothing of images, a fusion is verified on 8 of them: 64 cost more and show the same."""
+    from timm_reparam import verify  # after the client's settings
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(verify, '_VERIFY_IMAGES', 8)
+    patch.setattr(verify, '_VERIFY_BATCH', 8)
+    yield
+    patch.undo()
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """The same random start for every test, whatever ran before it."""

@@ -284,6 +284,7 @@ def test_learning_rate() -> None:
     assert accuracy.learning_rate(second, 0, 10, 10) == 0.1
 
 
+@pytest.mark.slow
 def test_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     runs, results = tmp_path / 'runs', tmp_path / 'results' / 'cifar10.csv'
     flags = ['--model-kwargs', 'channels=(8,8,8,8)', 'stem_width=8', '--batch-size', '16', '--epochs', '1']

@@ -13,7 +13,7 @@ IN_HALF_PRECISION = (
     *('convnext_zepto_rms', 'cspnext_tiny', 'densenet121', 'edgenext_xx_small', 'ghostnet_050', 'lcnetv2_small'),
     *('mobilenetv3_small_050', 'regnetx_002', 'repghostnet_050', 'resnetv2_18', 'skresnet18', 'starnet_s050'),
 )
-FEW = ('convnext_zepto_rms', 'levit_128s', 'fastvit_t8', 'tf_mixnet_s')
+FEW = ('convnext_zepto_rms', 'levit_128s')
 
 
 def check(architecture: str) -> None:

@@ -173,7 +173,7 @@ def test_what_is_converted_keeps_the_options_of_0_1_0(
         assert ('skip' in found) == ('skip' in options)
 
 
-@pytest.mark.parametrize('options', [None, dict(skip='layer1*'), 'odd'], ids=str)
+@pytest.mark.parametrize('options', [None, pytest.param(dict(skip='layer1*'), marks=pytest.mark.slow), 'odd'], ids=str)
 @pytest.mark.parametrize('variant, changes', CHANGES, ids=str)
 def test_what_is_saved_now_stays_what_it_is(tmp_path: Path, change_defaults: ChangeDefaults, variant, changes, options):
     """Both forms, saved here and by timm, whether or not options were given; only what is new has the new defaults."""

@@ -1072,10 +1072,13 @@ def test_resuming_after_a_kill_is_exact(model, extra, file, flags, tmp_path):
 @pytest.mark.parametrize(
     'model, extra',
     [
-        ('resnet18_acconv', ['--workers', '1']),
+        pytest.param('resnet18_acconv', ['--workers', '1'], marks=pytest.mark.slow),
         ('resnet18_doconv', ['--sched-on-updates', '--no-prefetcher']),
         ('resnet18_dyconv', ['--grad-accum-steps', '1']),
-        ('resnet18_refconv', ['--sched', 'plateau', '--patience-epochs', '0', '--opt', 'lookahead_adam']),
+        pytest.param(
+            *('resnet18_refconv', ['--sched', 'plateau', '--patience-epochs', '0', '--opt', 'lookahead_adam']),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_resuming_in_the_middle_of_an_epoch_is_exact(model, extra, flags, tmp_path, monkeypatch, capsys):

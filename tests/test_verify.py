@@ -15,7 +15,7 @@ from timm.utils.model import freeze_batch_norm_2d
 from torch import nn
 
 import timm_reparam
-from timm_reparam import DOConv2d, ReparamError, convert_model, fuse_model, is_variant, verify_fusion
+from timm_reparam import DOConv2d, ReparamError, convert_model, fuse_model, is_variant, verify, verify_fusion
 from timm_reparam._measure import cpu_allocations
 from timm_reparam.convert import VARIANTS
 from timm_reparam.fold import norm_scale_shift, scale_outputs
@@ -515,6 +515,14 @@ def test_the_report_as_plain_values() -> None:
     assert values['worst_layer'] == report.worst_layer.to_dict() and values['worst_layer']['passed']
     assert values['layers_off'] == values['problems'] == []
     assert {'name', 'kernel', 'algebra', 'stored', 'own', 'bound', 'num_inputs'} <= values['worst_layer'].keys()
+
+
+def test_the_images_that_are_taken_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, '_VERIFY_IMAGES', 64)  # conftest.py: few_images
+    monkeypatch.setattr(verify, '_VERIFY_BATCH', 16)
+    for side, sizes in ((32, [16] * 4), (320, [16] * 4), (640, [4] * 4), (2048, [1, 1])):
+        batches = verify.seeded_images((3, side, side))
+        assert [batch.shape for batch in batches] == [(size, 3, side, side) for size in sizes]
 
 
 # --- side effects and costs ----------------------------------------------------------------------------------------
