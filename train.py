@@ -89,7 +89,7 @@ from timm_reparam.convert import VARIANTS, record_options, variant_of
 from timm_reparam.hub import publish
 from timm_reparam.hub.checkpoint import check_pair, check_tag, folder_name, save_checkpoint, save_pair
 from timm_reparam.hub.publish import missing_license
-from timm_reparam.hub.training import PRIVATE_SETTINGS, base_model_facts, read_training
+from timm_reparam.hub.training import base_model_facts, read_training, told_settings
 from timm_reparam.hub.transport import CLIENT_ERRORS, check_repo_id, one_line
 from timm_reparam.profile import compare_profiles, format_comparison, format_profiles
 
@@ -2146,7 +2146,7 @@ def compare_forms(run: Run, model: nn.Module, fused: nn.Module) -> tuple[list[di
 def recipe(run: Run) -> dict[str, Any]:
     """The settings that differ from the flags' defaults."""
     defaults = vars(build_parser().parse_args([]))
-    return {key: value for key, value in run.settings.items() if key not in PRIVATE_SETTINGS and value != defaults[key]}
+    return {key: value for key, value in told_settings(run.settings).items() if value != defaults[key]}
 
 
 def training_facts(

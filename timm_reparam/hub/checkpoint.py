@@ -54,6 +54,7 @@ from .cards import (
     stated_license,
 )
 from .training import load_training
+from .untrusted import check_folder
 
 try:
     import fcntl
@@ -259,19 +260,26 @@ def load_checkpoint(folder: str | Path) -> nn.Module:
         ReparamError: The folder is no checkpoint, or its weights do not fit its architecture.
     """
     folder = Path(folder)
-    config = read_config(folder)
-    weights = folder / WEIGHTS_NAME
-    if not weights.is_file():
-        raise ReparamError(f'{weights}: not found; only safetensors are loaded')
-    architecture = config['architecture']
-    if not ensure_registered(architecture):
-        raise ReparamError(f'{folder / CONFIG_NAME}: expected an architecture that timm knows, got {architecture!r}')
+    check_folder(folder)
     try:
         model = timm.create_model(f'local-dir:{folder}', pretrained=True)
+        stored = safetensors.torch.load_file(folder / WEIGHTS_NAME)
     except ReparamError:
         raise
     except Exception as error:  # whatever a damaged file or a wrong argument makes of it
         raise ReparamError(f'{folder}: cannot be loaded ({error})') from error
+    # timm adapts a classifier or a stem to what the configuration says, and loads what fits: here everything has to
+    state = model.state_dict()
+    differing = sorted(
+        name
+        for name in state.keys() | stored.keys()
+        if name not in state or name not in stored or not torch.equal(stored[name].to(state[name].dtype), state[name])
+    )
+    if differing:
+        raise ReparamError(
+            f'{folder}: {differing[0]}: expected the values of {WEIGHTS_NAME}, got others ({len(differing)} tensors); '
+            f'{CONFIG_NAME} makes timm change what it loads'
+        )
     return model.eval()
 
 

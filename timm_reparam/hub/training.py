@@ -1,8 +1,10 @@
 """Training checkpoints, ``last.pth.tar`` and the like: what timm's train script saves, and train.py too."""
 
 import argparse
-import pickle
+import math
+import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,17 +17,74 @@ from timm.models import clean_state_dict
 from torch import nn
 
 from ..errors import ReparamError
-from ..models._registry import ensure_registered, saved_arguments
 from .cards import WEIGHTS_NAME
+from .untrusted import build_for_shapes, check_arguments, check_cost, check_size
 
-__all__ = ['PRIVATE_SETTINGS', 'base_model_facts', 'load_training', 'read_training']
+__all__ = ['base_model_facts', 'load_training', 'read_training', 'told_settings']
 
-# Settings that tell of a machine or an account, not of a training.
-PRIVATE_SETTINGS = (
-    *('data', 'data_dir', 'output', 'experiment', 'zoo', 'tag', 'resume', 'pretrained_path', 'initial_checkpoint'),
-    *('device', 'device_modules', 'local_rank', 'log_wandb', 'wandb_project', 'wandb_tags', 'wandb_resume_id'),
-    *('publish', 'license'),
+# The settings of timm's train script, and of train.py, that a recipe tells: how the model was made, how it was trained
+# and how its images were made. Others tell of a machine, its folders or an account.
+_RECIPE = (
+    *('model', 'pretrained', 'num_classes', 'gp', 'img_size', 'in_chans', 'input_size', 'crop_pct', 'mean', 'std'),
+    *('interpolation', 'model_kwargs', 'variant', 'conv_options', 'head_init_scale', 'head_init_bias', 'drop'),
+    *('drop_connect', 'drop_path', 'drop_block', 'bn_momentum', 'bn_eps', 'sync_bn', 'dist_bn', 'split_bn', 'task'),
+    *('target_format', 'multilabel_threshold', 'batch_size', 'validation_batch_size', 'grad_accum_steps', 'fast_norm'),
+    *('grad_checkpointing', 'channels_last', 'amp', 'amp_dtype', 'model_dtype', 'synchronize_step', 'torchcompile'),
+    *('torchscript', 'torchcompile_mode', 'opt', 'opt_eps', 'opt_betas', 'momentum', 'weight_decay', 'clip_grad'),
+    *('clip_mode', 'layer_decay', 'layer_decay_min_scale', 'layer_decay_no_opt_scale', 'opt_kwargs', 'sched'),
+    *('sched_on_updates', 'lr', 'lr_base', 'lr_base_size', 'lr_base_scale', 'lr_noise', 'lr_noise_pct', 'lr_noise_std'),
+    *('lr_cycle_mul', 'lr_cycle_decay', 'lr_cycle_limit', 'lr_k_decay', 'lr_decay_fn', 'lr_stable_timescale'),
+    *('warmup_lr', 'min_lr', 'epochs', 'epoch_repeats', 'start_epoch', 'stop_epoch', 'decay_milestones'),
+    *('decay_epochs', 'warmup_epochs', 'warmup_prefix', 'cooldown_epochs', 'patience_epochs', 'decay_rate', 'no_aug'),
+    *('train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob'),
+    *('gaussian_blur_prob', 'aa', 'aug_repeats', 'aug_splits', 'reprob', 'remode', 'recount', 'resplit', 'mixup'),
+    *('cutmix', 'cutmix_minmax', 'mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch', 'smoothing'),
+    *('train_interpolation', 'loss', 'jsd_loss', 'bce_loss', 'bce_sum', 'bce_target_thresh', 'bce_pos_weight'),
+    *('loss_pos_weight', 'loss_class_weight', 'loss_weight_power', 'loss_weight_beta', 'loss_weight_max'),
+    *('asl_gamma_pos', 'asl_gamma_neg', 'asl_clip', 'asl_reduction', 'poly_epsilon', 'poly_gamma', 'poly_alpha'),
+    *('twoway_tp', 'twoway_tn', 'db_neg_scale', 'db_init_bias', 'db_focal_gamma', 'model_ema', 'model_ema_decay'),
+    *('model_ema_warmup', 'seed', 'worker_seeding', 'eval_metric', 'tta', 'train_img_sizes', 'train_batch_sizes'),
+    *('train_size_probs', 'train_size_schedule', 'train_size_schedule_spread', 'train_size_random_mix'),
+    *('train_batches_per_epoch', 'variable_batch_loss_scale', 'kd_distill_type', 'kd_loss_type', 'kd_temperature'),
+    *('kd_token_distill_type', 'kd_student_feature_dim', 'kd_teacher_feature_dim', 'distill_loss_weight'),
+    'task_loss_weight',
 )
+# A name or a word: no path, no address.
+_WORD = re.compile(r'[\w.*?\[\]!,:;+= -]{0,200}', re.ASCII)
+# What the entries of a training checkpoint are, where it has them.
+_ENTRIES: dict[str, tuple[type, ...]] = {
+    'state_dict': (dict,),
+    'state_dict_ema': (dict,),
+    'args': (dict, argparse.Namespace),
+    'arch': (str,),
+    'model_args': (dict,),
+    'epoch': (int,),
+    'metric': (int, float),
+    'train_state': (dict,),
+    'saver': (dict,),
+}
+
+
+def told_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a training that its recipe tells.
+
+    Args:
+        settings: All settings of the run, by the names that timm's train script and train.py give them.
+
+    Returns:
+        Those that tell of the training, as far as they are numbers, words, and lists and dicts of those.
+    """
+    return {key: settings[key] for key in _RECIPE if key in settings and _is_told(settings[key])}
+
+
+def _is_told(value: Any, depth: int = 2) -> bool:
+    if isinstance(value, str):
+        return _WORD.fullmatch(value) is not None
+    if isinstance(value, (list, tuple)) and depth:
+        return len(value) <= 64 and all(_is_told(item, depth - 1) for item in value)
+    if isinstance(value, dict) and depth:
+        return len(value) <= 64 and all(_is_told(part, depth - 1) for item in value.items() for part in item)
+    return value is None or (isinstance(value, (bool, int, float)) and abs(value) < math.inf)
 
 
 def read_training(path: str | Path, mmap: bool = False) -> dict[str, Any]:
@@ -42,15 +101,51 @@ def read_training(path: str | Path, mmap: bool = False) -> dict[str, Any]:
         ReparamError: The file is not there, cannot be read, or is no training checkpoint.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        _check_archive(path)
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter('ignore')  # of a damaged file; what it holds is looked at below
             checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+    except ReparamError:
+        raise
     except FileNotFoundError as error:
         raise ReparamError(f'{path}: no such file') from error
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ReparamError(f'{path}: not a readable checkpoint ({str(error).splitlines()[0]})') from error
+    except Exception as error:  # whatever a damaged pickle makes of it
+        text = ' '.join(str(error).split())[:200]
+        raise ReparamError(f'{path}: not a readable checkpoint ({type(error).__name__}: {text})') from error
     if not isinstance(checkpoint, dict) or 'state_dict' not in checkpoint:
         raise ReparamError(f'{path}: not a training checkpoint; weights alone are for --initial-checkpoint of train.py')
+    for key, kinds in _ENTRIES.items():
+        value = checkpoint.get(key)
+        if not (value is None and key != 'state_dict') and (not isinstance(value, kinds) or isinstance(value, bool)):
+            expected = ' or '.join(kind.__name__ for kind in kinds)
+            raise ReparamError(
+                f'{path}: {key}: expected {expected}, got {type(value).__name__}; no training saves that'
+            )
+    for key in ('state_dict', 'state_dict_ema'):
+        for name, value in (checkpoint.get(key) or {}).items():
+            if not isinstance(name, str) or not _is_tensor(value):
+                raise ReparamError(f'{path}: {key}: {name!s:.80}: expected a dense tensor under a name')
     return checkpoint
+
+
+def _check_archive(path: str | Path) -> None:
+    """Raise unless the entries of a file of torch.save are as large in memory as they are in the file."""
+    if not zipfile.is_zipfile(path):
+        return  # torch's older format, in which nothing can be compressed
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ReparamError(f'{path}: holds compressed entries, which torch.save does not write; not read')
+
+
+def _is_tensor(value: Any) -> bool:
+    """Whether a value is a dense tensor, with a value in memory for every entry."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and not value.is_meta
+        and not value.is_quantized
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    )
 
 
 def base_model_facts(settings: Mapping[str, Any], pretrained_cfg: Mapping[str, Any]) -> dict[str, str | None] | None:
@@ -94,30 +189,38 @@ def load_training(path: str | Path) -> tuple[nn.Module, dict[str, Any], dict[str
     settings = checkpoint.get('args') or {}
     settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings  # train.py saves a dict
     # train.py says which model its flags made, and with which arguments; timm says the flags only
-    name = checkpoint['arch'] if 'model_args' in checkpoint else settings.get('model')
+    name = checkpoint.get('arch') if checkpoint.get('model_args') is not None else settings.get('model')
     if name is None:
         raise ReparamError(f"{path}: expected the settings of the run ('args') beside the weights, found none")
-    if not ensure_registered(name):
-        raise ReparamError(f'{path}: expected an architecture that timm knows, got {name!r}')
-    arguments = saved_arguments(name, checkpoint.get('model_args') or _model_arguments(settings))
+    arguments = check_arguments(name, checkpoint.get('model_args') or _model_arguments(settings, path), str(path))
+    weights = clean_state_dict(checkpoint.get('state_dict_ema') or checkpoint['state_dict'])
+    # norms that --split-bn adds for the augmented images, and that only training uses
+    weights = {key: value for key, value in weights.items() if '.aux_bn.' not in key}
+    shapes = {key: tuple(value.shape) for key, value in weights.items()}
+    skeleton: Any = build_for_shapes(name, arguments, shapes, f'{path}: its weights do not fit its settings')
     try:
+        data_config = resolve_input_data_config(skeleton, args=settings)
+        check_cost(skeleton, check_size(data_config['input_size'], f'{path}: input_size'), str(path))
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # what there is to say about these settings was said to their user
             model = timm.create_model(name, **arguments)
-        weights = clean_state_dict(checkpoint.get('state_dict_ema') or checkpoint['state_dict'])
-        # norms that --split-bn adds for the augmented images, and that only training uses
-        model.load_state_dict({key: value for key, value in weights.items() if '.aux_bn.' not in key})
-        data_config = resolve_input_data_config(model, args=settings)
+        model.load_state_dict(weights)
+        facts = _facts(checkpoint, settings, model)
     except ReparamError:
         raise
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ReparamError(f'{path}: its weights do not fit {name} as its settings have it ({error})') from error
-    return model.eval(), data_config, _facts(checkpoint, settings, model)
+    except Exception as error:  # settings may hold anything
+        text = ' '.join(str(error).split())[:200]
+        raise ReparamError(f'{path}: its settings cannot be used ({type(error).__name__}: {text})') from error
+    return model.eval(), data_config, facts
 
 
-def _model_arguments(settings: dict[str, Any]) -> dict[str, Any]:
+def _model_arguments(settings: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """The arguments of timm.create_model that decide the function, as the train script takes them from its flags."""
     input_size = settings.get('input_size')
+    if input_size:
+        check_size(input_size, f'{path}: input_size')
+    if not isinstance(settings.get('model_kwargs') or {}, dict):
+        raise ReparamError(f'{path}: model_kwargs: expected a dict, got {settings["model_kwargs"]!r:.80}')
     arguments = dict(
         in_chans=settings.get('in_chans') or (input_size[0] if input_size else None),
         num_classes=settings.get('num_classes'),
@@ -142,5 +245,5 @@ def _facts(checkpoint: dict[str, Any], settings: dict[str, Any], model: nn.Modul
             split=settings.get('val_split') or None,
         ),
         metrics=dict(train_time={metric_name: metric}) if metric is not None and metric_name else {},
-        recipe={k: v for k, v in settings.items() if k not in PRIVATE_SETTINGS and v not in (None, False, '', [], {})},
+        recipe={key: value for key, value in told_settings(settings).items() if value not in (None, False, '', [], {})},
     )
