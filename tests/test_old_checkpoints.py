@@ -8,7 +8,6 @@ The options that they do not name are the defaults of 0.1.0, whatever the defaul
 
 import json
 import pickle
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,10 +23,11 @@ from timm.models import get_model_args, resolve_model_input_args, save_for_hf
 from timm.utils import reparameterize_model
 
 import timm_reparam
-from timm_reparam import hub
+from timm_reparam import ReparamError, hub
 from timm_reparam.convert import VARIANTS, variant_of
-from timm_reparam.hub.publish import check_claims, check_config
+from timm_reparam.hub.gate import check_card
 from timm_reparam.hub.training import load_training
+from timm_reparam.hub.untrusted import check_folder
 
 FIXTURES = Path(__file__).with_name('fixtures')
 FOLDERS = sorted(path.parent for path in FIXTURES.glob('*/*/config.json'))
@@ -64,15 +64,16 @@ def test_a_folder_loads_as_what_it_was(folder: Path) -> None:
 
 @pytest.mark.parametrize('folder', FOLDERS, ids=identifier)
 def test_the_claims_of_its_card_are_checked(folder: Path, tmp_path: Path) -> None:
-    """Under the headings that cards had then."""
-    assert check_claims(folder) == []
+    """In its front matter; the text is that of other templates."""
+    (warning,) = check_card(folder)
+    assert 'README.md: is not what these templates render' in warning
     copy = shutil.copytree(folder, tmp_path / folder.name)
     card = (copy / 'README.md').read_text(encoding='utf-8')
-    label = 'Algebra, both forms in float64'
-    changed = re.sub(rf'- {label}: [^\n]*', f'- {label}: relative difference 0.25', card)
+    changed = card.replace('license: apache-2.0', 'license: gpl-3.0')
     assert changed != card
     (copy / 'README.md').write_text(changed, encoding='utf-8')
-    assert [label in problem for problem in check_claims(copy)] == [True]
+    with pytest.raises(ReparamError, match="README.md: license: expected 'apache-2.0', got 'gpl-3.0'"):
+        check_card(copy)
 
 
 @pytest.mark.parametrize('folder', TRAIN_TIME, ids=identifier)
@@ -137,7 +138,7 @@ def test_what_is_not_named_is_the_default_of_0_1_0(tmp_path: Path, change_defaul
     for folder in folders:
         named = recorded_in(folder)
         assert_as_it_was(hub.load_checkpoint(folder), folder)
-        check_config(folder)
+        check_folder(folder)
         # as timm's scripts go about it
         assert_as_it_was(timm.create_model(pretrained=True, **resolve_model_input_args(f'local-dir:{folder}')), folder)
         model = timm.create_model(f'local-dir:{folder}', pretrained=True)

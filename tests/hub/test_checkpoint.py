@@ -629,6 +629,8 @@ def test_add_facts(tmp_path: Path, pair: tuple[Path, Path]):
     before = read_facts(pair[0])
     assert add_facts(pair[0], {'license': 'mit', 'metrics': None}) == pair[0]
     assert read_facts(pair[0]) == {**before, 'license': 'mit', 'metrics': None}
+    assert read_facts(pair[1])['license'] == 'mit' and config_of(pair[1])['pretrained_cfg']['license'] == 'mit'
+    assert (pair[1] / 'README.md').read_text() == render_card(pair[1])
     card = (pair[0] / 'README.md').read_text()
     assert card == render_card(pair[0]) and 'license: mit' in card
     assert (pair[0] / 'model.safetensors').read_bytes() == weights
@@ -705,10 +707,11 @@ def test_verify_finds_a_half_that_was_replaced(tmp_path: Path, pair: tuple[Path,
     other = small_model()
     with torch.no_grad():
         other.fc.weight.add_(1.0)
-    save_checkpoint(other, pair[0], data_config=DATA_CONFIG)
+    save_checkpoint(other, pair[0], data_config=DATA_CONFIG, facts=read_facts(pair[0]))
     with pytest.raises(ReparamError, match='sha256'):
         verify_checkpoint(pair[0])
-    (pair[1] / 'training.json').unlink()
+    for name in ('training.json', 'README.md'):  # nothing tells but the weights
+        (pair[1] / name).unlink()
     assert not verify_checkpoint(pair[0]).passed
 
 

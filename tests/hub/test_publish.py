@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -168,31 +167,24 @@ def test_only_what_changed_is_sent(hub: HubServer, owner: str, copies: tuple[Pat
     assert json.loads(content(hub, f'{owner}/{NAMES[0]}', 'training.json'))['recipe'] == {'epochs': 3}
 
 
-def test_card_with_additions_goes_as_it_is(hub: HubServer, owner: str, copies: tuple[Path, Path]):
+def test_the_section_of_notes_goes_along(hub: HubServer, owner: str, copies: tuple[Path, Path]):
+    """Kept byte by byte, below what is rendered anew; other text of somebody's own stays here, and a note says so."""
     card = copies[0] / 'README.md'
-    card.write_text(card.read_text() + '\n## Notes\n\nMine.\n')
-    for _ in range(2):
+    notes = '<!-- notes -->\n## Notes\n\n- Input: flowers only, é\n\n  \n<!-- end of notes -->'
+    card.write_text(f'{card.read_text()}\n{notes}\n')
+    for sent in (2, 0):
         report = publish(copies[0], owner)
-        assert content(hub, f'{owner}/{NAMES[0]}', 'README.md') == card.read_bytes()
-    assert report.sent == []
+        assert len(report.sent) == sent and not any(result.why for result in report.results)
+        assert content(hub, f'{owner}/{NAMES[0]}', 'README.md').decode().endswith(f'\n\n{notes}\n')
     report = timm_reparam.hub.verify(f'{owner}/{NAMES[0]}')
-    assert report.passed, report
-
-
-@pytest.mark.parametrize('heading', ['# Limits', '## Limits', '### Limits', None])
-def test_lists_in_sections_of_somebody_else(hub: HubServer, owner: str, copies: tuple[Path, Path], heading: str | None):
-    """What stands below a heading of theirs is no claim about the files; in a section of the rendered card it is."""
-    card = copies[0] / 'README.md'
-    mine = '- Input: photographs of flowers only\n'
-    text = card.read_text()
-    if heading is None:
-        card.write_text(text.replace('\n- Input: ', f'\n{mine}- Input to what: '))
-        with pytest.raises(ReparamError, match='README.md: Input: expected .*, got .photographs'):
-            publish(copies[0], owner)
-    else:
-        card.write_text(f'{text}\n{heading}\n\n{mine}')
-        assert len(publish(copies[0], owner).sent) == 2
-        assert timm_reparam.hub.verify(f'{owner}/{NAMES[0]}').passed
+    assert report.passed and [warning.partition(': ')[2][:9] for warning in report.warnings] == ['has notes']
+    card.write_text(card.read_text().replace('license: apache-2.0', 'license: mit') + 'More.\n')
+    before = card.read_bytes()
+    (copies[0] / 'training.json').write_text((copies[0] / 'training.json').read_text() + '\n')
+    report = publish(copies[0], owner)
+    assert report.ok and card.read_bytes() == before
+    found = content(hub, f'{owner}/{NAMES[0]}', 'README.md').decode()
+    assert 'license: mit' not in found and 'More.' not in found and found.endswith(f'{notes}\n')
 
 
 def test_missing_self_check_is_added(hub: HubServer, owner: str, pair: tuple[Path, Path]):
@@ -313,47 +305,6 @@ def test_licence_is_an_identifier(owner: str, tmp_path: Path, license: str):
         publish(folder, owner, license=license)
 
 
-@pytest.mark.parametrize('license, lines', [('mit', ['mit']), ('of-ours', ['other', 'of-ours'])])
-@pytest.mark.parametrize('end', ['\n', '\r\n'])
-def test_licence_in_a_card_with_additions(
-    hub: HubServer, owner: str, tmp_path: Path, license: str, lines: list[str], end: str
-):
-    folder, fused = save(tmp_path, facts={})
-    card = folder / 'README.md'
-    text = card.read_text().replace('- timm\n', '- timm\n- flowers\n') + '\n## Notes\n\nMine, é.\n'
-    card.write_bytes(text.replace('\n', end).encode())
-    for _ in range(2):
-        report = publish(folder, owner, license=license)
-    assert report.sent == []
-    front = ''.join(f'license{key}: {line}\n' for key, line in zip(('', '_name'), lines))
-    expected = text.replace('\n---\n', f'\n{front}---\n', 1)
-    expected = expected.replace('- License: none is stated', f'- License: {license}')
-    assert content(hub, f'{owner}/{NAMES[0]}', 'README.md').decode() == expected.replace('\n', end)
-    assert '- flowers' not in content(hub, f'{owner}/{NAMES[1]}', 'README.md').decode()  # rendered, as before
-    assert card.read_bytes() == text.replace('\n', end).encode()
-    report = timm_reparam.hub.verify(f'{owner}/{NAMES[0]}')
-    assert report.passed, report
-
-
-@pytest.mark.parametrize(
-    'edit',
-    [
-        lambda text: text.replace('- License: none is stated\n', ''),
-        lambda text: text.replace('- License: none is stated', '- License: ask me'),
-        lambda text: text.partition('\n---\n')[2],
-        lambda text: text.replace('\n---\n', '\nlicense: mit\n---\n', 1),
-    ],
-)
-def test_licence_in_a_card_without_its_place(hub: HubServer, owner: str, tmp_path: Path, edit):
-    folder, _ = save(tmp_path, facts={})
-    card = folder / 'README.md'
-    text = edit(card.read_text())
-    card.write_text(text)
-    with pytest.raises(ReparamError, match='README.md: .*- License: none is stated.*write .- License: mit. into'):
-        publish(folder, owner, license='mit')
-    assert not hub.log and card.read_text() == text
-
-
 @pytest.mark.parametrize('license', ['other', 'none', 'unknown'])
 def test_licence_that_states_none(hub: HubServer, owner: str, tmp_path: Path, license: str):
     folder, _ = save(tmp_path, facts={})
@@ -386,18 +337,6 @@ def wrong_fusion(folders: tuple[Path, Path]) -> None:
         (folder / 'README.md').write_text(timm_reparam.hub.render_card(folder))
 
 
-def edited_card(folders: tuple[Path, Path]) -> None:
-    card = folders[1] / 'README.md'
-    card.write_text(card.read_text().replace('license: apache-2.0', 'license: mit'))
-
-
-def edited_figure(folders: tuple[Path, Path]) -> None:
-    card = folders[1] / 'README.md'
-    text = card.read_text()
-    card.write_text(re.sub(r'(relative difference) [^,\n]+', r'\1 1e-30', text))
-    assert card.read_text() != text
-
-
 def renamed(folders: tuple[Path, Path]) -> None:
     facts = json.loads((folders[0] / 'training.json').read_text())
     (folders[0] / 'training.json').write_text(json.dumps({**facts, 'name': 'another'}))
@@ -412,11 +351,9 @@ def unpullable(folders: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize(
     'spoil, words',
     [
-        (unpullable, 'larger than anything in the weights'),
+        (unpullable, 'expected a number of at most'),
         (other_weights, 'sha256'),
         (wrong_fusion, 'differs'),
-        (edited_card, 'license'),
-        (edited_figure, 'relative difference 1e-30'),
         (renamed, 'name'),
         (lambda folders: shutil.rmtree(folders[1]), 'not found'),
         (lambda folders: (folders[0] / 'README.md').unlink(), 'README.md'),
@@ -579,11 +516,11 @@ def test_damaged_upload_and_download(hub: HubServer, owner: str, pair: tuple[Pat
 def test_error_names_what_landed(hub: HubServer, owner: str, pair: tuple[Path, Path]):
     """Also what could not be fetched back."""
     fault = hub.faults.add('403', method='GET', path='resolve', times=None)
-    with pytest.raises(ReparamError, match=f'already there: {owner}/{NAMES[0]}; publish again'):
+    with pytest.raises(ReparamError, match=f'already there: {owner}/{NAMES[0]}, {owner}/{NAMES[1]}; publish again'):
         publish(pair[0], owner)
-    assert fault.hits and hub.commit_counts == {f'{owner}/{NAMES[0]}': 1}
+    assert fault.hits and hub.commit_counts == {f'{owner}/{name}': 1 for name in NAMES}
     hub.faults.clear()
-    assert [result.status for result in publish(pair[0], owner).results] == ['skipped', 'sent']
+    assert [result.status for result in publish(pair[0], owner).results] == ['skipped', 'skipped']
 
 
 def test_token_is_nowhere(hub: HubServer, owner: str, pair: tuple[Path, Path], capsys: pytest.CaptureFixture, caplog):

@@ -181,13 +181,13 @@ def args(**values) -> Callable[[bytes], bytes]:
         (edited('config.json', change_json(architecture='../../up')), 'up'),
         (edited('config.json', change_json(pretrained_cfg={'file': '/etc/passwd'})), 'elsewhere'),
         (edited('config.json', change_json(pretrained_cfg={'custom_load': True})), 'elsewhere'),
-        (edited('config.json', args(num_classes=10**12)), 'larger than anything'),
-        (edited('config.json', args(layers=[10**9, 1, 1, 1])), 'larger than anything'),
-        (edited('config.json', args(num_classes=1e400)), 'larger than anything'),
+        (edited('config.json', args(num_classes=10**12)), 'expected a number of at most'),
+        (edited('config.json', args(layers=[10**9, 1, 1, 1])), 'expected a number of at most'),
+        (edited('config.json', args(num_classes=1e400)), 'expected a number of at most'),
         (edited('config.json', args(num_classes=7)), 'fc.bias'),
         (edited('config.json', args(pretrained=True)), 'model_args.pretrained'),
         (edited('config.json', args(checkpoint_path='/etc/passwd')), 'model_args.checkpoint_path'),
-        (edited('config.json', args(nonsense=1)), 'cannot be built'),
+        (edited('config.json', args(nonsense=1)), 'model_args.nonsense: is no argument of resnet10t_doconv'),
         (edited('config.json', lambda content: content + b' ' * 2**25), 'at most'),
         (edited('model.safetensors', lambda content: content[:-100]), 'no safetensors'),
         (edited('model.safetensors', lambda content: b'\xff' * 100), 'no safetensors'),
@@ -258,7 +258,7 @@ def test_offline(owner: str, tmp_path: Path):
 def test_verify_a_repo(hub: HubServer, published: str, name: str):
     report = verify(f'{published}/{name}')
     assert report.passed and report.fusion.passed and not report.problems
-    assert len(report.checks) == 10 and all(report.checks.values())
+    assert len(report.checks) == 13 and all(report.checks.values()) and not report.warnings
     assert json.loads(json.dumps(report.to_dict()))['passed'] is True
     assert 'verified' in str(report) and 'algebra' in str(report)
     assert {entry.method for entry in hub.log} <= {'GET', 'HEAD'}
@@ -291,8 +291,7 @@ def change_tensors(content: bytes) -> bytes:
     'path, edit, words',
     [
         ('README.md', change_claim, 'license: expected'),
-        ('README.md', change_figure, 'Algebra, both forms in float64: expected'),
-        ('README.md', lambda content: b'# Mine', 'sha256'),
+        ('README.md', lambda content: b'# Mine', 'expected front matter'),
         (CHECK, change_tensors, 'output: differs'),
         (CHECK, lambda content: content[:-10], 'cannot be read'),
         (CHECK, lambda content: None, f'has no {CHECK}'),
@@ -307,6 +306,16 @@ def test_verify_finds(hub: HubServer, published: str, path: str, edit, words: st
         assert not all(report.checks.values()) and 'NOT verified' in str(report)
 
 
+@pytest.mark.parametrize('edit', [change_figure, lambda content: content + b'My notes.\n', None])
+def test_text_of_a_card_is_a_warning(hub: HubServer, published: str, pair, tmp_path: Path, edit):
+    """A card of other templates, with text of somebody's own, or none at all."""
+    change(hub, f'{published}/{NAMES[0]}', 'README.md', edit or (lambda content: None))
+    report = verify(f'{published}/{NAMES[0]}')
+    assert report.passed and len(report.warnings) == 1 and f'warning: {NAMES[0]}/README.md: ' in str(report)
+    first, second = pull(f'{published}/{NAMES[0]}', tmp_path / 'zoo').results
+    assert report.warnings[0] in first.why and second.why == 'fetched'
+
+
 @pytest.mark.parametrize(
     'place, values',
     [
@@ -315,11 +324,9 @@ def test_verify_finds(hub: HubServer, published: str, path: str, edit, words: st
         ('pretrained_cfg', {'interpolation': 'nearest', 'crop_pct': 0.5}),
         ('pretrained_cfg', {'crop_mode': 'border'}),
         ('pretrained_cfg', {'input_size': [3, 64, 64]}),
-        ('pretrained_cfg', {'num_classes': 7}),
         ('pretrained_cfg', {'license': 'gpl-3.0'}),
         ('pretrained_cfg', {'label_names': ['d', 'c', 'b', 'a']}),
         ('', {'label_names': ['d', 'c', 'b', 'a']}),
-        ('', {'num_classes': 7}),
     ],
 )
 def test_forms_with_different_configurations(hub: HubServer, owner: str, pair, tmp_path: Path, place, values):
@@ -339,6 +346,23 @@ def test_forms_with_different_configurations(hub: HubServer, owner: str, pair, t
     with pytest.raises(ReparamError, match=f'config.json: {key}: expected'):
         publish(folder, owner)
     assert not any(repo_id.startswith(f'{owner}/') for repo_id in hub.repos)
+
+
+@pytest.mark.parametrize('place', ['', 'pretrained_cfg'])
+@pytest.mark.parametrize('value', [7, None, 'x'])
+def test_a_number_of_classes_that_is_not_that_of_the_weights(owner: str, pair, tmp_path: Path, place: str, value):
+    """timm would drop the classifier, and leave it at its random start."""
+    folders = [Path(shutil.copytree(one, tmp_path / one.name)) for one in pair]
+    for folder in folders:
+        config = json.loads((folder / 'config.json').read_text())
+        (config[place] if place else config)['num_classes'] = value
+        (folder / 'config.json').write_text(json.dumps(config))
+        with pytest.raises(ReparamError, match='num_classes: expected 4, that of the weights'):
+            load_checkpoint(folder)
+    report = verify(folders[0])
+    assert not report.passed and report.fusion is None and len(report.problems) == 2
+    with pytest.raises(ReparamError, match='num_classes: expected 4'):
+        publish(folders[0], owner)
 
 
 @pytest.mark.parametrize('form', [0, 1])
@@ -373,19 +397,25 @@ def test_verify_finds_a_half_new_pair(hub: HubServer, published: str, tmp_path: 
     with pytest.raises(ReparamError, match=f'already there: {published}/{NAMES[0]}'):
         publish(new[0], published)
     report = verify(f'{published}/{NAMES[0]}')
-    assert not report.passed and [name for name, right in report.checks.items() if not right] == [f'{NAMES[0]}: pair']
+    wrong = [name for name, right in report.checks.items() if not right]
+    assert not report.passed and wrong == [f'{NAMES[0]}: one save'] and report.fusion is None
     with pytest.raises(ReparamError, match='not of one save'):
         pull(f'{published}/{NAMES[0]}', tmp_path / 'zoo')
     publish(new[0], published)
     assert verify(f'{published}/{NAMES[0]}').passed
 
 
-@pytest.mark.parametrize('card', [b'---\n{\n---\n', b'\xff', b'---\n- a list\n---\n', b''])
+BOMB = b'---\n' + b''.join(b'a%d: &a%d [%s]\n' % (n, n, b', '.join([b'*a%d' % (n - 1)] * 9)) for n in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    'card', [b'---\n{\n---\n', b'\xff', b'---\n- a list\n---\n', b'', BOMB.replace(b'*a0', b'x') + b'---\n']
+)
 def test_verify_an_unreadable_card(tmp_path: Path, card: bytes):
     folder, _ = save(tmp_path)
     (folder / 'README.md').write_bytes(card)
     report = verify(folder)
-    assert not report.passed and report.problems[0].startswith('README.md')
+    assert not report.passed and report.problems[0].startswith(f'{folder.name}/README.md: ')
 
 
 def test_verify_a_wrong_fusion(tmp_path: Path):

@@ -11,10 +11,10 @@ from .checkpoint import (
     load_checkpoint,
     save_checkpoint,
     save_pair,
-    verify_checkpoint,
 )
-from .publish import RepoResult, SyncReport, publish, self_check
-from .pull import VerifyReport, pull, verify
+from .gate import VerifyReport, self_check, verify_checkpoint, verify_pair
+from .publish import RepoResult, SyncReport, publish
+from .pull import pull, verify
 from .sync import sync
 from .training import base_model_facts
 
@@ -40,4 +40,5 @@ __all__ = [
     'sync',
     'verify',
     'verify_checkpoint',
+    'verify_pair',
 ]

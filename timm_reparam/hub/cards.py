@@ -47,6 +47,7 @@ __all__ = [
     'check_facts',
     'license_data',
     'license_of',
+    'notes_of',
     'read_config',
     'read_facts',
     'render_card',
@@ -95,16 +96,32 @@ def render_card(folder: str | Path) -> str:
         ReparamError: A file is missing, or says something that has the wrong form.
     """
     folder = Path(folder)
-    return card_text(read_config(folder), read_facts(folder) or {}, sha256_of(folder / WEIGHTS_NAME))
+    return card_text(
+        read_config(folder), read_facts(folder) or {}, sha256_of(folder / WEIGHTS_NAME), notes_of(folder / CARD_NAME)
+    )
 
 
-def card_text(config: dict[str, Any], facts: dict[str, Any], sha256: str) -> str:
+def notes_of(path: Path) -> str:
+    """The marked section of a card that holds somebody's own notes, with its marks; empty if there is none.
+
+    It begins with the line ``<!-- notes -->`` and ends with the line ``<!-- end of notes -->``.
+    """
+    try:
+        text = path.read_bytes().decode('utf-8')
+    except (OSError, ValueError):
+        return ''
+    found = re.search(r'^<!-- notes -->\r?\n.*?^<!-- end of notes -->$', text, re.DOTALL | re.MULTILINE)
+    return found[0] if found else ''
+
+
+def card_text(config: dict[str, Any], facts: dict[str, Any], sha256: str, notes: str = '') -> str:
     """Render a card from what lies in a checkpoint folder.
 
     Args:
         config: Content of ``config.json``, see :func:`read_config`.
         facts: Content of ``training.json``, see :func:`read_facts`; empty if there is none.
         sha256: Hash of ``model.safetensors``.
+        notes: Section of notes, see :func:`notes_of`, kept as it is.
 
     Returns:
         The text of ``README.md``.
@@ -113,7 +130,7 @@ def card_text(config: dict[str, Any], facts: dict[str, Any], sha256: str) -> str
     templates = template_folder()
     template = ''.join((templates / name).read_text(encoding='utf-8') for name in (f'{context.form}.md', 'details.md'))
     card = ModelCard.from_template(context.card_data(), template_str=template, **context.texts())
-    return str(card).rstrip() + '\n'
+    return str(card).rstrip() + '\n' + (f'\n{notes}\n' if notes else '')
 
 
 def license_of(folder: str | Path) -> str | None:

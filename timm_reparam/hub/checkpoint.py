@@ -72,11 +72,12 @@ __all__ = [
     'load_checkpoint',
     'save_checkpoint',
     'save_pair',
-    'verify_checkpoint',
 ]
 
 FILES = (CARD_NAME, CONFIG_NAME, FACTS_NAME, WEIGHTS_NAME)
 FUSED_SUFFIX = '_fused'
+# Facts that the two forms of a pair do not share.
+_OF_ONE_FORM = ('form', 'name', 'repo', 'sibling')
 # Parts of a pretrained_cfg that tell of the weights a training started from, not of those it made.
 _STALE_KEYS = ('origin_url', 'paper_ids', 'paper_name', 'description', 'notes')
 
@@ -361,6 +362,7 @@ def convert_checkpoint(
     facts: dict[str, Any] = {}
     wanted = model_args.get('num_classes')
     if source.is_dir():
+        check_folder(source)
         cfg, model_args, facts = _described_by(source, model_name, model_args)
     state = _read_weights(source / WEIGHTS_NAME if source.is_dir() else source)
     skeleton = _on_meta(model_name, model_args)
@@ -416,7 +418,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise ReparamError(f'{path}: not found; expected a checkpoint folder with {WEIGHTS_NAME}, or a file')
     try:
-        state = load_state_dict(str(path))
+        state = load_state_dict(str(path), weights_only=True)
     except Exception as error:  # whatever a damaged or an unsafe file makes of it
         raise ReparamError(f'{path}: cannot be read ({error})') from error
     strays = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
@@ -477,34 +479,6 @@ def _fuse_and_verify(
     return fused, report
 
 
-def verify_checkpoint(folder: str | Path, fused_folder: str | Path | None = None) -> FusionReport:
-    """Verify again that two folders are the two forms of one model.
-
-    Args:
-        folder: Train-time checkpoint, or the fused one if its name ends with ``_fused`` and no other folder is given.
-        fused_folder: Fused checkpoint; by default the folder beside it whose name ends with ``_fused``.
-
-    Returns:
-        The report on fresh inputs.
-
-    Raises:
-        ReparamError: A folder cannot be loaded, the two do not belong together, or weights do not have the hash that
-            the other folder recorded.
-    """
-    if fused_folder is None:
-        folder = train_time_path(folder)
-        fused_folder = fused_path(folder)
-    folder, fused_folder = Path(folder).absolute(), Path(fused_folder).absolute()
-    for one, other in ((folder, fused_folder), (fused_folder, folder)):
-        recorded = ((read_facts(one) or {}).get('sibling') or {}).get('sha256')
-        if recorded is not None and recorded != (found := sha256_of(other / WEIGHTS_NAME)):
-            raise ReparamError(
-                f'{other / WEIGHTS_NAME}: expected the sha256 that {one / FACTS_NAME} records, {recorded}, got {found};'
-                f' the two are not of one save, fuse {folder} again'
-            )
-    return verify_fusion(load_checkpoint(folder), load_checkpoint(fused_folder))
-
-
 def copy_checkpoints(folders: Sequence[str | Path], zoo: str | Path) -> list[Path]:
     """Copy checkpoint folders into a zoo under their own names, all of them or none.
 
@@ -530,7 +504,8 @@ def copy_checkpoints(folders: Sequence[str | Path], zoo: str | Path) -> list[Pat
 def add_facts(folder: str | Path, facts: Mapping[str, Any]) -> Path:
     """Add to what is known of a saved checkpoint, for instance its licence, and render its card again.
 
-    A card that somebody has written stays as it is. A licence is written into ``config.json``, too, where timm looks.
+    Of a pair both forms get the facts, but for those of one form (``form``, ``name``, ``repo``, ``sibling``). A card
+    that somebody has written stays as it is. A licence is written into ``config.json``, too, where timm looks.
 
     Args:
         folder: Checkpoint folder.
@@ -543,7 +518,12 @@ def add_facts(folder: str | Path, facts: Mapping[str, Any]) -> Path:
         ReparamError: The folder is no checkpoint or cannot be written, or a fact has the wrong form.
     """
     folder = Path(folder).absolute()
-    _write_all([_Copy(folder, folder, facts)])
+    copies = [_Copy(folder, folder, facts)]
+    other = fused_path(folder) if train_time_path(folder) == folder else train_time_path(folder)
+    if ((read_facts(other) or {}).get('sibling') or {}).get('name') == folder.name:
+        shared = {key: value for key, value in facts.items() if key not in _OF_ONE_FORM}
+        copies.append(_Copy(other, other, shared))
+    _write_all(copies)
     return folder
 
 

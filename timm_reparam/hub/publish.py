@@ -1,26 +1,17 @@
-"""Both forms of a model to the Hub: verified from the files before they are sent, fetched back and compared after."""
+"""Both forms of a model to the Hub: verified as they are sent, fetched back and verified again."""
 
-import copy
 import json
 import re
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
-import timm
-import torch
-import yaml  # comes with huggingface_hub, which lets its errors through
-from huggingface_hub import ModelCard
 from torch import nn
 
 from ..errors import ReparamError
-from ..models._registry import ensure_registered, saved_arguments
 from .cards import (
     CARD_NAME,
     CONFIG_NAME,
@@ -28,40 +19,17 @@ from .cards import (
     WEIGHTS_NAME,
     card_text,
     license_data,
+    notes_of,
     read_config,
     read_facts,
-    sha256_of,
 )
-from .checkpoint import FILES, fused_path, load_checkpoint, save_pair, train_time_path, verify_checkpoint
+from .checkpoint import FILES, fused_path, load_checkpoint, save_pair, train_time_path
+from .gate import CHECK_NAME, one_at_a_time, self_check, verify_pair
 from .transport import Conflict, HubClient, Landed, LocalFile, RemoteState, check_repo_id, one_line
 
-__all__ = [
-    'CHECK_NAME',
-    'RepoResult',
-    'SyncReport',
-    'check_claims',
-    'check_config',
-    'check_same_use',
-    'check_self_check',
-    'missing_license',
-    'publish',
-    'self_check',
-]
+__all__ = ['RepoResult', 'SyncReport', 'missing_license', 'publish']
 
-CHECK_NAME = 'test/rand_tensors.safetensors'
-# as timm's own tests compare such tensors
-_TOLERANCE: dict[str, Any] = dict(rtol=1e-3, atol=1e-4)
-# Models are run one at a time: verifying a fusion switches settings of the whole process.
-one_at_a_time = threading.RLock()
 _FORCED_TRIES = 5
-_FUSION_HEADING = re.compile(r'## \w+ of the fusion')
-# What makes timm take weights, or code for reading them, from elsewhere than the folder.
-_ELSEWHERE = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load')
-_OPTIONS = ('model_name', 'checkpoint_path', 'cache_dir', 'scriptable', 'exportable', 'no_jit')
-# Entries of pretrained_cfg that say how the model is to be used, whichever form it has.
-_USE = ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', 'input_size', 'num_classes', 'license', 'label_names')
-# Numbers in model_args that are no sizes of tensors, image sides above all, stay below this.
-_LARGEST_ARGUMENT = 8192
 
 
 @dataclass
@@ -257,29 +225,33 @@ def publish_pair(
         forms = [_Form(check_repo_id(f'{namespace}/{one.name}'), one, license) for one in folders]
     for form in forms:
         form.compare(client.state(form.repo_id, revision))
-    if any(form.is_due for form in forms):
-        with _refusing(folder.name), one_at_a_time:
-            _verify(*folders)
-    for form in forms:
+    due = [form for form in forms if form.is_due]
+    if due:
+        with _refusing(folder.name), one_at_a_time, tempfile.TemporaryDirectory(prefix='to-publish-') as scratch:
+            verify_pair(*(form.write(Path(scratch)) for form in forms)).raise_for_problems()
+    results = []
+    commits = [form.state.head for form in forms]
+    for index, form in enumerate(forms):
         result = RepoResult(form.repo_id, 'skipped', commit=form.state.head)
-        if not form.is_due:
-            add_result(result)
-            continue
-        with _refusing(folder.name), one_at_a_time:
-            form.complete()
-        if not dry_run:
-            landed = _send(client, form, private=private, revision=revision, create_pr=create_pr, force=force)
-            result.commit, result.pull_request = landed.commit, landed.pull_request
-        result.status = 'planned' if dry_run else 'sent'
-        result.files = sorted(form.changes)
-        result.num_bytes = sum(file.size for file in form.changes.values())
+        if form.is_due:
+            with _refusing(folder.name), one_at_a_time:
+                form.complete()
+            if not dry_run:
+                landed = _send(client, form, private=private, revision=revision, create_pr=create_pr, force=force)
+                result.commit, result.pull_request = landed.commit, landed.pull_request
+                commits[index] = landed.commit
+            result.status, result.why = 'planned' if dry_run else 'sent', form.note
+            result.files = sorted(form.changes)
+            result.num_bytes = sum(file.size for file in form.changes.values())
+            results.append(result)
         add_result(result)
-        if not dry_run:
-            try:
-                _fetch_back(client, form, landed.commit)
-            except ReparamError as error:
+    if due and not dry_run:
+        try:
+            _fetch_back(client, forms, commits)
+        except ReparamError as error:
+            for result in results:
                 result.status, result.why = 'failed', one_line(error)
-                raise
+            raise
 
 
 class Refused(ReparamError):
@@ -294,72 +266,52 @@ def _refusing(name: str) -> Iterator[None]:
         raise Refused(f'{name}: not published: {error}') from error.__cause__
 
 
-def _files_for(folder: Path, repo_id: str, license: str | None) -> dict[str, LocalFile]:
-    """The files of a checkpoint folder as they go to a repo: facts and card tell of this place, and of the licence.
-
-    The small ones are in memory, so that they stay as they are. A card that somebody has added to goes as it is, but
-    for the licence.
-    """
-    files = {}
-    for name in FILES:
-        path = folder / name
-        if not path.is_file():
-            raise ReparamError(f'{path}: not found; expected a pair of folders as save_pair writes them')
-        files[name] = LocalFile(path if name == WEIGHTS_NAME else path.read_bytes())
-    config, facts, sha256 = read_config(folder), read_facts(folder) or {}, files[WEIGHTS_NAME].sha256
-    card, rendered = (folder / CARD_NAME).read_bytes(), card_text(config, facts, sha256)
-    is_rendered = card == rendered.encode()
-    if license is not None:
-        config['pretrained_cfg']['license'] = facts['license'] = license
-        files[CONFIG_NAME] = LocalFile(json.dumps(config, indent=2).encode())
-        if not is_rendered:
-            card = _with_license(card, rendered, card_text(config, facts, sha256), folder / CARD_NAME)
-            files[CARD_NAME] = LocalFile(card)
-    facts['repo'] = repo_id
-    files[FACTS_NAME] = LocalFile((json.dumps(facts, indent=2) + '\n').encode())
-    if is_rendered:
-        files[CARD_NAME] = LocalFile(card_text(config, facts, sha256).encode())
-    return files
-
-
-def _with_license(card: bytes, before: str, after: str, place: Path) -> bytes:
-    """A card that somebody has added to, with what a licence changes of the rendered one, before and after."""
-    (old_entries, old_line), (entries, line) = _license_lines(before), _license_lines(after)
-    added = [entry for entry in entries if entry not in old_entries]
-    end = b'\r\n' if b'\r\n' in card else b'\n'
-    lines = card.split(end)
-    is_front = lines[0] == b'---' and b'---' in lines[1:]
-    # other entries may be anywhere in the front matter: the end of it is the one place that is in none of them
-    close = lines.index(b'---', 1) if is_front else 0
-    is_stated = any(one.startswith(b'license') for one in lines[:close])
-    if lines.count(old_line) != 1 or (added and (not is_front or is_stated)):
-        raise ReparamError(
-            f'{place}: expected the line {old_line.decode()!r} once and front matter without a licence, for license= to'
-            f' change, got a card edited there; state the licence with add_facts, write {line.decode()!r} into the card'
-            f' and {b", ".join(added).decode()!r} into its front matter'
-        )
-    lines[lines.index(old_line)] = line
-    lines[close:close] = added
-    return end.join(lines)
-
-
-def _license_lines(card: str) -> tuple[list[bytes], bytes]:
-    """What a rendered card says of the licence: entries of its front matter, and a line of its text."""
-    lines = card.encode().split(b'\n')
-    entries = [line for line in lines[: lines.index(b'---', 1)] if line.startswith(b'license')]
-    (line,) = [line for line in lines if line.startswith(b'- License: ')]
-    return entries, line
-
-
 class _Form:
-    """One form of a pair on its way to its repo."""
+    """One form of a pair on its way to its repo.
+
+    Facts and card are as they go there: they tell of this place and of the licence, and the card is rendered anew, with
+    the notes of the local one. The small files are in memory, so that they stay as they are.
+    """
 
     def __init__(self, repo_id: str, folder: Path, license: str | None):
         self.repo_id, self.folder = repo_id, folder
-        self.files = _files_for(folder, repo_id, license)
+        lacking = [name for name in FILES if not (folder / name).is_file()]
+        if lacking:
+            raise ReparamError(f'{folder / lacking[0]}: not found; expected a pair of folders as save_pair writes them')
+        config, facts = read_config(folder), _known_facts(folder)
+        if facts.get('name') != folder.name:
+            raise ReparamError(
+                f'{folder / FACTS_NAME}: name: expected that of the folder, {folder.name!r}, got '
+                f'{facts.get("name")!r}; save the pair under the new name with save_pair'
+            )
+        weights, notes = LocalFile(folder / WEIGHTS_NAME), notes_of(folder / CARD_NAME)
+        is_rendered = (folder / CARD_NAME).read_bytes() == card_text(config, facts, weights.sha256, notes).encode()
+        self.note = '' if is_rendered else f'{CARD_NAME} is rendered anew, with the section of notes of the local one'
+        config_text = (folder / CONFIG_NAME).read_bytes()
+        if license is not None:
+            config['pretrained_cfg']['license'] = facts['license'] = license
+            config_text = json.dumps(config, indent=2).encode()
+        facts['repo'] = repo_id
+        self.files = {
+            CARD_NAME: LocalFile(card_text(config, facts, weights.sha256, notes).encode()),
+            CONFIG_NAME: LocalFile(config_text),
+            FACTS_NAME: LocalFile((json.dumps(facts, indent=2) + '\n').encode()),
+            WEIGHTS_NAME: weights,
+        }
         self.state = RemoteState(False)
         self.changes: dict[str, LocalFile] = {}
         self._checks = self.is_due = False
+
+    def write(self, place: Path) -> Path:
+        """Put the files into a folder, as they go to the repo; the weights as a link."""
+        folder = place / self.folder.name
+        folder.mkdir()
+        for name, file in self.files.items():
+            if isinstance(file.source, bytes):
+                (folder / name).write_bytes(file.source)
+            else:
+                (folder / name).symlink_to(file.source)
+        return folder
 
     def compare(self, state: RemoteState) -> None:
         """Find what has to be sent to a repo in a state."""
@@ -421,241 +373,6 @@ def _known_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def _verify(folder: Path, fused: Path) -> None:
-    """Raise ReparamError unless two folders are the two forms of one model and say nothing else."""
-    for one in (folder, fused):
-        facts = read_facts(one) or {}
-        if facts.get('name') != one.name:
-            raise ReparamError(
-                f'{one / FACTS_NAME}: name: expected that of the folder, {one.name!r}, got {facts.get("name")!r}; save'
-                ' the pair under the new name with save_pair'
-            )
-        check_config(one)  # what pull refuses nobody could fetch
-        problems = check_claims(one)
-        if problems:
-            raise ReparamError(f'{one}: {problems[0]}')
-    check_same_use(folder, fused)
-    report = verify_checkpoint(folder, fused)
-    if not report.passed:
-        raise ReparamError(f'the fused model differs from the train-time model: {report}')
-
-
-def check_config(folder: Path) -> None:
-    """Check that config.json describes the weights beside it, before anything is built from it.
-
-    Args:
-        folder: Checkpoint folder.
-
-    Raises:
-        ReparamError: It asks for other weights than those in the folder, or for another model, or for anything else
-            than a model.
-    """
-    config = read_config(folder)
-    place, architecture = f'{folder.name}/{CONFIG_NAME}', config['architecture']
-    if not ensure_registered(architecture):
-        raise ReparamError(f'{place}: expected an architecture that timm knows, got {architecture!r}')
-    elsewhere = [key for key in _ELSEWHERE if config['pretrained_cfg'].get(key)]
-    if elsewhere:
-        raise ReparamError(f'{place}: pretrained_cfg.{elsewhere[0]}: would take the weights from elsewhere')
-    strange = sorted(key for key in config['model_args'] if key in _OPTIONS or key.startswith('pretrained'))
-    if strange:
-        raise ReparamError(f'{place}: model_args.{strange[0]}: is no argument of a model, but one of loading it')
-    shapes = _shapes(folder / WEIGHTS_NAME)
-    sizes = [side for shape in shapes.values() for side in shape]
-    largest = max([_LARGEST_ARGUMENT, len(shapes), *sizes])
-    arguments = saved_arguments(architecture, config['model_args'])
-    sizes_asked_for = dict(arguments)
-    if isinstance(options := sizes_asked_for.get('conv_options'), dict):
-        # the length of a schedule: no tensor is as large as that
-        sizes_asked_for['conv_options'] = {key: options[key] for key in options if key != 'temperature_steps'}
-    for number in _numbers(sizes_asked_for):
-        if not abs(number) <= largest:
-            raise ReparamError(f'{place}: model_args: {number} is larger than anything in the weights')
-    try:
-        with torch.device('meta'):
-            model = timm.create_model(architecture, **arguments)
-    except Exception as error:  # whatever wrong arguments make of it
-        raise ReparamError(f'{place}: {architecture} cannot be built ({one_line(error)[:200]})') from error
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
-    if wrong:
-        raise ReparamError(
-            f'{folder.name}/{WEIGHTS_NAME}: {wrong[0]}: expected shape {expected.get(wrong[0])}, got'
-            f' {shapes.get(wrong[0])} ({len(wrong)} tensors differ from {architecture})'
-        )
-
-
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors in a safetensors file, which is not read further."""
-    try:
-        with safetensors.safe_open(path, 'pt') as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ReparamError(f'{path.parent.name}/{path.name}: is no safetensors file ({one_line(error)})') from error
-
-
-def _numbers(value: Any) -> Iterator[float]:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        for item in value:
-            yield from _numbers(item)
-    elif isinstance(value, (int, float)):
-        yield value
-
-
-def check_same_use(folder: Path, fused: Path) -> None:
-    """Check that two forms say the same of a model: preprocessing, classes and licence, variant and architecture.
-
-    Args:
-        folder: Train-time checkpoint.
-        fused: Fused checkpoint.
-
-    Raises:
-        ReparamError: They differ; the message names every difference.
-    """
-    configs = [read_config(one) for one in (folder, fused)]
-    differences = []
-    for place, keys in (('', ('num_classes', 'label_names')), ('pretrained_cfg', _USE)):
-        for key in keys:
-            expected, found = ((config[place] if place else config).get(key) for config in configs)
-            if expected != found:
-                name = f'{place}.{key}' if place else key
-                differences.append(f'{fused.name}/{CONFIG_NAME}: {name}: expected {expected!r}, got {found!r}')
-    stock, _, variant = configs[0]['architecture'].rpartition('_')
-    for one in (folder, fused):
-        facts = read_facts(one) or {}
-        for key, expected in (('variant', variant), ('stock_architecture', stock)):
-            if (found := facts.get(key, expected)) != expected:
-                differences.append(f'{one.name}/{FACTS_NAME}: {key}: expected {expected!r}, got {found!r}')
-    if differences:
-        raise ReparamError(
-            f'{"; ".join(differences)} (expected is what {folder.name}/{CONFIG_NAME} says); save the pair again'
-        )
-
-
-def check_claims(folder: Path) -> list[str]:
-    """Compare what a card claims with the other files of its folder.
-
-    Args:
-        folder: Checkpoint folder.
-
-    Returns:
-        What is wrong, a line each; empty if nothing is.
-
-    Raises:
-        ReparamError: A file is missing or cannot be read.
-    """
-    path = folder / CARD_NAME
-    try:
-        text = path.read_text(encoding='utf-8')
-        card = ModelCard(text)
-        claimed = card.data.to_dict()
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-        return [f'{CARD_NAME}: cannot be read ({one_line(error)[:200]})']
-    problems = []
-    sha256 = sha256_of(folder / WEIGHTS_NAME)
-    if sha256 not in text:
-        problems.append(f'{CARD_NAME}: does not name the sha256 of {WEIGHTS_NAME}, {sha256}; render it again')
-    config, facts = read_config(folder), read_facts(folder) or {}
-    rendered = card_text(config, facts, sha256)
-    expected = ModelCard(rendered).data.to_dict()
-    for key in ('base_model', 'base_model_relation', 'license', 'datasets', 'model-index'):
-        if claimed.get(key) != expected.get(key):
-            problems.append(f'{CARD_NAME}: {key}: expected {expected.get(key)!r}, got {claimed.get(key)!r}')
-    headings = {heading for heading, _ in _sections(rendered)}
-    # What stands below other headings is no claim about the files. The section on the fusion had another name in 0.1.0.
-    claims = (body for heading, body in _sections(text) if heading in headings or _FUSION_HEADING.fullmatch(heading))
-    stated = _stated('\n'.join(claims))
-    facts.pop('repo', None)
-    local = _stated(card_text(config, facts, sha256))  # a card that somebody has added to was published as it was
-    for key, value in _stated(rendered).items():
-        if stated.get(key, value) not in (value, local.get(key)):
-            problems.append(f'{CARD_NAME}: {key}: expected {value!r}, got {stated[key]!r}')
-    return problems
-
-
-def _sections(text: str) -> list[tuple[str, str]]:
-    """The headings of a card, each with the text below it; what comes before the first one is below ''."""
-    parts = ['', *re.split(r'^(#{1,6} .*)$', text, flags=re.MULTILINE)]
-    return [(heading.strip(), body) for heading, body in zip(parts[::2], parts[1::2])]
-
-
-def _stated(text: str) -> dict[str, str]:
-    """What a card says in the lines of its lists and tables, by what stands before the first colon or in the cell."""
-    lines = re.findall(r'^(?:- ([^:\n]+):|\| ([^|\n]*[^|\s]) \|)[ \t]*(.*)$', text, re.MULTILINE)
-    return {item or cell: value.strip() for item, cell, value in lines}
-
-
-def self_check(model: nn.Module, sha256: str) -> bytes:
-    """The self-check file of a checkpoint, as timm's own repos carry it: an image and what the model makes of it.
-
-    Computed in float64 and rounded, so that it is the same bytes however a machine orders its sums.
-
-    Args:
-        model: The model.
-        sha256: Hash of its weights, which the image is drawn from.
-
-    Returns:
-        A safetensors file of `input`, `features`, `pre_logits` and `output`.
-
-    Raises:
-        ReparamError: The model does not run on its own input size.
-    """
-    generator = torch.Generator().manual_seed(int(sha256[:12], 16))
-    size = timm.data.resolve_data_config(model=model)['input_size']
-    image = torch.randn(1, *size, generator=generator)
-    tensors = {'input': image, **_outputs(copy.deepcopy(model).double(), image.double())}
-    contiguous = {name: tensor.float().contiguous().clone() for name, tensor in tensors.items()}
-    return safetensors.torch.save(contiguous, metadata={'weights_sha256': sha256})
-
-
-def check_self_check(model: nn.Module, content: bytes) -> list[str]:
-    """Run a model on the image of a self-check file.
-
-    Args:
-        model: The model.
-        content: The file.
-
-    Returns:
-        What is wrong, a line each; empty if nothing is.
-    """
-    try:
-        tensors = safetensors.torch.load(content)
-    except safetensors.SafetensorError as error:
-        return [f'{CHECK_NAME}: cannot be read ({one_line(error)})']
-    lacking = sorted({'input', 'output', 'features', 'pre_logits'} - tensors.keys())
-    size = tuple(timm.data.resolve_data_config(model=model)['input_size'])
-    image = tensors.get('input')
-    if lacking or image is None or tuple(image.shape[1:]) != size or len(image) > 64:
-        return [f'{CHECK_NAME}: expected an input of {size} with its outputs; missing: {lacking}']
-    problems = []
-    dtype = next(model.parameters()).dtype
-    for name, found in _outputs(model, image.to(dtype)).items():
-        expected = tensors[name]
-        if found.shape != expected.shape:
-            problems.append(f'{CHECK_NAME}: {name}: expected shape {list(found.shape)}, got {list(expected.shape)}')
-        elif not torch.allclose(found.float(), expected.float(), **_TOLERANCE):
-            difference = float((found.float() - expected.float()).abs().max())
-            problems.append(f'{CHECK_NAME}: {name}: differs from what the weights give by {difference:.3g}')
-    return problems
-
-
-@torch.no_grad()
-def _outputs(model: Any, image: torch.Tensor) -> dict[str, torch.Tensor]:
-    model.eval()
-    try:
-        with torch.autocast('cpu', enabled=False):
-            features = model.forward_features(image)
-            return {
-                'features': features,
-                'pre_logits': model.forward_head(features, pre_logits=True),
-                'output': model(image),
-            }
-    except (AttributeError, RuntimeError, TypeError) as error:
-        raise ReparamError(f'self-check: the model does not run on {list(image.shape)} ({one_line(error)})') from error
-
-
 def _send(
     client: HubClient, form: _Form, *, private: bool, revision: str | None, create_pr: bool, force: bool
 ) -> Landed:
@@ -680,40 +397,25 @@ def _send(
             form.complete()
 
 
-def _fetch_back(client: HubClient, form: _Form, commit: str) -> None:
-    """Fetch what was sent by the id of its commit, compare hashes, and run it beside the local model."""
-    repo_id = form.repo_id
-    state = client.existing_state(repo_id, commit)
-    expected = {**form.files, **{path: file for path, file in form.changes.items() if path == CHECK_NAME}}
-    for path, file in expected.items():
-        if path not in state.files or not state.files[path].is_same(file):
-            raise ReparamError(f'{repo_id}: {path} at commit {commit} is not what was sent; sync again, verify it')
+def _fetch_back(client: HubClient, forms: Sequence[_Form], commits: Sequence[str | None]) -> None:
+    """Fetch a pair by the ids of its commits, compare hashes with what was sent, and verify it."""
     with tempfile.TemporaryDirectory(prefix='fetched-') as scratch:
-        cache, folder = Path(scratch) / 'cache', Path(scratch) / 'folder'
-        client.download(repo_id, [*FILES, CHECK_NAME], state, cache, folder)
-        with one_at_a_time:
-            if client.is_ambient:
-                name = f'hf-hub:{repo_id}@{commit}'
-                published = _load(name, Path(scratch) / 'timm', client)
-            else:
-                published = load_checkpoint(folder)
-            image = safetensors.torch.load_file(folder / CHECK_NAME)['input']
-            logits, own = (_logits(model, image) for model in (published, load_checkpoint(form.folder)))
-    difference = float((logits - own).abs().max())
-    if not difference <= 1e-5 * float(own.abs().max()):
-        raise ReparamError(f'{repo_id}: commit {commit} gives other logits than {form.folder}, by {difference:.3g}')
-
-
-def _load(name: str, cache: Path, client: HubClient) -> nn.Module:
-    try:
-        return client.call(name, timm.create_model, name, pretrained=True, cache_dir=cache).eval()
-    except ReparamError:
-        raise
-    except Exception as error:  # whatever a damaged file makes of it
-        raise ReparamError(f'{name}: cannot be loaded ({one_line(error)})') from error
-
-
-@torch.no_grad()
-def _logits(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
-    with torch.autocast('cpu', enabled=False):
-        return model.eval()(image.to(next(model.parameters()).dtype)).double()
+        folders: list[Path] = []
+        self_checks = {}
+        for form, commit in zip(forms, commits):
+            state = client.existing_state(form.repo_id, commit)
+            expected = {**form.files, **{path: file for path, file in form.changes.items() if path == CHECK_NAME}}
+            for path, file in expected.items():
+                if path not in state.files or not state.files[path].is_same(file):
+                    raise ReparamError(
+                        f'{form.repo_id}: {path} at commit {commit} is not what was sent; sync again, verify it'
+                    )
+            folder = Path(scratch) / form.folder.name
+            files = client.download(
+                form.repo_id, [*FILES, CHECK_NAME], state, Path(scratch) / f'cache-{len(folders)}', folder
+            )
+            self_checks[folder] = files[CHECK_NAME].read()
+            folders.append(folder)
+        report = verify_pair(*folders, self_checks=self_checks)
+        if not report.passed:
+            raise ReparamError(f'{forms[0].repo_id}: what was fetched back is not verified: {report.problems[0]}')

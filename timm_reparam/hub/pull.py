@@ -1,76 +1,23 @@
 """From the Hub to a local zoo, and the verification of a pair from outside: only safetensors, and no code is run."""
 
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from ..errors import ReparamError
-from ..verify import FusionReport
-from .cards import CONFIG_NAME, FACTS_NAME, WEIGHTS_NAME, read_facts, sha256_of
-from .checkpoint import (
-    FILES,
-    FUSED_SUFFIX,
-    copy_checkpoints,
-    fused_path,
-    load_checkpoint,
-    train_time_path,
-    verify_checkpoint,
-)
-from .publish import (
-    CHECK_NAME,
-    RepoResult,
-    SyncReport,
-    check_claims,
-    check_config,
-    check_same_use,
-    check_self_check,
-    one_at_a_time,
-)
+from .cards import CONFIG_NAME, WEIGHTS_NAME
+from .checkpoint import FILES, FUSED_SUFFIX, copy_checkpoints
+from .gate import CHECK_NAME, VerifyReport, verify_pair
+from .publish import RepoResult, SyncReport
 from .transport import HubClient, LocalFile, RemoteState, check_repo_id, one_line
 
-__all__ = ['VerifyReport', 'pull', 'verify']
+__all__ = ['pull', 'verify']
 
 _TAG = 'timm-reparam'
 _PICKLES = ('.bin', '.pt', '.pth', '.tar', '.ckpt', '.pkl', '.pickle')
 _LARGEST_TEXT = 16 * 2**20
-
-
-@dataclass
-class VerifyReport:
-    """What a verification from outside found.
-
-    Attributes:
-        target: What was verified.
-        fusion: The report on the fusion, on fresh inputs; None if it could not be run.
-        problems: What is wrong, a line each.
-        checks: What was looked at, and whether it is right.
-    """
-
-    target: str
-    fusion: FusionReport | None = None
-    problems: list[str] = field(default_factory=list)
-    checks: dict[str, bool] = field(default_factory=dict)
-
-    @property
-    def passed(self) -> bool:
-        """Whether everything is right."""
-        return not self.problems and self.fusion is not None and self.fusion.passed
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain values, for json."""
-        fusion = None if self.fusion is None else self.fusion.to_dict()
-        return dict(target=self.target, passed=self.passed, fusion=fusion, checks=self.checks, problems=self.problems)
-
-    def __str__(self) -> str:
-        lines = [f'{self.target}: {"verified" if self.passed else "NOT verified"}']
-        lines += [f'  {name}: {"right" if right else "WRONG"}' for name, right in self.checks.items()]
-        lines += [f'  {problem}' for problem in self.problems]
-        return '\n'.join(lines + ([str(self.fusion)] if self.fusion is not None else []))
 
 
 def pull(
@@ -150,61 +97,48 @@ def verify(
     Raises:
         ReparamError: There is no such pair, or it cannot be read at all.
     """
+    if not str(repo_or_folder):
+        raise ReparamError("verify: expected a repo, NAMESPACE/NAME, or a folder, got ''")
     if Path(repo_or_folder).is_dir():
-        folder = train_time_path(repo_or_folder)
-        report = VerifyReport(str(repo_or_folder))
-        _verify_pair(report, folder, {})
-        return report
+        return replace(verify_pair(repo_or_folder), target=str(repo_or_folder))
     client = HubClient(token=token, endpoint=endpoint, timeout=timeout, patience=patience)
     repo_id = check_repo_id(str(repo_or_folder)).removesuffix(FUSED_SUFFIX)
-    report = VerifyReport(str(repo_or_folder))
     with tempfile.TemporaryDirectory(prefix='verify-') as scratch:
-        states = [client.existing_state(one, revision) for one in (repo_id, repo_id + FUSED_SUFFIX)]
-        checks = {}
-        for one, state in zip((repo_id, repo_id + FUSED_SUFFIX), states):
-            folder = Path(scratch) / one.partition('/')[2]
-            _fetch(client, one, state, folder)
-            report.checks[f'{one}: hashes'] = True  # otherwise fetching has raised
-            with _problem(report, f'{one}: self-check file'):
-                if CHECK_NAME not in state.files:
-                    raise ReparamError(f'{one}: has no {CHECK_NAME}; publish it again')
-                _check_size(one, CHECK_NAME, state)
-                checks[folder] = client.download(one, [CHECK_NAME], state, Path(scratch) / 'cache')[CHECK_NAME]
-        _verify_pair(report, Path(scratch) / repo_id.partition('/')[2], checks)
-    return report
+        fetched = _Fetched(client, repo_id, revision)
+        fetched.download(Path(scratch))
+        return replace(fetched.verify(), target=str(repo_or_folder))
 
 
-def _verify_pair(report: VerifyReport, folder: Path, checks: Mapping[Path, LocalFile]) -> None:
-    for one in (folder, fused_path(folder)):
-        check_config(one)
-        with _problem(report, f'{one.name}: card'):
-            for problem in check_claims(one):
-                raise ReparamError(problem)
-        if one in checks:
-            with _problem(report, f'{one.name}: self-check tensors'), one_at_a_time:
-                content = checks[one].source
-                content = content if isinstance(content, bytes) else content.read_bytes()
-                for problem in check_self_check(load_checkpoint(one), content):
-                    # a pair that is equal otherwise is not sent again
-                    raise ReparamError(f'{problem}; delete that file on the Hub, publish the pair again')
-    with _problem(report, f'{folder.name}: configurations'):
-        check_same_use(folder, fused_path(folder))
-    with _problem(report, f'{folder.name}: pair'), one_at_a_time:
-        report.fusion = verify_checkpoint(folder)
-        if not report.fusion.passed:
-            raise ReparamError('the fused model differs from the train-time model')
+class _Fetched:
+    """Both forms of a pair on the Hub, and what was fetched of them."""
 
+    def __init__(self, client: HubClient, repo_id: str, revision: str | None):
+        self.client, self.repo_ids = client, (repo_id, repo_id + FUSED_SUFFIX)
+        self.states = [client.existing_state(check_repo_id(one), revision) for one in self.repo_ids]
+        self.folders: list[Path] = []
+        self.sizes: list[int] = []
+        self._self_checks: dict[Path, bytes] = {}
+        self._lacking: list[str] = []
 
-@contextmanager
-def _problem(report: VerifyReport, name: str) -> Iterator[None]:
-    """Note whether a check went well, and go on."""
-    try:
-        yield
-    except ReparamError as error:
-        report.checks[name] = False
-        report.problems.append(one_line(error))
-    else:
-        report.checks[name] = True
+    def download(self, place: Path) -> None:
+        """Fetch the files, by the ids of their commits; raise ReparamError unless their hashes are right."""
+        for one, state in zip(self.repo_ids, self.states):
+            folder = place / one.partition('/')[2]
+            self.sizes.append(_fetch(self.client, one, state, folder))
+            self.folders.append(folder)
+            if CHECK_NAME not in state.files:
+                self._lacking.append(f'{one}: has no {CHECK_NAME}; publish it again')
+                continue
+            _check_size(one, CHECK_NAME, state)
+            file = self.client.download(one, [CHECK_NAME], state, place / f'.cache-{folder.name}')[CHECK_NAME]
+            self._self_checks[folder] = file.read()
+
+    def verify(self) -> VerifyReport:
+        """Verify what was fetched."""
+        report = verify_pair(*self.folders, self_checks=self._self_checks)
+        checks = {f'{one}: hashes': True for one in self.repo_ids}  # otherwise fetching has raised
+        checks |= {f'{one}: self-check file': CHECK_NAME in s.files for one, s in zip(self.repo_ids, self.states)}
+        return replace(report, checks={**checks, **report.checks}, problems=[*self._lacking, *report.problems])
 
 
 def _published(client: HubClient, namespace: str) -> list[str]:
@@ -224,30 +158,21 @@ def _published(client: HubClient, namespace: str) -> list[str]:
 
 
 def _pull_pair(client: HubClient, repo_id: str, zoo: Path, revision: str | None) -> list[RepoResult]:
-    repo_ids = (repo_id, repo_id + FUSED_SUFFIX)
-    states = [client.existing_state(check_repo_id(one), revision) for one in repo_ids]
-    folders = [zoo / one.partition('/')[2] for one in repo_ids]
-    if all(_is_equal(folder, state) for folder, state in zip(folders, states)):
-        return [RepoResult(one, 'skipped', commit=state.head) for one, state in zip(repo_ids, states)]
+    pair = _Fetched(client, repo_id, revision)
+    targets = [zoo / one.partition('/')[2] for one in pair.repo_ids]
+    if all(_is_equal(folder, state) for folder, state in zip(targets, pair.states)):
+        return [RepoResult(one, 'skipped', commit=state.head) for one, state in zip(pair.repo_ids, pair.states)]
     results = []
     with tempfile.TemporaryDirectory(prefix='pull-') as scratch:
-        fetched = [Path(scratch) / folder.name for folder in folders]
-        for one, state, folder, target in zip(repo_ids, states, fetched, folders):
-            num_bytes = _fetch(client, one, state, folder)
+        pair.download(Path(scratch))
+        report = pair.verify()
+        if not report.passed:
+            raise ReparamError(f'{repo_id}: is not verified: {"; ".join(report.problems)}')
+        for one, state, target, num_bytes in zip(pair.repo_ids, pair.states, targets, pair.sizes):
             why = 'fetched, in the place of another version' if target.exists() else 'fetched'
+            why = '; '.join([why, *(w for w in report.warnings if w.startswith(f'{target.name}/'))])
             results.append(RepoResult(one, 'sent', why, state.head, None, sorted(_wanted(state)), num_bytes))
-        for folder in fetched:
-            check_config(folder)
-            with one_at_a_time:
-                load_checkpoint(folder)
-        for form, other in (fetched, fetched[::-1]):
-            recorded = ((read_facts(form) or {}).get('sibling') or {}).get('sha256')
-            if recorded is not None and recorded != sha256_of(other / WEIGHTS_NAME):
-                raise ReparamError(
-                    f'{repo_id}: its two forms are not of one save: {form.name}/{FACTS_NAME} records {recorded} for the'
-                    ' weights of the other; their owner should sync again'
-                )
-        copy_checkpoints(fetched, zoo)
+        copy_checkpoints(pair.folders, zoo)
     return results
 
 

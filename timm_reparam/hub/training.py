@@ -200,7 +200,9 @@ def load_training(path: str | Path) -> tuple[nn.Module, dict[str, Any], dict[str
     skeleton: Any = build_for_shapes(name, arguments, shapes, f'{path}: its weights do not fit its settings')
     try:
         data_config = resolve_input_data_config(skeleton, args=settings)
-        check_cost(skeleton, check_size(data_config['input_size'], f'{path}: input_size'), str(path))
+        size = check_size(data_config['input_size'], f'{path}: input_size')
+        _check_preprocessing(data_config, size[0], path)
+        check_cost(skeleton, size, str(path))
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # what there is to say about these settings was said to their user
             model = timm.create_model(name, **arguments)
@@ -212,6 +214,17 @@ def load_training(path: str | Path) -> tuple[nn.Module, dict[str, Any], dict[str
         text = ' '.join(str(error).split())[:200]
         raise ReparamError(f'{path}: its settings cannot be used ({type(error).__name__}: {text})') from error
     return model.eval(), data_config, facts
+
+
+def _check_preprocessing(data_config: Mapping[str, Any], channels: int, path: str | Path) -> None:
+    """Raise ReparamError unless mean and std are numbers for the channels, and the rest numbers and words."""
+    for key, value in data_config.items():
+        right = _is_told(value)
+        if key in ('mean', 'std'):
+            numbers = list(value) if isinstance(value, (list, tuple)) else []
+            right = right and len(numbers) in (1, channels) and all(isinstance(each, (int, float)) for each in numbers)
+        if not right:
+            raise ReparamError(f'{path}: {key}: expected numbers or a name, got {value!r:.80}')
 
 
 def _model_arguments(settings: dict[str, Any], path: str | Path) -> dict[str, Any]:

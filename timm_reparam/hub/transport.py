@@ -138,6 +138,10 @@ class LocalFile:
             raise ReparamError(f'{self.place}: cannot be read ({error.strerror})') from error
         self.sha256, self.git_oid = sha256.hexdigest(), git.hexdigest()
 
+    def read(self) -> bytes:
+        """The content."""
+        return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
+
     def operation(self, path: str) -> CommitOperationAdd:
         """The operation that puts the file at a path of a repo."""
         source = self.source if isinstance(self.source, bytes) else str(self.source)

@@ -1,0 +1,356 @@
+"""The one gate: a pair of checkpoint folders is verified wholly, cheapest first.
+
+It runs before a pair is published, on what was fetched back, before a pulled pair takes its place, and in `verify`.
+"""
+
+import copy
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+import yaml  # comes with huggingface_hub
+from torch import nn
+
+from ..errors import ReparamError
+from ..verify import FusionReport, verify_fusion
+from .cards import (
+    CARD_NAME,
+    CONFIG_NAME,
+    FACTS_NAME,
+    WEIGHTS_NAME,
+    card_text,
+    notes_of,
+    read_config,
+    read_facts,
+    sha256_of,
+)
+from .checkpoint import fused_path, load_checkpoint, train_time_path
+from .transport import one_line
+from .untrusted import check_folder
+
+__all__ = [
+    'CHECK_NAME',
+    'VerifyReport',
+    'check_card',
+    'check_self_check',
+    'front_matter',
+    'self_check',
+    'verify_checkpoint',
+    'verify_pair',
+]
+
+CHECK_NAME = 'test/rand_tensors.safetensors'
+# as timm's own tests compare such tensors
+_TOLERANCE: dict[str, Any] = dict(rtol=1e-3, atol=1e-4)
+# Models are run one at a time: verifying a fusion switches settings of the whole process.
+one_at_a_time = threading.RLock()
+# Entries of pretrained_cfg that say how the model is to be used, whichever form it has.
+_USE = ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', 'input_size', 'num_classes', 'license', 'label_names')
+# Entries of a card's front matter that state facts.
+_FACTS = ('base_model', 'base_model_relation', 'license', 'license_name', 'license_link', 'datasets', 'model-index')
+_LONGEST_FRONT_MATTER = 2**16
+
+
+@dataclass
+class VerifyReport:
+    """What a verification of a pair found.
+
+    Attributes:
+        target: What was verified.
+        fusion: The report on the fusion, on fresh inputs; None if it could not be run.
+        problems: What is wrong, a line each.
+        checks: What was looked at, and whether it is right.
+        warnings: What is no fault: a card of other templates, or with text of somebody's own.
+    """
+
+    target: str
+    fusion: FusionReport | None = None
+    problems: list[str] = field(default_factory=list)
+    checks: dict[str, bool] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything is right."""
+        return not self.problems and self.fusion is not None and self.fusion.passed
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values, for json."""
+        fusion = None if self.fusion is None else self.fusion.to_dict()
+        return dict(vars(self), passed=self.passed, fusion=fusion)
+
+    def __str__(self) -> str:
+        lines = [f'{self.target}: {"verified" if self.passed else "NOT verified"}']
+        lines += [f'  {name}: {"right" if right else "WRONG"}' for name, right in self.checks.items()]
+        lines += [f'  {problem}' for problem in self.problems]
+        lines += [f'  warning: {warning}' for warning in self.warnings]
+        return '\n'.join(lines + ([str(self.fusion)] if self.fusion is not None else []))
+
+    @contextmanager
+    def check(self, name: str) -> Iterator[None]:
+        """Note whether a check went well, and go on."""
+        try:
+            yield
+        except ReparamError as error:
+            self.checks[name] = False
+            self.problems.append(one_line(error))
+        else:
+            self.checks[name] = True
+
+    def raise_for_problems(self) -> None:
+        """Raise ReparamError, with the first problem, unless everything is right."""
+        if not self.passed:
+            raise ReparamError(self.problems[0] if self.problems else f'{self.target}: not verified')
+
+
+def verify_pair(
+    folder: str | Path,
+    fused_folder: str | Path | None = None,
+    *,
+    self_checks: Mapping[Path, bytes] | None = None,
+) -> VerifyReport:
+    """Verify that two folders are the two forms of one model, and say nothing else, cheapest first.
+
+    Of each form: its configuration against the header of its weights (names, shapes, number of classes, cost of running
+    it), before anything is built; and what the front matter of its card states against its other files. Of the pair:
+    that both say the same of the model, that they are of one save, and the fusion. Nothing is built unless both
+    configurations are right.
+
+    Args:
+        folder: Folder of the train-time form; of either form if no other folder is given.
+        fused_folder: Folder of the fused form; by default the one beside it whose name ends with ``_fused``.
+        self_checks: Content of the self-check file of a folder, by the folder, where there is one.
+
+    Returns:
+        What was found; whether all is right is the report's `passed`.
+    """
+    report, self_checks = VerifyReport(str(folder)), self_checks or {}
+    if fused_folder is None:
+        folder = train_time_path(folder)
+        fused_folder = fused_path(folder)
+    folders = Path(folder).absolute(), Path(fused_folder).absolute()
+    for one in folders:
+        with report.check(f'{one.name}: configuration'):
+            check_folder(one)
+            read_facts(one)
+    if report.problems:
+        return report
+    with report.check(f'{folders[0].name}: configurations'):
+        check_same_use(*folders)
+    for one in folders:
+        with report.check(f'{one.name}: card'):
+            report.warnings += check_card(one)
+    with report.check(f'{folders[0].name}: one save'):
+        _check_siblings(*folders)
+    if not report.checks[f'{folders[0].name}: one save']:
+        return report
+    with report.check(f'{folders[0].name}: fusion'), one_at_a_time:
+        models = [load_checkpoint(one) for one in folders]
+        report.fusion = verify_fusion(*models)
+        for one, model in zip(folders, models):
+            if one in self_checks:
+                with report.check(f'{one.name}: self-check tensors'):
+                    check_self_check(model, self_checks[one])
+        if not report.fusion.passed:
+            raise ReparamError(f'the fused model differs from the train-time model: {report.fusion}')
+    return report
+
+
+def verify_checkpoint(folder: str | Path, fused_folder: str | Path | None = None) -> FusionReport:
+    """Verify again that two folders are the two forms of one model; see :func:`verify_pair`.
+
+    Args:
+        folder: Train-time checkpoint, or the fused one if its name ends with ``_fused`` and no other folder is given.
+        fused_folder: Fused checkpoint; by default the folder beside it whose name ends with ``_fused``.
+
+    Returns:
+        The report on the fusion, on fresh inputs.
+
+    Raises:
+        ReparamError: A folder cannot be loaded, or anything else than the fusion is wrong.
+    """
+    report = verify_pair(folder, fused_folder)
+    if report.fusion is None or not all(
+        right for name, right in report.checks.items() if not name.endswith(': fusion')
+    ):
+        raise ReparamError(report.problems[0])
+    return report.fusion
+
+
+def _check_siblings(folder: Path, fused: Path) -> None:
+    """Raise ReparamError unless each form has the weights whose hash the other one recorded."""
+    for one, other in ((folder, fused), (fused, folder)):
+        recorded = ((read_facts(one) or {}).get('sibling') or {}).get('sha256')
+        if recorded is not None and recorded != (found := sha256_of(other / WEIGHTS_NAME)):
+            raise ReparamError(
+                f'{other.name}/{WEIGHTS_NAME}: expected the sha256 that {one.name}/{FACTS_NAME} records, {recorded}, '
+                f'got {found}: the two are not of one save; fuse the train-time form again, or publish the pair again'
+            )
+
+
+def check_card(folder: Path) -> list[str]:
+    """Compare what the front matter of a card states with the other files of its folder.
+
+    Args:
+        folder: Checkpoint folder.
+
+    Returns:
+        Warnings: there is no card, it has notes, or its text is not the one that would be rendered now.
+
+    Raises:
+        ReparamError: The card cannot be read, or states something else than the other files.
+    """
+    path = folder / CARD_NAME
+    if not path.is_file():
+        return [f'{path.parent.name}/{CARD_NAME}: not there']
+    place = f'{folder.name}/{CARD_NAME}'
+    try:
+        text = path.read_text(encoding='utf-8')
+    except (OSError, ValueError) as error:
+        raise ReparamError(f'{place}: cannot be read ({one_line(error)[:200]})') from error
+    config, facts, sha256 = read_config(folder), read_facts(folder) or {}, sha256_of(folder / WEIGHTS_NAME)
+    notes = notes_of(path)
+    rendered = card_text(config, facts, sha256, notes)
+    claimed, expected = front_matter(text, place), front_matter(rendered, place)
+    for key in _FACTS:
+        if claimed.get(key) != expected.get(key):
+            raise ReparamError(
+                f'{place}: {key}: expected {expected.get(key)!r:.200}, got {claimed.get(key)!r:.200}; render it again'
+            )
+    if text != rendered:
+        return [f'{place}: is not what these templates render; its text was not compared']
+    return [f"{place}: has notes of somebody's own, which were not compared"] if notes else []
+
+
+def front_matter(card: str, place: str) -> dict[str, Any]:
+    """The entries at the head of a card, between two lines of three dashes.
+
+    Args:
+        card: Text of the card.
+        place: Where it comes from, for the message.
+
+    Raises:
+        ReparamError: There is none, it is no mapping, or has aliases, which may stand for any amount of text.
+    """
+    found = re.match(r'\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)', card, re.DOTALL)
+    if not found or len(found[1]) > _LONGEST_FRONT_MATTER:
+        raise ReparamError(f'{place}: expected front matter of at most {_LONGEST_FRONT_MATTER} characters')
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(found[1], Loader=yaml.SafeLoader)):
+            raise ReparamError(f'{place}: expected front matter without aliases')
+        entries = yaml.safe_load(found[1])
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ReparamError(f'{place}: its front matter cannot be read ({one_line(error)[:200]})') from error
+    if not isinstance(entries, dict):
+        raise ReparamError(f'{place}: expected front matter with entries, got {type(entries).__name__}')
+    return entries
+
+
+def check_same_use(folder: Path, fused: Path) -> None:
+    """Check that two forms say the same of a model: preprocessing, classes and licence, variant and architecture.
+
+    Args:
+        folder: Train-time checkpoint.
+        fused: Fused checkpoint.
+
+    Raises:
+        ReparamError: They differ; the message names every difference.
+    """
+    configs = [read_config(one) for one in (folder, fused)]
+    differences = []
+    for place, keys in (('', ('num_classes', 'label_names')), ('pretrained_cfg', _USE)):
+        for key in keys:
+            expected, found = ((config[place] if place else config).get(key) for config in configs)
+            if expected != found:
+                name = f'{place}.{key}' if place else key
+                differences.append(f'{fused.name}/{CONFIG_NAME}: {name}: expected {expected!r}, got {found!r}')
+    stock, _, variant = configs[0]['architecture'].rpartition('_')
+    for one in (folder, fused):
+        facts = read_facts(one) or {}
+        for key, expected in (('variant', variant), ('stock_architecture', stock)):
+            if (found := facts.get(key, expected)) != expected:
+                differences.append(f'{one.name}/{FACTS_NAME}: {key}: expected {expected!r}, got {found!r}')
+    if differences:
+        raise ReparamError(
+            f'{"; ".join(differences)} (expected is what {folder.name}/{CONFIG_NAME} says); save the pair again'
+        )
+
+
+def self_check(model: nn.Module, sha256: str) -> bytes:
+    """The self-check file of a checkpoint, as timm's own repos carry it: an image and what the model makes of it.
+
+    Computed in float64 and rounded, so that it is the same bytes however a machine orders its sums.
+
+    Args:
+        model: The model.
+        sha256: Hash of its weights, which the image is drawn from.
+
+    Returns:
+        A safetensors file of `input`, `features`, `pre_logits` and `output`.
+
+    Raises:
+        ReparamError: The model does not run on its own input size.
+    """
+    generator = torch.Generator().manual_seed(int(sha256[:12], 16))
+    size = timm.data.resolve_data_config(model=model)['input_size']
+    image = torch.randn(1, *size, generator=generator)
+    tensors = {'input': image, **_outputs(copy.deepcopy(model).double(), image.double())}
+    contiguous = {name: tensor.float().contiguous().clone() for name, tensor in tensors.items()}
+    return safetensors.torch.save(contiguous, metadata={'weights_sha256': sha256})
+
+
+def check_self_check(model: nn.Module, content: bytes) -> None:
+    """Run a model on the image of a self-check file.
+
+    Args:
+        model: The model.
+        content: The file.
+
+    Raises:
+        ReparamError: The file cannot be read, or holds other tensors than what the model makes of its image.
+    """
+    remedy = 'delete that file on the Hub, publish the pair again'  # a pair that is equal otherwise is not sent again
+    try:
+        tensors = safetensors.torch.load(content)
+    except safetensors.SafetensorError as error:
+        raise ReparamError(f'{CHECK_NAME}: cannot be read ({one_line(error)}); {remedy}') from error
+    lacking = sorted({'input', 'output', 'features', 'pre_logits'} - tensors.keys())
+    size = tuple(timm.data.resolve_data_config(model=model)['input_size'])
+    image = tensors.get('input')
+    if lacking or image is None or tuple(image.shape[1:]) != size or len(image) > 64:
+        raise ReparamError(f'{CHECK_NAME}: expected an input of {size} with its outputs; missing: {lacking}; {remedy}')
+    dtype = next(model.parameters()).dtype
+    for name, found in _outputs(model, image.to(dtype)).items():
+        expected = tensors[name]
+        if found.shape != expected.shape:
+            raise ReparamError(
+                f'{CHECK_NAME}: {name}: expected shape {list(found.shape)}, got {list(expected.shape)}; {remedy}'
+            )
+        if not torch.allclose(found.float(), expected.float(), **_TOLERANCE):
+            difference = float((found.float() - expected.float()).abs().max())
+            raise ReparamError(
+                f'{CHECK_NAME}: {name}: differs from what the weights give by {difference:.3g}; {remedy}'
+            )
+
+
+@torch.no_grad()
+def _outputs(model: Any, image: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.eval()
+    try:
+        with torch.autocast('cpu', enabled=False):
+            features = model.forward_features(image)
+            return {
+                'features': features,
+                'pre_logits': model.forward_head(features, pre_logits=True),
+                'output': model(image),
+            }
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise ReparamError(f'self-check: the model does not run on {list(image.shape)} ({one_line(error)})') from error
