@@ -90,7 +90,7 @@ from timm_reparam.hub import publish
 from timm_reparam.hub.checkpoint import check_pair, check_tag, folder_name, save_checkpoint, save_pair
 from timm_reparam.hub.publish import missing_license
 from timm_reparam.hub.training import base_model_facts, read_training, told_settings
-from timm_reparam.hub.transport import CLIENT_ERRORS, check_repo_id, one_line
+from timm_reparam.hub.transport import CLIENT_ERRORS, check_repo_id, one_line, without_secrets
 from timm_reparam.profile import compare_profiles, format_comparison, format_profiles
 
 _logger = logging.getLogger('train')
@@ -2219,8 +2219,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except ReparamError as error:
         if verbose:
-            traceback.print_exc()
-        print(f'train.py: error: {" ".join(str(error).split())}', file=sys.stderr)
+            print(without_secrets(traceback.format_exc()), end='', file=sys.stderr)
+        print(f'train.py: error: {without_secrets(" ".join(str(error).split()))}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         found = checkpoints_in(run.output_dir) if run is not None and run.is_primary else ()
@@ -2233,4 +2233,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except Exception:  # a defect: shown as Python shows it, but for secrets
+        print(without_secrets(traceback.format_exc()), end='', file=sys.stderr)
+        sys.exit(1)

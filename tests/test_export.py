@@ -155,7 +155,13 @@ def assert_compiled_equals_eager(variant: str, form: str, backend: str, dtype: t
     assert torch.equal(*found) != moves, 'evaluation uses the current temperature'
 
 
-@variants
+@pytest.mark.parametrize(
+    'variant',
+    [
+        variant if variant in ('acconv', 'dyconv') else pytest.param(variant, marks=pytest.mark.slow)
+        for variant in VARIANTS
+    ],
+)
 @forms
 def test_compiled(variant: str, form: str) -> None:
     assert_compiled_equals_eager(variant, form, 'aot_eager', torch.float64, ALGEBRA)
@@ -234,7 +240,9 @@ def onnx_function(path: Path, model: nn.Module, dynamo: bool, size: int = 16) ->
     return lambda x: torch.from_numpy(session.run(None, {'x': x.numpy()})[0])
 
 
-exporters = pytest.mark.parametrize('dynamo', [True, False], ids=['dynamo', 'legacy'])
+exporters = pytest.mark.parametrize(
+    'dynamo', [True, pytest.param(False, marks=pytest.mark.slow)], ids=['dynamo', 'legacy']
+)
 
 
 @cache

@@ -705,7 +705,13 @@ MANY_FLAGS = {
 }
 
 
-@pytest.mark.parametrize('extra', MANY_FLAGS.values(), ids=MANY_FLAGS.keys())
+@pytest.mark.parametrize(
+    'extra',
+    [
+        pytest.param(extra, id=name, marks=pytest.mark.slow if name in ('scripted', 'compiled') else [])
+        for name, extra in MANY_FLAGS.items()
+    ],
+)
 def test_many_flags(extra, flags, tmp_path):
     assert train.main(flags(*extra.split())) == 0
     load_folder(tmp_path / 'zoo/resnet18_doconv.photos')
@@ -1050,7 +1056,7 @@ def assert_same_run(folder: Path, whole: Path) -> None:
 @pytest.mark.parametrize(
     'model, extra, file',
     [
-        ('resnet18_acconv', [], 'checkpoint-1'),
+        pytest.param('resnet18_acconv', [], 'checkpoint-1', marks=pytest.mark.slow),
         ('resnet18_doconv', ['--workers', '2', '--recovery-interval', '1'], 'recovery-2-1'),
     ],
     ids=['after an epoch', 'in an epoch, with loader processes'],

@@ -24,7 +24,7 @@ from .hub import convert_checkpoint, fuse_checkpoint, load_checkpoint, publish, 
 from .hub.checkpoint import train_time_path
 from .hub.family_cards import check_cards, write_cards
 from .hub.training import load_training
-from .hub.transport import one_line, without_tokens
+from .hub.transport import one_line, without_secrets
 from .models._registry import ensure_registered, is_variant_name
 from .plot import check_plot, plot_curves, plot_gains, plot_kernels, plot_profiles
 from .profile import compare_profiles, format_csv, format_json, format_profiles
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except Exception as error:  # one line for the user, whatever it was; -v shows where it came from
         if args.verbose:
-            print(without_tokens(traceback.format_exc()), end='', file=sys.stderr)
+            print(without_secrets(traceback.format_exc()), end='', file=sys.stderr)
         print(f'timm-reparam: {one_line(error) or type(error).__name__}', file=sys.stderr)
         return 1
 

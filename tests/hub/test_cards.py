@@ -494,7 +494,7 @@ def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert capsys.readouterr().out.count(shapes) == 2
 
 
-@pytest.mark.parametrize('variant', ['doconv', 'dyconv'])
+@pytest.mark.parametrize('variant', [pytest.param('doconv', marks=pytest.mark.slow), 'dyconv'])
 def test_snippets_register_what_no_import_does(tmp_path: Path, variant: str):
     """In a process of its own, where nobody has registered the architecture yet."""
     (tmp_path / 'path' / 'to').mkdir(parents=True)

@@ -330,6 +330,7 @@ def test_leftovers_of_a_killed_save(tmp_path: Path, model: nn.Module):
     assert os.listdir(tmp_path) == ['m']
 
 
+@pytest.mark.slow
 def test_interrupted_at_every_step(tmp_path: Path):
     command = [sys.executable, Path(__file__).with_name('interrupted_saves.py'), tmp_path]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)

@@ -209,7 +209,13 @@ def test_layout(family: str):
         assert len({line.count('|') for line in (header, rule, *rows)}) == 1
 
 
-@pytest.mark.parametrize('family', families())
+@pytest.mark.parametrize(
+    'family',
+    [
+        pytest.param(family, marks=[] if family in ('resnet_acconv', 'mobilenetv2_doconv') else pytest.mark.slow)
+        for family in families()
+    ],
+)
 def test_snippets_run(family: str, capsys: pytest.CaptureFixture):
     blocks = re.findall(r'(?ms)^```python\n(.*?)^```', (COMMITTED / f'{family}.md').read_text())
     code = '\n'.join(blocks)

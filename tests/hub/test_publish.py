@@ -305,7 +305,7 @@ def test_licence_is_an_identifier(owner: str, tmp_path: Path, license: str):
         publish(folder, owner, license=license)
 
 
-@pytest.mark.parametrize('license', ['other', 'none', 'unknown'])
+@pytest.mark.parametrize('license', ['other', *(pytest.param(x, marks=pytest.mark.slow) for x in ('none', 'unknown'))])
 def test_licence_that_states_none(hub: HubServer, owner: str, tmp_path: Path, license: str):
     folder, _ = save(tmp_path, facts={})
     with pytest.raises(ReparamError, match=f"'{license}' states no licence; give .*apache-2.0.* or the name"):

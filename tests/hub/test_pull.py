@@ -19,7 +19,9 @@ from stand_in import randomise
 
 import timm_reparam
 from timm_reparam import ReparamError
+from timm_reparam.cli import main
 from timm_reparam.hub import load_checkpoint, publish, pull, render_card, save_pair, self_check, verify
+from timm_reparam.hub.transport import without_secrets
 
 NAMES = ('resnet10t_doconv.t', 'resnet10t_doconv.t_fused')
 CHECK = 'test/rand_tensors.safetensors'
@@ -240,6 +242,20 @@ def test_no_network(tmp_path: Path):
     with pytest.raises(ReparamError, match='a/b: no answer from http://127.0.0.1:9 .*local folder') as raised:
         pull('a/b', tmp_path / 'zoo', endpoint='http://127.0.0.1:9', patience=1)
     assert '\n' not in str(raised.value)
+
+
+def test_secrets_of_the_machine_are_in_no_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """Neither in the line of an error nor in its traceback."""
+    monkeypatch.setenv('HOME', str(tmp_path / 'somebody'))
+    address = 'http://somebody:secret@127.0.0.1:9'
+    for call in (lambda: pull('a/b', tmp_path, endpoint=address, patience=1), lambda: verify('a/b', endpoint=address)):
+        with pytest.raises(ReparamError) as raised:
+            call()
+        assert 'secret' not in str(raised.value) and 'http://***@127.0.0.1:9' in str(raised.value)
+    assert main(['-v', 'verify', str(tmp_path / 'somebody/zoo')]) == 1
+    printed = capsys.readouterr().err
+    assert 'Traceback' in printed and '~/zoo' in printed and 'somebody' not in printed
+    assert without_secrets('hf_abcdef http://a:b@c/d') == '*** http://***@c/d'
 
 
 def test_offline(owner: str, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import random
 import resource
 import shutil
@@ -23,7 +24,15 @@ from timm.models import get_model_args
 import timm_reparam
 from timm_reparam import ReparamError
 from timm_reparam.cli import main
-from timm_reparam.hub import convert_checkpoint, fuse_checkpoint, load_checkpoint, render_card, save_pair, verify_pair
+from timm_reparam.hub import (
+    check_tag,
+    convert_checkpoint,
+    fuse_checkpoint,
+    load_checkpoint,
+    render_card,
+    save_pair,
+    verify_pair,
+)
 from timm_reparam.hub.gate import check_card
 from timm_reparam.hub.training import load_training, read_training, told_settings
 from timm_reparam.hub.untrusted import MOST_TENSORS, check_arguments, check_cost
@@ -194,6 +203,22 @@ def test_configurations(hub: HubServer, zoo: Path, edit: Callable[[dict[str, Any
     refused(lambda: load_checkpoint(folder), hub)
     refused(lambda: fuse_checkpoint(folder, zoo / 'new'), hub)
     assert not verify_pair(folder).passed
+
+
+def test_a_path_that_is_not_utf_8(zoo: Path) -> None:
+    place = zoo / os.fsdecode(b'\xff')
+    try:
+        shutil.copytree(zoo / f'{NAME}.t', place / f'{NAME}.t')
+    except OSError:
+        pytest.skip('this file system takes no such names')
+    with pytest.raises(ReparamError, match='expected a path in UTF-8'):
+        load_checkpoint(place / f'{NAME}.t')
+
+
+@pytest.mark.parametrize('tag', ['NUL', 'aux', 'com1', 'Con.2', '', 'a b', 'a/b', '_fused', 'x_fused'])
+def test_tags(tag: str) -> None:
+    with pytest.raises(ReparamError, match='tag: '):
+        check_tag(tag, NAME)
 
 
 def header_of(tensors: dict[str, Any], data: bytes = b'') -> bytes:

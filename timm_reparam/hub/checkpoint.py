@@ -76,6 +76,8 @@ __all__ = [
 
 FILES = (CARD_NAME, CONFIG_NAME, FACTS_NAME, WEIGHTS_NAME)
 FUSED_SUFFIX = '_fused'
+# Names of devices, which no file on Windows can have, whatever follows behind a dot.
+_RESERVED = re.compile(r'con|prn|aux|nul|(?:com|lpt)[0-9]', re.IGNORECASE)
 # Facts that the two forms of a pair do not share.
 _OF_ONE_FORM = ('form', 'name', 'repo', 'sibling')
 # Parts of a pretrained_cfg that tell of the weights a training started from, not of those it made.
@@ -119,6 +121,8 @@ def check_tag(tag: str, model_name: str = 'model') -> str:
     """
     if not isinstance(tag, str) or not re.fullmatch(r'[A-Za-z0-9._-]+', tag):
         raise ReparamError(f'tag: expected letters, digits, ".", "_" and "-", got {tag!r}; give another --tag')
+    if _RESERVED.fullmatch(tag.partition('.')[0]):
+        raise ReparamError(f'tag: {tag!r} is a reserved name on Windows; give another --tag')
     if tag.endswith(FUSED_SUFFIX):
         raise ReparamError(f'tag: {tag!r} ends with {FUSED_SUFFIX!r}, which marks the fused form; give another --tag')
     for fused in (False, True):

@@ -64,7 +64,7 @@ def pull(
             for one in (repo_id, repo_id + FUSED_SUFFIX):
                 report.results.append(RepoResult(one, 'refused', one_line(error) or type(error).__name__))
     if not report.results:
-        raise ReparamError(f'{source}: {client.api.endpoint} shows no models there that are tagged {_TAG}')
+        raise ReparamError(f'{source}: {client.address} shows no models there that are tagged {_TAG}')
     return report
 
 

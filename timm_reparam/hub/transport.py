@@ -43,7 +43,7 @@ __all__ = [
     'RemoteState',
     'check_repo_id',
     'one_line',
-    'without_tokens',
+    'without_secrets',
 ]
 
 _T = TypeVar('_T')
@@ -99,15 +99,16 @@ def check_repo_id(repo_id: str) -> str:
 
 
 def one_line(error: BaseException | str) -> str:
-    """The message of an error as one line, without anything that looks like an access token."""
-    return without_tokens('; '.join(line.strip() for line in str(error).splitlines() if line.strip()))
+    """The message of an error as one line, without secrets; see :func:`without_secrets`."""
+    return without_secrets('; '.join(line.strip() for line in str(error).splitlines() if line.strip()))
 
 
-def without_tokens(text: str) -> str:
-    """A text with stars in place of the token in use and of what looks like one."""
-    text = re.sub(r'hf_\w{3,}|(?<=Bearer )\S+', '***', text)
-    known = get_token()
-    return text.replace(known, '***') if known else text
+def without_secrets(text: str) -> str:
+    """A text with stars for tokens and for names and passwords in addresses, and ``~`` for the user's own folder."""
+    text = re.sub(r'hf_\w{3,}|(?<=Bearer )\S+|(?<=://)[^/\s@]+(?=@)', '***', text)
+    known, home = get_token(), str(Path.home())
+    text = text.replace(known, '***') if known else text
+    return re.sub(rf'{re.escape(home)}(?![\w.-])', '~', text) if len(home) > 1 else text
 
 
 class LocalFile:
@@ -218,9 +219,8 @@ class HubClient:
                 raise ReparamError(f'{name}: expected a number of seconds above 0, got {value!r}')
         self.api = HfApi(token=token, endpoint=endpoint)
         self.timeout, self.patience = timeout, patience
+        self.address = without_secrets(self.api.endpoint)  # for messages
         self._token = token
-        # timm has its own way to the Hub, which knows only the settings of the process
-        self.is_ambient = token is None and self.api.endpoint == constants.ENDPOINT
 
     def call(self, wanted: str, function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
         """Call a function of the client that may be repeated, and wait out what passes.
@@ -288,7 +288,7 @@ class HubClient:
         """
         state = self.state(repo_id, revision)
         if not state.exists:
-            raise ReparamError(f'{repo_id}: {self.api.endpoint} has no such model, or does not show it to this token')
+            raise ReparamError(f'{repo_id}: {self.address} has no such model, or does not show it to this token')
         if state.head is None:
             raise ReparamError(f'{repo_id}: has no revision {revision!r}')
         return state
@@ -315,7 +315,7 @@ class HubClient:
                 self.call(wanted, self.api.create_repo, repo_id, private=private, exist_ok=True)
                 state = self.state(repo_id, revision)
                 if not state.exists:
-                    raise ReparamError(f'{wanted}: {self.api.endpoint} takes it and does not show it; try again later')
+                    raise ReparamError(f'{wanted}: {self.address} takes it and does not show it; try again later')
                 if state.files.keys() - {'.gitattributes'}:  # that much is in a new one
                     raise _conflict(repo_id)
             if state.head is None and revision is not None:
@@ -410,7 +410,7 @@ class HubClient:
             for ref, commit in self._pull_requests(repo_id).items():
                 if ref not in known and _is_result(self.state(repo_id, commit), changes, base):
                     number = ref.rpartition('/')[2]
-                    return Landed(commit, f'{self.api.endpoint}/{repo_id}/discussions/{number}')
+                    return Landed(commit, f'{self.address}/{repo_id}/discussions/{number}')
             return None
         now = self.state(repo_id, revision)
         if now.head == base.head:
@@ -467,7 +467,7 @@ class HubClient:
 
     def failure(self, wanted: str, error: BaseException) -> ReparamError:
         """The error to raise for one of the client's: one line, what was wanted first."""
-        endpoint, status = self.api.endpoint, _status(error)
+        endpoint, status = self.address, _status(error)
         local = 'a checkpoint on disk needs no network: timm.create_model("local-dir:FOLDER", pretrained=True)'
         text = one_line(getattr(error, 'server_message', None) or error)
         if self._token:

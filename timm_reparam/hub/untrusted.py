@@ -170,6 +170,10 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """
     place = f'{path.parent.name}/{path.name}'
     try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ReparamError(f'{path}: expected a path in UTF-8, which safetensors needs; move it') from error
+    try:
         with safetensors.safe_open(path, 'pt') as file:
             names = list(file.keys())
             if len(names) > MOST_TENSORS:
