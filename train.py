@@ -1614,7 +1614,12 @@ def position(checkpoint: dict[str, Any]) -> tuple[int, int]:
     """Epoch and batch with which a run goes on from a checkpoint."""
     state = checkpoint.get('train_state')
     if state is not None:
-        return state['epoch'], state['next_batch']
+        found = state.get('epoch'), state.get('next_batch')
+        if not all(type(number) is int and number >= 0 for number in found):
+            raise ReparamError(
+                f'train_state: expected an epoch and a batch to go on from, got {found!r:.80}; resume another file'
+            )
+        return found
     epoch = checkpoint.get('epoch', -1)
     return epoch + (1 if checkpoint.get('version', 1) > 1 or epoch < 0 else 0), 0
 
@@ -1622,6 +1627,7 @@ def position(checkpoint: dict[str, Any]) -> tuple[int, int]:
 def resume(run: Run, path: Path, checkpoint: dict[str, Any]) -> None:
     """Put the run where the checkpoint left it."""
     args = run.args
+    check_history(checkpoint.get('saver') or {}, path)
     found = checkpoint.get('arch')
     if found not in (None, architecture_of(run.model), args.model):
         raise ReparamError(f'--resume {path}: holds {found}, not {architecture_of(run.model)}; change --model')
@@ -1636,14 +1642,18 @@ def resume(run: Run, path: Path, checkpoint: dict[str, Any]) -> None:
             run.optimizer.load_state_dict(checkpoint['optimizer'])
         if not args.no_resume_opt and run.scaler is not None and run.scaler.state_dict_key in checkpoint:
             run.scaler.load_state_dict(checkpoint[run.scaler.state_dict_key])
-    except (RuntimeError, ValueError) as error:
-        raise ReparamError(f'--resume {path}: does not fit this model or optimizer: {error}') from error
-    run.epoch, run.next_batch = position(checkpoint)
-    state = checkpoint.get('train_state')
-    if args.start_epoch is not None:
-        run.epoch, run.next_batch = args.start_epoch, 0
-    elif state is not None:
-        restore_position(run, state)
+        run.epoch, run.next_batch = position(checkpoint)
+        state = checkpoint.get('train_state')
+        if args.start_epoch is not None:
+            run.epoch, run.next_batch = args.start_epoch, 0
+        elif state is not None:
+            restore_position(run, state)
+    except ReparamError as error:
+        raise ReparamError(f'--resume {path}: {error}') from error
+    except Exception as error:  # a file from elsewhere may hold anything
+        raise ReparamError(
+            f'--resume {path}: does not fit this model or optimizer ({type(error).__name__}: {error})'
+        ) from error
     _logger.info('resumed from %s: epoch %d, batch %d', path, run.epoch, run.next_batch)
 
 
@@ -1682,6 +1692,24 @@ def restore_history(run: Run, path: Path, checkpoint: dict[str, Any]) -> None:
     best = next((candidate for candidate in candidates if candidate.exists()), None)
     if best is not None:
         saver._duplicate(str(best), str(run.output_dir / f'model_best{saver.extension}'))
+
+
+def check_history(saved: dict[str, Any], path: Path) -> None:
+    """Check that a history names checkpoints of this folder only: timm's saver deletes the worst of them."""
+    try:
+        files = [name for name, _ in saved.get('checkpoint_files', ())]
+        epoch, metric = saved.get('pending', (None, None))
+        numbers = [saved.get('best_metric'), metric, *(metric for _, metric in saved.get('checkpoint_files', ()))]
+        right = all(isinstance(name, str) and re.fullmatch(r'checkpoint-\d+\.pth\.tar', name) for name in files)
+        right = right and all(each is None or type(each) is int for each in (epoch, saved.get('best_epoch')))
+        right = right and all(each is None or type(each) in (int, float) for each in numbers)
+    except (TypeError, ValueError):
+        right = False
+    if not right:
+        raise ReparamError(
+            f"--resume {path}: saver: expected names such as 'checkpoint-1.pth.tar' with numbers; the file is damaged, "
+            'resume another one'
+        )
 
 
 def set_schedule_position(run: Run) -> None:

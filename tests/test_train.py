@@ -1138,6 +1138,32 @@ def test_resuming_in_another_folder_brings_the_best_along(flags, tmp_path):
     assert [row['epoch'] for row in read_summary(tmp_path / 'output/moved')] == ['2']
 
 
+def test_resuming_what_no_training_saves(flags, tmp_path, capsys):
+    """A file from elsewhere may hold anything under every name: one line of error, and no file is touched."""
+    argv = flags('--epochs', '1')
+    assert train.main(argv) == 0
+    last = tmp_path / 'output/run/last.pth.tar'
+    good = torch.load(last, weights_only=True)
+    victim = tmp_path / 'checkpoint-1.pth.tar'
+    victim.write_text('mine')
+    state = good['train_state']
+    for changes in (
+        *(dict(train_state=value) for value in (3, [], {}, {**state, 'epoch': 'a'}, {**state, 'random_states': 5})),
+        *(dict(train_state={**state, 'random_states': [value]}) for value in (3, {}, torch.zeros(1), [b'x'])),
+        *(dict(optimizer=value) for value in (3, [], {'state': 1}, {'state': {}, 'param_groups': [{}]})),
+        dict(state_dict={**good['state_dict'], 'another': torch.zeros(1)}),
+        dict(state_dict={key: value for key, value in good['state_dict'].items() if key != 'fc.weight'}),
+        *(dict(saver={**good['saver'], 'checkpoint_files': [(name, 1.0)] * 20}) for name in (str(victim), '../x', 3)),
+        *(dict(saver={**good['saver'], 'pending': value}) for value in ((f'/../../{victim.name}', 1.0), 3, (1,), 'ab')),
+        *(dict(saver={**good['saver'], key: '../x'}) for key in ('best_epoch', 'best_metric')),
+    ):
+        torch.save({**good, **changes}, tmp_path / 'odd.pth.tar')
+        more = ['--epochs', '2', '--experiment', 'other', '--resume', str(tmp_path / 'odd.pth.tar')]
+        message = refusal([*argv, *more], capsys)
+        assert 'odd.pth.tar' in message, (changes.keys(), message)
+        assert victim.read_text() == 'mine'
+
+
 # Several processes
 
 PROBE = """
