@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -303,14 +304,17 @@ class _Form:
         self._checks = self.is_due = False
 
     def write(self, place: Path) -> Path:
-        """Put the files into a folder, as they go to the repo; the weights as a link."""
+        """Put the files into a folder, as they go to the repo; the weights as a link, where links are."""
         folder = place / self.folder.name
         folder.mkdir()
         for name, file in self.files.items():
             if isinstance(file.source, bytes):
                 (folder / name).write_bytes(file.source)
-            else:
+                continue
+            try:
                 (folder / name).symlink_to(file.source)
+            except OSError:  # Windows asks for a privilege
+                shutil.copyfile(file.source, folder / name)
         return folder
 
     def compare(self, state: RemoteState) -> None:
