@@ -25,6 +25,7 @@ from timm.utils import reparameterize_model
 import timm_reparam
 from timm_reparam import ReparamError, hub
 from timm_reparam.convert import VARIANTS, variant_of
+from timm_reparam.hub.cards import sha256_of
 from timm_reparam.hub.gate import check_card
 from timm_reparam.hub.training import load_training
 from timm_reparam.hub.untrusted import check_folder
@@ -65,7 +66,8 @@ def test_a_folder_loads_as_what_it_was(folder: Path) -> None:
 @pytest.mark.parametrize('folder', FOLDERS, ids=identifier)
 def test_the_claims_of_its_card_are_checked(folder: Path, tmp_path: Path) -> None:
     """In its front matter; the text is that of other templates."""
-    (warning,) = check_card(folder)
+    sha256 = sha256_of(folder / 'model.safetensors')
+    (warning,) = check_card(folder, sha256)
     assert 'README.md: is not what these templates render' in warning
     copy = shutil.copytree(folder, tmp_path / folder.name)
     card = (copy / 'README.md').read_text(encoding='utf-8')
@@ -73,7 +75,7 @@ def test_the_claims_of_its_card_are_checked(folder: Path, tmp_path: Path) -> Non
     assert changed != card
     (copy / 'README.md').write_text(changed, encoding='utf-8')
     with pytest.raises(ReparamError, match="README.md: license: expected 'apache-2.0', got 'gpl-3.0'"):
-        check_card(copy)
+        check_card(copy, sha256)
 
 
 @pytest.mark.parametrize('folder', TRAIN_TIME, ids=identifier)

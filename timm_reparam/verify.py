@@ -474,6 +474,7 @@ class _Verification:
 def _cast_copy(model: nn.Module, fused: nn.Module) -> nn.Module:
     """A copy of a model in the dtypes that the tensors have in its fusion."""
     memo: dict[int, Any] = {}
+    default = _dtype_of(fused)
     modules = dict(fused.named_modules(remove_duplicate=False))
     for name, module in model.named_modules():
         counterpart = modules.get(name)
@@ -482,11 +483,10 @@ def _cast_copy(model: nn.Module, fused: nn.Module) -> nn.Module:
                 if tensor is None or not tensor.is_floating_point() or id(tensor) in memo:
                     continue
                 found = getattr(counterpart, 'weight' if is_variant(module) else key, None)
-                dtype = found.dtype if isinstance(found, torch.Tensor) else _dtype_of(fused)
+                dtype = found.dtype if isinstance(found, torch.Tensor) else default
                 cast = tensor.detach().to(dtype, copy=True)  # its values may be set
                 memo[id(tensor)] = nn.Parameter(cast) if isinstance(tensor, nn.Parameter) else cast
-    dtype = _dtype_of(fused)
-    memo |= {id(kept): kept.detach().to(dtype) for kept in kept_tensors(model) if id(kept) not in memo}
+    memo |= {id(kept): kept.detach().to(default) for kept in kept_tensors(model) if id(kept) not in memo}
     return copy.deepcopy(model, memo)
 
 

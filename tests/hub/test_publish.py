@@ -19,7 +19,7 @@ from stand_in import randomise
 
 import timm_reparam
 from timm_reparam import ReparamError
-from timm_reparam.hub import publish, save_pair
+from timm_reparam.hub import publish, save_pair, self_check
 
 TINY = dict(num_classes=4, channels=(8, 8, 8, 8), stem_width=4)
 DATA_CONFIG = dict(input_size=(3, 32, 32), crop_pct=1.0)
@@ -185,6 +185,18 @@ def test_the_section_of_notes_goes_along(hub: HubServer, owner: str, copies: tup
     assert report.ok and card.read_bytes() == before
     found = content(hub, f'{owner}/{NAMES[0]}', 'README.md').decode()
     assert 'license: mit' not in found and 'More.' not in found and found.endswith(f'{notes}\n')
+
+
+def test_what_was_fetched_back_is_verified(owner: str, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch):
+    """Here a self-check that is wrong from the start, and travels unchanged."""
+
+    def wrong(model: torch.nn.Module, sha256: str) -> bytes:
+        tensors = safetensors.torch.load(self_check(model, sha256))
+        return safetensors.torch.save({**tensors, 'output': tensors['output'] + 1})
+
+    monkeypatch.setattr(sys.modules[publish.__module__], 'self_check', wrong)
+    with pytest.raises(ReparamError, match='what was fetched back is not verified: .*output: differs'):
+        publish(pair[0], owner)
 
 
 def test_missing_self_check_is_added(hub: HubServer, owner: str, pair: tuple[Path, Path]):

@@ -425,13 +425,16 @@ BOMB = b'---\n' + b''.join(b'a%d: &a%d [%s]\n' % (n, n, b', '.join([b'*a%d' % (n
 
 
 @pytest.mark.parametrize(
-    'card', [b'---\n{\n---\n', b'\xff', b'---\n- a list\n---\n', b'', BOMB.replace(b'*a0', b'x') + b'---\n']
+    'card',
+    [b'---\n{\n---\n', b'\xff', b'---\n- a list\n---\n', b'', BOMB.replace(b'*a0', b'x') + b'datasets: *a11\n---\n'],
+    ids=['damaged', 'not a text', 'a list', 'empty', 'aliases'],
 )
 def test_verify_an_unreadable_card(tmp_path: Path, card: bytes):
     folder, _ = save(tmp_path)
     (folder / 'README.md').write_bytes(card)
     report = verify(folder)
     assert not report.passed and report.problems[0].startswith(f'{folder.name}/README.md: ')
+    assert ('without aliases' in report.problems[0]) == (b'&a1' in card)
 
 
 def test_verify_a_wrong_fusion(tmp_path: Path):

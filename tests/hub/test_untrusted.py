@@ -31,8 +31,10 @@ from timm_reparam.hub import (
     load_checkpoint,
     render_card,
     save_pair,
+    untrusted,
     verify_pair,
 )
+from timm_reparam.hub.cards import sha256_of
 from timm_reparam.hub.gate import check_card
 from timm_reparam.hub.training import load_training, read_training, told_settings
 from timm_reparam.hub.untrusted import MOST_TENSORS, check_arguments, check_cost
@@ -84,6 +86,11 @@ def refused(function: Callable[[], object], hub: HubServer) -> str:
     return str(raised.value)
 
 
+def header_of(tensors: dict[str, Any], data: bytes = b'') -> bytes:
+    text = json.dumps(tensors).encode()
+    return struct.pack('<Q', len(text)) + text + data
+
+
 def edit_config(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     path = folder / 'config.json'
     config = json.loads(path.read_text())
@@ -93,6 +100,7 @@ def edit_config(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 
 # --- arguments -------------------------------------------------------------------------------------------------------
 
+LOADING = {'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir', 'pruned'}
 ARGUMENTS: list[dict[str, Any]] = [
     dict(pretrained=True),
     dict(pretrained_cfg=dict(url='http://127.0.0.1:9/x.pth')),
@@ -105,6 +113,7 @@ ARGUMENTS: list[dict[str, Any]] = [
     dict(scriptable=True),
     dict(pruned=True),
     dict(no_such_argument=1),
+    dict(feature_cfg={}),
     dict(global_pool='http://127.0.0.1:9'),
     dict(act_layer='../../up'),
     dict(norm_layer='a/b'),
@@ -139,7 +148,9 @@ def test_arguments_of_a_model(
     folder = zoo / f'{NAME}.t'
     edit_config(folder, lambda config: config['model_args'].update(arguments))
     before = sorted(path for path in zoo.rglob('*'))
-    refused(lambda: load_checkpoint(folder), hub)
+    message = refused(lambda: load_checkpoint(folder), hub)
+    if arguments.keys() & LOADING:
+        assert 'is a loading option and not allowed here' in message
     refused(lambda: fuse_checkpoint(folder, zoo / 'new'), hub)
     report = verify_pair(folder)
     assert not report.passed and report.fusion is None and len(report.problems) == 1
@@ -221,30 +232,51 @@ def test_tags(tag: str) -> None:
         check_tag(tag, NAME)
 
 
-def header_of(tensors: dict[str, Any], data: bytes = b'') -> bytes:
-    text = json.dumps(tensors).encode()
-    return struct.pack('<Q', len(text)) + text + data
+@pytest.mark.parametrize('changes', [dict(), dict(classifier='conv1.0')], ids=['fc', 'conv1.0'])
+def test_what_timm_would_change_while_it_loads(hub: HubServer, zoo: Path, changes: dict[str, Any]) -> None:
+    """Without a number of classes it takes another one, and leaves what is named as the classifier at its random start."""
+    folder = zoo / f'{NAME}.t'
+    edit_config(folder, lambda config: (config.pop('num_classes'), config['pretrained_cfg'].pop('num_classes')))
+    edit_config(folder, set_cfg(**changes))
+    assert 'makes timm change what it loads' in refused(lambda: load_checkpoint(folder), hub)
+
+
+def test_the_cost_of_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.device('meta'):
+        model = timm.create_model(NAME, **TINY)
+    check_cost(model, (3, 64, 64), 'x')
+    for name, value in (('MOST_BYTES', 10_000), ('MOST_MACS', 10_000)):
+        with monkeypatch.context() as patch:
+            patch.setattr(untrusted, name, value)
+            with pytest.raises(ReparamError, match='take more than the budget'):
+                check_cost(model, (3, 64, 64), 'x')
+    monkeypatch.setattr(untrusted, '_MOST_OPERATIONS', 3)
+    with pytest.raises(ReparamError, match='more than 3 operations'):
+        check_cost(model, (3, 64, 64), 'x')
 
 
 @pytest.mark.parametrize(
-    'content',
+    'content, words',
     [
-        b'',
-        b'\xff' * 100,
-        struct.pack('<Q', 2**60) + b'{}',
-        header_of({}),
-        header_of({'fc.weight': dict(dtype='F32', shape=[0, 10**12], data_offsets=[0, 0])}),
-        header_of({'fc.weight': dict(dtype='F32', shape=[-1, 4], data_offsets=[0, 4])}, b'0000'),
-        header_of(
-            {f't{n}': dict(dtype='U8', shape=[1], data_offsets=[n, n + 1]) for n in range(20_000)}, b'0' * 20_000
+        (b'', 'is no safetensors file'),
+        (b'\xff' * 100, 'is no safetensors file'),
+        (struct.pack('<Q', 2**60) + b'{}', 'is no safetensors file'),
+        (header_of({}), 'expected tensors with values, got no tensor'),
+        (header_of({'a': dict(dtype='F32', shape=[0, 10**12], data_offsets=[0, 0])}), 'expected tensors with values'),
+        (header_of({'a': dict(dtype='F32', shape=[-1, 4], data_offsets=[0, 4])}, b'0000'), 'is no safetensors file'),
+        (
+            header_of(
+                {f't{n}': dict(dtype='U8', shape=[1], data_offsets=[n, n + 1]) for n in range(17_000)}, b'0' * 17_000
+            ),
+            'expected at most 16384 tensors',
         ),
     ],
     ids=['empty', 'noise', 'huge header', 'no tensors', 'no entries', 'negative', 'many'],
 )
-def test_headers(hub: HubServer, zoo: Path, content: bytes) -> None:
+def test_headers(hub: HubServer, zoo: Path, content: bytes, words: str) -> None:
     folder = zoo / f'{NAME}.t'
     (folder / 'model.safetensors').write_bytes(content)
-    refused(lambda: load_checkpoint(folder), hub)
+    assert words in refused(lambda: load_checkpoint(folder), hub)
     assert not verify_pair(folder).passed
 
 
@@ -293,7 +325,6 @@ def flags(**values: Any) -> dict[str, Any]:
         *(flags(mean=value) for value in ('x', [[1]], [0.5, 0.5], [float('nan')] * 3)),
         flags(interpolation='/home/x'),
         *(dict(state_dict=value) for value in (3, [], {}, None, {'a': 1}, {1: torch.zeros(1)}, {'a': torch.zeros(1)})),
-        dict(state_dict_ema={'fc.weight': torch.zeros(1).expand(2**40)}),
         dict(arch=3),
         dict(arch=None, args=None),
         dict(arch='no_such_model'),
@@ -309,6 +340,18 @@ def test_entries_of_a_training(hub: HubServer, zoo: Path, changes: dict[str, Any
     torch.save({**content, **changes}, zoo / 'last.pth.tar')
     refused(lambda: load_training(zoo / 'last.pth.tar'), hub)
     refused(lambda: fuse_checkpoint(zoo / 'last.pth.tar', zoo / f'{NAME}.new_fused'), hub)
+
+
+@pytest.mark.parametrize(
+    'weights',
+    [{'fc.weight': torch.zeros(1).expand(2**40)}, dict.fromkeys(map(str, range(1000)), torch.zeros(2**14))],
+    ids=['one', 'many'],
+)
+@pytest.mark.parametrize('key', ['state_dict', 'state_dict_ema'])
+def test_tensors_that_are_larger_than_their_file(hub: HubServer, zoo: Path, key: str, weights: dict[str, Any]) -> None:
+    content = torch.load(zoo / 'last.pth.tar', weights_only=False)
+    torch.save({**content, key: weights}, zoo / 'last.pth.tar')
+    assert 'share their memory' in refused(lambda: load_training(zoo / 'last.pth.tar'), hub)
 
 
 def test_no_code_of_a_pickle_runs(hub: HubServer, zoo: Path) -> None:
@@ -328,7 +371,7 @@ def test_a_compressed_archive_is_not_read(hub: HubServer, zoo: Path) -> None:
         for name in source.namelist():
             bomb.writestr(name, source.read(name))
     assert (zoo / 'bomb').stat().st_size < 2**20
-    assert 'compressed' in refused(lambda: read_training(zoo / 'bomb'), hub)
+    assert 'holds compressed entries' in refused(lambda: read_training(zoo / 'bomb'), hub)
 
 
 def test_a_recipe_tells_of_the_training_alone() -> None:
@@ -383,7 +426,7 @@ READ: dict[str, Callable[[Path], object]] = {
     'config.json': lambda path: load_checkpoint(path.parent),
     'model.safetensors': lambda path: load_checkpoint(path.parent),
     'training.json': lambda path: render_card(path.parent),
-    'README.md': lambda path: check_card(path.parent),
+    'README.md': lambda path: check_card(path.parent, sha256_of(path.with_name('model.safetensors'))),
 }
 
 

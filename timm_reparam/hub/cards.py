@@ -45,6 +45,7 @@ __all__ = [
     'bibtex',
     'card_text',
     'check_facts',
+    'is_size',
     'license_data',
     'license_of',
     'notes_of',
@@ -390,7 +391,7 @@ class _Context:
         facts, config = self.facts, self.config
         method = VARIANTS[self.variant][0].method if self.variant in VARIANTS else None
         input_size = config['pretrained_cfg'].get('input_size')
-        input_size = input_size if _is_size(input_size) else None
+        input_size = input_size if is_size(input_size) else None
         sibling = facts.get('sibling') or {}
         return {
             'title': _markdown(self._title()),
@@ -612,7 +613,7 @@ class _Context:
 
 
 def _macs_conditions(profile: dict[str, Any]) -> str:
-    return _size(profile['input_size']) if _is_size(profile.get('input_size')) else ''
+    return _size(profile['input_size']) if is_size(profile.get('input_size')) else ''
 
 
 def _latency_conditions(profile: dict[str, Any]) -> str:
@@ -671,7 +672,8 @@ def _is_published_id(text: Any) -> bool:
     return _is_repo_id(text) and text.count('/') == 1
 
 
-def _is_size(value: Any) -> bool:
+def is_size(value: Any) -> bool:
+    """Whether a value is three whole numbers: channels, height and width of images."""
     return (
         isinstance(value, (list, tuple))
         and len(value) == 3

@@ -19,7 +19,6 @@ import os
 import re
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -54,7 +53,7 @@ from .cards import (
     stated_license,
 )
 from .training import load_training
-from .untrusted import check_folder
+from .untrusted import build_on_meta, check_folder
 
 try:
     import fcntl
@@ -69,6 +68,7 @@ __all__ = [
     'copy_checkpoints',
     'folder_name',
     'fuse_checkpoint',
+    'load_checked',
     'load_checkpoint',
     'save_checkpoint',
     'save_pair',
@@ -266,6 +266,11 @@ def load_checkpoint(folder: str | Path) -> nn.Module:
     """
     folder = Path(folder)
     check_folder(folder)
+    return load_checked(folder)
+
+
+def load_checked(folder: Path) -> nn.Module:
+    """Load a checkpoint folder that :func:`check_folder` has passed; see :func:`load_checkpoint`."""
     try:
         model = timm.create_model(f'local-dir:{folder}', pretrained=True)
         stored = safetensors.torch.load_file(folder / WEIGHTS_NAME)
@@ -369,7 +374,7 @@ def convert_checkpoint(
         check_folder(source)
         cfg, model_args, facts = _described_by(source, model_name, model_args)
     state = _read_weights(source / WEIGHTS_NAME if source.is_dir() else source)
-    skeleton = _on_meta(model_name, model_args)
+    skeleton: Any = build_on_meta(model_name, model_args, str(source))
     cfg = {**cfg_with_weights(skeleton.pretrained_cfg if cfg is None else cfg, state), 'architecture': model_name}
     classifiers = cfg.get('classifier') or skeleton.pretrained_cfg.get('classifier') or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
@@ -388,7 +393,7 @@ def convert_checkpoint(
     assert stock_name is not None  # it was created under a name
     stock_args = {name: value for name, value in model_args.items() if name != 'conv_options'}
     stock = None
-    if _on_meta(stock_name, stock_args).state_dict().keys() == state.keys():
+    if build_on_meta(stock_name, stock_args, str(source)).state_dict().keys() == state.keys():
         stock = _load(source, stock_name, {**cfg, 'architecture': stock_name}, stock_args)
     report = verify_fusion(model, stock)
     if not report.passed:
@@ -429,16 +434,6 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     if strays or not state:
         raise ReparamError(f'{path}: expected a state dict of tensors, got other values under {strays[:5]}')
     return state
-
-
-def _on_meta(name: str, model_args: Mapping[str, Any]) -> Any:
-    """Build a model without memory."""
-    try:
-        with torch.device('meta'), warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # what there is to say about these arguments is said when it is built
-            return timm.create_model(name, **model_args)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ReparamError(f'{name}: cannot be built with {dict(model_args)} ({error})') from error
 
 
 def _load(source: Path, name: str, cfg: Mapping[str, Any], model_args: Mapping[str, Any]) -> nn.Module:
@@ -693,7 +688,7 @@ def _rebuild(model: nn.Module, architecture: str, tensors: Mapping[str, torch.Te
         args = json.loads(json.dumps(get_model_args(model)))
     except (TypeError, ValueError) as error:
         raise ReparamError(f'{architecture}: its model arguments cannot be saved as json ({error})') from error
-    skeleton = _on_meta(architecture, args)
+    skeleton: Any = build_on_meta(architecture, args, 'the model to be saved')
     expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if expected != found:

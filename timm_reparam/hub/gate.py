@@ -32,7 +32,7 @@ from .cards import (
     read_facts,
     sha256_of,
 )
-from .checkpoint import fused_path, load_checkpoint, train_time_path
+from .checkpoint import fused_path, load_checked, train_time_path
 from .transport import one_line
 from .untrusted import check_folder
 
@@ -108,7 +108,7 @@ class VerifyReport:
     def raise_for_problems(self) -> None:
         """Raise ReparamError, with the first problem, unless everything is right."""
         if not self.passed:
-            raise ReparamError(self.problems[0] if self.problems else f'{self.target}: not verified')
+            raise ReparamError(self.problems[0])
 
 
 def verify_pair(
@@ -145,15 +145,17 @@ def verify_pair(
         return report
     with report.check(f'{folders[0].name}: configurations'):
         check_same_use(*folders)
-    for one in folders:
+    hashes = [sha256_of(one / WEIGHTS_NAME) for one in folders]
+    for one, sha256 in zip(folders, hashes):
         with report.check(f'{one.name}: card'):
-            report.warnings += check_card(one)
+            report.warnings += check_card(one, sha256)
     with report.check(f'{folders[0].name}: one save'):
-        _check_siblings(*folders)
+        for one, other, found in zip(folders, reversed(folders), reversed(hashes)):
+            _check_sibling(one, other, found)
     if not report.checks[f'{folders[0].name}: one save']:
         return report
     with report.check(f'{folders[0].name}: fusion'), one_at_a_time:
-        models = [load_checkpoint(one) for one in folders]
+        models = [load_checked(one) for one in folders]
         report.fusion = verify_fusion(*models)
         for one, model in zip(folders, models):
             if one in self_checks:
@@ -178,29 +180,28 @@ def verify_checkpoint(folder: str | Path, fused_folder: str | Path | None = None
         ReparamError: A folder cannot be loaded, or anything else than the fusion is wrong.
     """
     report = verify_pair(folder, fused_folder)
-    if report.fusion is None or not all(
-        right for name, right in report.checks.items() if not name.endswith(': fusion')
-    ):
+    # a fusion that is not verified is one problem, and told by its own report
+    if report.fusion is None or len(report.problems) > (not report.fusion.passed):
         raise ReparamError(report.problems[0])
     return report.fusion
 
 
-def _check_siblings(folder: Path, fused: Path) -> None:
-    """Raise ReparamError unless each form has the weights whose hash the other one recorded."""
-    for one, other in ((folder, fused), (fused, folder)):
-        recorded = ((read_facts(one) or {}).get('sibling') or {}).get('sha256')
-        if recorded is not None and recorded != (found := sha256_of(other / WEIGHTS_NAME)):
-            raise ReparamError(
-                f'{other.name}/{WEIGHTS_NAME}: expected the sha256 that {one.name}/{FACTS_NAME} records, {recorded}, '
-                f'got {found}: the two are not of one save; fuse the train-time form again, or publish the pair again'
-            )
+def _check_sibling(folder: Path, other: Path, found: str) -> None:
+    """Raise ReparamError unless the other form's weights, whose hash is given, are those that a form recorded."""
+    recorded = ((read_facts(folder) or {}).get('sibling') or {}).get('sha256')
+    if recorded not in (None, found):
+        raise ReparamError(
+            f'{other.name}/{WEIGHTS_NAME}: expected the sha256 that {folder.name}/{FACTS_NAME} records, {recorded}, '
+            f'got {found}: the two are not of one save; fuse the train-time form again, or publish the pair again'
+        )
 
 
-def check_card(folder: Path) -> list[str]:
+def check_card(folder: Path, sha256: str) -> list[str]:
     """Compare what the front matter of a card states with the other files of its folder.
 
     Args:
         folder: Checkpoint folder.
+        sha256: Hash of its weights.
 
     Returns:
         Warnings: there is no card, it has notes, or its text is not the one that would be rendered now.
@@ -208,17 +209,15 @@ def check_card(folder: Path) -> list[str]:
     Raises:
         ReparamError: The card cannot be read, or states something else than the other files.
     """
-    path = folder / CARD_NAME
+    path, place = folder / CARD_NAME, f'{folder.name}/{CARD_NAME}'
     if not path.is_file():
-        return [f'{path.parent.name}/{CARD_NAME}: not there']
-    place = f'{folder.name}/{CARD_NAME}'
+        return [f'{place}: not there']
     try:
         text = path.read_text(encoding='utf-8')
     except (OSError, ValueError) as error:
         raise ReparamError(f'{place}: cannot be read ({one_line(error)[:200]})') from error
-    config, facts, sha256 = read_config(folder), read_facts(folder) or {}, sha256_of(folder / WEIGHTS_NAME)
     notes = notes_of(path)
-    rendered = card_text(config, facts, sha256, notes)
+    rendered = card_text(read_config(folder), read_facts(folder) or {}, sha256, notes)
     claimed, expected = front_matter(text, place), front_matter(rendered, place)
     for key in _FACTS:
         if claimed.get(key) != expected.get(key):

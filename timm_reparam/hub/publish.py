@@ -25,6 +25,7 @@ from .cards import (
     read_facts,
 )
 from .checkpoint import FILES, fused_path, load_checkpoint, save_pair, train_time_path
+from .fetch import FetchedPair
 from .gate import CHECK_NAME, one_at_a_time, self_check, verify_pair
 from .transport import Conflict, HubClient, Landed, LocalFile, RemoteState, check_repo_id, one_line
 
@@ -132,8 +133,8 @@ def publish(
 ) -> SyncReport:
     """Publish both forms of a model, each as one commit: ``NAMESPACE/<model>.<tag>`` and ``…_fused``.
 
-    Before anything is sent the pair is verified again from its files. What was sent is fetched back by the id of its
-    commit: hashes are compared, and the model that timm makes of it is run beside the local one. Only files that
+    Before anything is sent the pair is verified (:func:`verify_pair`) as it will be sent. What was sent is fetched back
+    by the ids of the commits, its hashes are compared, and the pair is verified again. Only files that
     differ are sent; a pair that is there already makes no commit. The published facts and cards name the repos, so that
     a card tells how to load from the Hub; the local ones stay as they are.
 
@@ -403,23 +404,16 @@ def _send(
 
 def _fetch_back(client: HubClient, forms: Sequence[_Form], commits: Sequence[str | None]) -> None:
     """Fetch a pair by the ids of its commits, compare hashes with what was sent, and verify it."""
+    pair = FetchedPair(client, forms[0].repo_id, commits)
+    for form, state, commit in zip(forms, pair.states, commits):
+        expected = {**form.files, **{path: file for path, file in form.changes.items() if path == CHECK_NAME}}
+        for path, file in expected.items():
+            if path not in state.files or not state.files[path].is_same(file):
+                raise ReparamError(
+                    f'{form.repo_id}: {path} at commit {commit} is not what was sent; sync again, verify it'
+                )
     with tempfile.TemporaryDirectory(prefix='fetched-') as scratch:
-        folders: list[Path] = []
-        self_checks = {}
-        for form, commit in zip(forms, commits):
-            state = client.existing_state(form.repo_id, commit)
-            expected = {**form.files, **{path: file for path, file in form.changes.items() if path == CHECK_NAME}}
-            for path, file in expected.items():
-                if path not in state.files or not state.files[path].is_same(file):
-                    raise ReparamError(
-                        f'{form.repo_id}: {path} at commit {commit} is not what was sent; sync again, verify it'
-                    )
-            folder = Path(scratch) / form.folder.name
-            files = client.download(
-                form.repo_id, [*FILES, CHECK_NAME], state, Path(scratch) / f'cache-{len(folders)}', folder
-            )
-            self_checks[folder] = files[CHECK_NAME].read()
-            folders.append(folder)
-        report = verify_pair(*folders, self_checks=self_checks)
-        if not report.passed:
-            raise ReparamError(f'{forms[0].repo_id}: what was fetched back is not verified: {report.problems[0]}')
+        pair.download(Path(scratch))
+        report = pair.verify()
+    if not report.passed:
+        raise ReparamError(f'{forms[0].repo_id}: what was fetched back is not verified: {report.problems[0]}')

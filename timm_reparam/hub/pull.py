@@ -9,15 +9,14 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from ..errors import ReparamError
 from .cards import CONFIG_NAME, WEIGHTS_NAME
 from .checkpoint import FILES, FUSED_SUFFIX, copy_checkpoints
-from .gate import CHECK_NAME, VerifyReport, verify_pair
+from .fetch import FetchedPair, wanted_files
+from .gate import VerifyReport, verify_pair
 from .publish import RepoResult, SyncReport
 from .transport import HubClient, LocalFile, RemoteState, check_repo_id, one_line
 
 __all__ = ['pull', 'verify']
 
 _TAG = 'timm-reparam'
-_PICKLES = ('.bin', '.pt', '.pth', '.tar', '.ckpt', '.pkl', '.pickle')
-_LARGEST_TEXT = 16 * 2**20
 
 
 def pull(
@@ -32,8 +31,8 @@ def pull(
 ) -> SyncReport:
     """Fetch both forms of a model, or of all models of a namespace, into a local zoo.
 
-    Files are fetched by the id of their commit and their hashes compared; the pair is looked over and loaded before
-    it takes its place, both folders at once. A pair that is there already is not fetched again.
+    Files are fetched by the id of their commit and their hashes compared; the pair is verified (:func:`verify_pair`)
+    before it takes its place, both folders at once. A pair that is there already is not fetched again.
 
     Args:
         source: ``NAMESPACE/NAME``, of either form, or ``NAMESPACE`` for everything that is tagged ``timm-reparam``.
@@ -79,9 +78,8 @@ def verify(
 ) -> VerifyReport:
     """Verify a pair again from outside.
 
-    Compared are the hashes that the Hub gives with those of the files, the claims of both cards and of
-    ``training.json`` with the weights, the self-check tensors with what the models make of them, and both forms of the
-    model with each other: preprocessing, classes and licence, and what they make of fresh inputs.
+    Of a repo, the hashes that the Hub gives are compared with those of the files, and the self-check tensors with what
+    the models make of their image. The rest is :func:`verify_pair`.
 
     Args:
         repo_or_folder: Repo of either form, ``NAMESPACE/NAME``, or a folder on disk, which goes first.
@@ -104,41 +102,9 @@ def verify(
     client = HubClient(token=token, endpoint=endpoint, timeout=timeout, patience=patience)
     repo_id = check_repo_id(str(repo_or_folder)).removesuffix(FUSED_SUFFIX)
     with tempfile.TemporaryDirectory(prefix='verify-') as scratch:
-        fetched = _Fetched(client, repo_id, revision)
+        fetched = FetchedPair(client, repo_id, (revision, revision))
         fetched.download(Path(scratch))
         return replace(fetched.verify(), target=str(repo_or_folder))
-
-
-class _Fetched:
-    """Both forms of a pair on the Hub, and what was fetched of them."""
-
-    def __init__(self, client: HubClient, repo_id: str, revision: str | None):
-        self.client, self.repo_ids = client, (repo_id, repo_id + FUSED_SUFFIX)
-        self.states = [client.existing_state(check_repo_id(one), revision) for one in self.repo_ids]
-        self.folders: list[Path] = []
-        self.sizes: list[int] = []
-        self._self_checks: dict[Path, bytes] = {}
-        self._lacking: list[str] = []
-
-    def download(self, place: Path) -> None:
-        """Fetch the files, by the ids of their commits; raise ReparamError unless their hashes are right."""
-        for one, state in zip(self.repo_ids, self.states):
-            folder = place / one.partition('/')[2]
-            self.sizes.append(_fetch(self.client, one, state, folder))
-            self.folders.append(folder)
-            if CHECK_NAME not in state.files:
-                self._lacking.append(f'{one}: has no {CHECK_NAME}; publish it again')
-                continue
-            _check_size(one, CHECK_NAME, state)
-            file = self.client.download(one, [CHECK_NAME], state, place / f'.cache-{folder.name}')[CHECK_NAME]
-            self._self_checks[folder] = file.read()
-
-    def verify(self) -> VerifyReport:
-        """Verify what was fetched."""
-        report = verify_pair(*self.folders, self_checks=self._self_checks)
-        checks = {f'{one}: hashes': True for one in self.repo_ids}  # otherwise fetching has raised
-        checks |= {f'{one}: self-check file': CHECK_NAME in s.files for one, s in zip(self.repo_ids, self.states)}
-        return replace(report, checks={**checks, **report.checks}, problems=[*self._lacking, *report.problems])
 
 
 def _published(client: HubClient, namespace: str) -> list[str]:
@@ -158,7 +124,7 @@ def _published(client: HubClient, namespace: str) -> list[str]:
 
 
 def _pull_pair(client: HubClient, repo_id: str, zoo: Path, revision: str | None) -> list[RepoResult]:
-    pair = _Fetched(client, repo_id, revision)
+    pair = FetchedPair(client, repo_id, (revision, revision))
     targets = [zoo / one.partition('/')[2] for one in pair.repo_ids]
     if all(_is_equal(folder, state) for folder, state in zip(targets, pair.states)):
         return [RepoResult(one, 'skipped', commit=state.head) for one, state in zip(pair.repo_ids, pair.states)]
@@ -171,7 +137,7 @@ def _pull_pair(client: HubClient, repo_id: str, zoo: Path, revision: str | None)
         for one, state, target, num_bytes in zip(pair.repo_ids, pair.states, targets, pair.sizes):
             why = 'fetched, in the place of another version' if target.exists() else 'fetched'
             why = '; '.join([why, *(w for w in report.warnings if w.startswith(f'{target.name}/'))])
-            results.append(RepoResult(one, 'sent', why, state.head, None, sorted(_wanted(state)), num_bytes))
+            results.append(RepoResult(one, 'sent', why, state.head, None, sorted(wanted_files(state)), num_bytes))
         copy_checkpoints(pair.folders, zoo)
     return results
 
@@ -184,33 +150,3 @@ def _is_equal(folder: Path, state: RemoteState) -> bool:
         if path.is_file() != (name in state.files) or path.is_file() and not state.files[name].is_same(LocalFile(path)):
             return False
     return True
-
-
-def _wanted(state: RemoteState) -> list[str]:
-    return [name for name in FILES if name in state.files]
-
-
-def _check_size(repo_id: str, name: str, state: RemoteState) -> None:
-    size = state.files[name].size
-    if name != WEIGHTS_NAME and (size is None or size > _LARGEST_TEXT) and name != CHECK_NAME:
-        raise ReparamError(f'{repo_id}: {name}: expected {_LARGEST_TEXT} bytes at most, got {size}')
-
-
-def _fetch(client: HubClient, repo_id: str, state: RemoteState, folder: Path) -> int:
-    """Fetch the files of a checkpoint into a folder and give their size."""
-    if WEIGHTS_NAME not in state.files:
-        pickles = sorted(path for path in state.files if path.endswith(_PICKLES))
-        if pickles:
-            raise ReparamError(
-                f'{repo_id}: offers its weights only as a pickle, {pickles[0]}, which can run any code when it is read;'
-                f' expected {WEIGHTS_NAME}'
-            )
-        raise ReparamError(f'{repo_id}: has no {WEIGHTS_NAME}; expected a checkpoint')
-    if CONFIG_NAME not in state.files:
-        raise ReparamError(f'{repo_id}: has no {CONFIG_NAME}; expected a checkpoint of timm')
-    for name in _wanted(state):
-        _check_size(repo_id, name, state)
-    folder.mkdir()
-    with tempfile.TemporaryDirectory(prefix='pull-cache-') as cache:
-        files = client.download(repo_id, _wanted(state), state, Path(cache), folder)
-    return sum(file.size for file in files.values())

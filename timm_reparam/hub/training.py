@@ -18,6 +18,7 @@ from torch import nn
 
 from ..errors import ReparamError
 from .cards import WEIGHTS_NAME
+from .transport import one_line
 from .untrusted import build_for_shapes, check_arguments, check_cost, check_size
 
 __all__ = ['base_model_facts', 'load_training', 'read_training', 'told_settings']
@@ -110,8 +111,8 @@ def read_training(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ReparamError(f'{path}: no such file') from error
     except Exception as error:  # whatever a damaged pickle makes of it
-        text = ' '.join(str(error).split())[:200]
-        raise ReparamError(f'{path}: not a readable checkpoint ({type(error).__name__}: {text})') from error
+        text = f'{type(error).__name__}: {one_line(error)[:200]}'
+        raise ReparamError(f'{path}: not a readable checkpoint ({text})') from error
     if not isinstance(checkpoint, dict) or 'state_dict' not in checkpoint:
         raise ReparamError(f'{path}: not a training checkpoint; weights alone are for --initial-checkpoint of train.py')
     for key, kinds in _ENTRIES.items():
@@ -121,10 +122,16 @@ def read_training(path: str | Path, mmap: bool = False) -> dict[str, Any]:
             raise ReparamError(
                 f'{path}: {key}: expected {expected}, got {type(value).__name__}; no training saves that'
             )
+    largest = 2 * Path(path).stat().st_size  # some names share a tensor
     for key in ('state_dict', 'state_dict_ema'):
-        for name, value in (checkpoint.get(key) or {}).items():
+        weights = checkpoint.get(key) or {}
+        for name, value in weights.items():
             if not isinstance(name, str) or not _is_tensor(value):
                 raise ReparamError(f'{path}: {key}: {name!s:.80}: expected a dense tensor under a name')
+        if (size := sum(value.nbytes for value in weights.values())) > largest:
+            raise ReparamError(
+                f'{path}: {key}: expected tensors of at most {largest} bytes, got {size}: they share their memory'
+            )
     return checkpoint
 
 
@@ -138,13 +145,12 @@ def _check_archive(path: str | Path) -> None:
 
 
 def _is_tensor(value: Any) -> bool:
-    """Whether a value is a dense tensor, with a value in memory for every entry."""
+    """Whether a value is a dense tensor, with values."""
     return (
         isinstance(value, torch.Tensor)
         and value.layout == torch.strided
         and not value.is_meta
         and not value.is_quantized
-        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
     )
 
 
@@ -211,8 +217,8 @@ def load_training(path: str | Path) -> tuple[nn.Module, dict[str, Any], dict[str
     except ReparamError:
         raise
     except Exception as error:  # settings may hold anything
-        text = ' '.join(str(error).split())[:200]
-        raise ReparamError(f'{path}: its settings cannot be used ({type(error).__name__}: {text})') from error
+        text = f'{type(error).__name__}: {one_line(error)[:200]}'
+        raise ReparamError(f'{path}: its settings cannot be used ({text})') from error
     return model.eval(), data_config, facts
 
 

@@ -6,6 +6,7 @@ on: no argument makes timm load something, nothing is built that the weights bes
 model on its images stays within a budget.
 """
 
+import functools
 import inspect
 import math
 import re
@@ -28,13 +29,15 @@ from torch.utils.flop_counter import flop_registry
 
 from ..errors import ReparamError
 from ..models._registry import ensure_registered, is_variant_name, saved_arguments
-from .cards import CONFIG_NAME, WEIGHTS_NAME, read_config
+from .cards import CONFIG_NAME, WEIGHTS_NAME, is_size, read_config
+from .transport import one_line
 
 __all__ = [
     'MOST_BYTES',
     'MOST_MACS',
     'MOST_TENSORS',
     'build_for_shapes',
+    'build_on_meta',
     'check_arguments',
     'check_cost',
     'check_folder',
@@ -146,14 +149,13 @@ def _check_value(value: Any, where: str, depth: int) -> None:
         raise ReparamError(f'{where}: expected numbers, texts and short lists of them, got {value!r:.80}')
 
 
+@functools.cache
 def _argument_names(architecture: str) -> frozenset[str]:
     """What the class of a model, and the function that builds it, take by name."""
     name = architecture.partition('.')[0]
     extra = {'conv_options'} if is_variant_name(name) else set()
     stock = name.rpartition('_')[0] if extra else name
-    with torch.device('meta'), warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        cls = type(model_entrypoint(stock)())
+    cls = type(build_on_meta(stock, {}, architecture))
     callables = [model_entrypoint(stock), *(each.__init__ for each in cls.__mro__ if issubclass(each, nn.Module))]
     names = {key for function in callables for key in inspect.signature(function).parameters}
     return frozenset((names | extra | set(_BUILDERS)) - {'self', 'args', 'kwargs', 'pretrained'})
@@ -180,12 +182,34 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
                 raise ReparamError(f'{place}: expected at most {MOST_TENSORS} tensors, got {len(names)}')
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     except (OSError, safetensors.SafetensorError) as error:
-        raise ReparamError(f'{place}: is no safetensors file ({str(error)[:200]})') from error
+        raise ReparamError(f'{place}: is no safetensors file ({one_line(error)[:200]})') from error
     empty = [name for name, shape in shapes.items() if 0 in shape]
     if empty or not shapes:
         found = f'{empty[0]!r:.80} of shape {shapes[empty[0]]}' if empty else 'no tensor'
         raise ReparamError(f'{place}: expected tensors with values, got {found}')
     return shapes
+
+
+def build_on_meta(architecture: str, arguments: Mapping[str, Any], place: str) -> nn.Module:
+    """Build a model without memory.
+
+    Args:
+        architecture: Name of the architecture.
+        arguments: Arguments of ``timm.create_model``.
+        place: Where they come from, for the message.
+
+    Raises:
+        ReparamError: It cannot be built.
+    """
+    try:
+        with torch.device('meta'), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # what there is to say about these arguments is said when it is built
+            return timm.create_model(architecture, **arguments)
+    except Exception as error:  # whatever wrong arguments make of it
+        raise ReparamError(
+            f'{place}: {architecture} cannot be built with {dict(arguments)!s:.200} ({type(error).__name__}: '
+            f'{one_line(error)[:200]})'
+        ) from error
 
 
 def build_for_shapes(
@@ -202,13 +226,8 @@ def build_for_shapes(
     Raises:
         ReparamError: It cannot be built, is much larger than the tensors, or has other names or shapes.
     """
-    try:
-        with torch.device('meta'), warnings.catch_warnings(), _at_most(8 * len(shapes) + 2048, architecture):
-            warnings.simplefilter('ignore')  # what there is to say about these arguments is said when it is built
-            model = timm.create_model(architecture, **arguments)
-    except Exception as error:  # whatever wrong arguments make of it
-        text = ' '.join(str(error).split())[:200]
-        raise ReparamError(f'{place}: {architecture} cannot be built ({type(error).__name__}: {text})') from error
+    with _at_most(8 * len(shapes) + 2048, architecture):
+        model = build_on_meta(architecture, arguments, place)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
     if wrong:
@@ -244,11 +263,7 @@ def _at_most(number: int, architecture: str) -> Iterator[None]:
 
 def check_size(size: Any, place: str) -> tuple[int, int, int]:
     """Check a size of images, (channels, height, width), as a checkpoint names it."""
-    if (
-        not isinstance(size, (list, tuple))
-        or len(size) != 3
-        or not all(type(side) is int and side > 0 for side in size)
-    ):
+    if not is_size(size) or min(size) <= 0:
         raise ReparamError(f'{place}: expected (channels, height, width), three positive integers, got {size!r:.80}')
     channels, height, width = size
     return channels, height, width
@@ -271,10 +286,9 @@ def check_cost(model: nn.Module, input_size: tuple[int, int, int], place: str) -
             with torch.no_grad(), _Cost() as cost:
                 model.eval()(torch.empty(1, *input_size, device='meta'))
         except Exception as error:  # the model's own code may fail in any way
-            text = ' '.join(str(error).split())[:200]
             raise ReparamError(
                 f'{place}: {type(model).__name__} does not run on images of {input_size} ({type(error).__name__}: '
-                f'{text})'
+                f'{one_line(error)[:200]})'
             ) from error
         if 8 * cost.largest <= MOST_BYTES and cost.macs <= MOST_MACS:
             return
