@@ -1602,7 +1602,7 @@ def find_checkpoint(args: argparse.Namespace) -> tuple[Path | None, dict[str, An
     path = Path(args.resume) if args.resume else None
     if args.resume == 'auto':
         found = checkpoints_in(output_root(args) / args.experiment) if utils.is_primary(args) else []
-        path = max(found, default=None, key=lambda file: position(read_training(file, mmap=True)))
+        path = max(found, default=None, key=lambda file: position(read_training(file, mmap=True), file))
         if args.distributed:  # the others take what the first process saw
             shared = [path]
             dist.broadcast_object_list(shared, 0)
@@ -1610,14 +1610,15 @@ def find_checkpoint(args: argparse.Namespace) -> tuple[Path | None, dict[str, An
     return path, None if path is None else read_training(path)
 
 
-def position(checkpoint: dict[str, Any]) -> tuple[int, int]:
+def position(checkpoint: dict[str, Any], path: Path) -> tuple[int, int]:
     """Epoch and batch with which a run goes on from a checkpoint."""
     state = checkpoint.get('train_state')
     if state is not None:
         found = state.get('epoch'), state.get('next_batch')
         if not all(type(number) is int and number >= 0 for number in found):
             raise ReparamError(
-                f'train_state: expected an epoch and a batch to go on from, got {found!r:.80}; resume another file'
+                f'--resume {path}: train_state: expected an epoch and a batch to go on from, got {found!r:.80}; resume '
+                'another file'
             )
         return found
     epoch = checkpoint.get('epoch', -1)
@@ -1642,14 +1643,14 @@ def resume(run: Run, path: Path, checkpoint: dict[str, Any]) -> None:
             run.optimizer.load_state_dict(checkpoint['optimizer'])
         if not args.no_resume_opt and run.scaler is not None and run.scaler.state_dict_key in checkpoint:
             run.scaler.load_state_dict(checkpoint[run.scaler.state_dict_key])
-        run.epoch, run.next_batch = position(checkpoint)
+        run.epoch, run.next_batch = position(checkpoint, path)
         state = checkpoint.get('train_state')
         if args.start_epoch is not None:
             run.epoch, run.next_batch = args.start_epoch, 0
         elif state is not None:
             restore_position(run, state)
-    except ReparamError as error:
-        raise ReparamError(f'--resume {path}: {error}') from error
+    except ReparamError:
+        raise
     except Exception as error:  # a file from elsewhere may hold anything
         raise ReparamError(
             f'--resume {path}: does not fit this model or optimizer ({type(error).__name__}: {error})'

@@ -100,6 +100,7 @@ def edit_config(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 
 # --- arguments -------------------------------------------------------------------------------------------------------
 
+MANY = 17_000
 LOADING = {'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir', 'pruned'}
 ARGUMENTS: list[dict[str, Any]] = [
     dict(pretrained=True),
@@ -234,7 +235,7 @@ def test_tags(tag: str) -> None:
 
 @pytest.mark.parametrize('changes', [dict(), dict(classifier='conv1.0')], ids=['fc', 'conv1.0'])
 def test_what_timm_would_change_while_it_loads(hub: HubServer, zoo: Path, changes: dict[str, Any]) -> None:
-    """Without a number of classes it takes another one, and leaves what is named as the classifier at its random start."""
+    """Without a number of classes it takes another one, and leaves the classifier at its random start."""
     folder = zoo / f'{NAME}.t'
     edit_config(folder, lambda config: (config.pop('num_classes'), config['pretrained_cfg'].pop('num_classes')))
     edit_config(folder, set_cfg(**changes))
@@ -266,7 +267,7 @@ def test_the_cost_of_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
         (header_of({'a': dict(dtype='F32', shape=[-1, 4], data_offsets=[0, 4])}, b'0000'), 'is no safetensors file'),
         (
             header_of(
-                {f't{n}': dict(dtype='U8', shape=[1], data_offsets=[n, n + 1]) for n in range(17_000)}, b'0' * 17_000
+                {f't{n}': dict(dtype='U8', shape=[1], data_offsets=[n, n + 1]) for n in range(MANY)}, bytes(MANY)
             ),
             'expected at most 16384 tensors',
         ),
