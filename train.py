@@ -87,10 +87,10 @@ from timm_reparam import (
 )
 from timm_reparam.convert import VARIANTS, record_options, variant_of
 from timm_reparam.hub import publish
-from timm_reparam.hub.checkpoint import check_pair, check_tag, folder_name, save_checkpoint, save_pair
-from timm_reparam.hub.publish import missing_license
+from timm_reparam.hub.client import CLIENT_ERRORS, check_repo_id, limit_requests, one_line, without_secrets
+from timm_reparam.hub.facts import missing_license
+from timm_reparam.hub.folder import check_pair, check_tag, folder_name, save_checkpoint, save_pair
 from timm_reparam.hub.training import base_model_facts, read_training, told_settings
-from timm_reparam.hub.transport import CLIENT_ERRORS, check_repo_id, one_line, without_secrets
 from timm_reparam.profile import compare_profiles, format_comparison, format_profiles
 
 _logger = logging.getLogger('train')
@@ -2108,6 +2108,7 @@ def finish(run: Run) -> str:
 def publish_result(run: Run) -> str:
     """Publish both saved forms; return what became of them."""
     folder = Path(run.args.zoo) / folder_name(architecture_of(run.form), result_tag(run.args), False)
+    limit_requests(60.0)  # of this process, which is ours
     return str(publish(folder, run.args.publish, license=run.args.license))
 
 

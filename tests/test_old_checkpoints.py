@@ -25,7 +25,7 @@ from timm.utils import reparameterize_model
 import timm_reparam
 from timm_reparam import ReparamError, hub
 from timm_reparam.convert import VARIANTS, variant_of
-from timm_reparam.hub.cards import sha256_of
+from timm_reparam.hub.facts import sha256_of
 from timm_reparam.hub.gate import check_card
 from timm_reparam.hub.training import load_training
 from timm_reparam.hub.untrusted import check_folder

@@ -7,8 +7,8 @@ import pytest
 import timm
 
 from timm_reparam.convert import VARIANTS, variant_of
-from timm_reparam.hub import load_checkpoint, verify, verify_checkpoint
-from timm_reparam.hub.cards import read_facts, render_card, sha256_of
+from timm_reparam.hub import load_checkpoint, render_card, verify, verify_checkpoint
+from timm_reparam.hub.facts import read_facts, sha256_of
 from timm_reparam.hub.gate import check_card
 from timm_reparam.results import Summary, format_summary, read_results, summarize
 

@@ -21,10 +21,10 @@ from ._files import check_folder, write_whole
 from .convert import VARIANTS, fuse_model, stock_architecture, variant_of
 from .errors import ReparamError
 from .hub import convert_checkpoint, fuse_checkpoint, load_checkpoint, publish, pull, sync, verify, verify_checkpoint
-from .hub.checkpoint import train_time_path
+from .hub.client import limit_requests, one_line, without_secrets
 from .hub.family_cards import check_cards, write_cards
+from .hub.folder import train_time_path
 from .hub.training import load_training
-from .hub.transport import one_line, without_secrets
 from .models._registry import ensure_registered, is_variant_name
 from .plot import check_plot, plot_curves, plot_gains, plot_kernels, plot_profiles
 from .profile import compare_profiles, format_csv, format_json, format_profiles
@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     try:
+        if 'timeout' in args:
+            limit_requests(args.timeout)
         status = args.command(args)
         sys.stdout.flush()
         return status
@@ -183,25 +185,18 @@ def _parser() -> argparse.ArgumentParser:
 
     network = argparse.ArgumentParser(add_help=False)
     network.add_argument('--json', action='store_true', help='print the report as json')
-    group = network.add_argument_group('the way to the Hub')
-    group.add_argument(
-        '--timeout', type=float, default=60.0, metavar='S', help='seconds without an answer (default: 60)'
-    )
-    group.add_argument(
-        '--patience',
+    network.add_argument(
+        '--timeout',
         type=float,
-        default=300.0,
+        default=60.0,
         metavar='S',
-        help='seconds that rate limits and failures may be waited for, a request (default: 300)',
+        help='seconds without an answer after which a request has failed (default: 60)',
     )
     sending = argparse.ArgumentParser(add_help=False)
     sending.add_argument('--license', metavar='ID', help='licence of weights of which none is known, mit for instance')
     sending.add_argument('--private', action='store_true', help='make the repos private')
-    sending.add_argument('--revision', metavar='BRANCH', help='branch to commit to (default: main)')
+    sending.add_argument('--revision', metavar='BRANCH', help='branch to commit to, which is there (default: main)')
     sending.add_argument('--dry-run', action='store_true', help='check and compare, but send nothing')
-    sending.add_argument(
-        '--force', action='store_true', help='commit also on top of what somebody else commits at the same time'
-    )
 
     command = commands.add_parser(
         'verify',
@@ -235,7 +230,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument('zoo', metavar='ZOO', help='folder of pairs')
     command.add_argument('namespace', metavar='NAMESPACE', help='user or organisation on the Hub')
-    command.add_argument('--collection', metavar='TITLE', help='collection to put the models into')
     command.add_argument('--workers', type=int, default=4, metavar='N', help='models at a time (default: 4)')
     command.set_defaults(command=_sync)
 
@@ -441,7 +435,7 @@ def _verify(args: argparse.Namespace) -> int:
             verify_checkpoint(args.target)  # says what is missing where
         report = verify(args.target)
     else:
-        report = verify(args.target, revision=args.revision, timeout=args.timeout, patience=args.patience)
+        report = verify(args.target, revision=args.revision)
     _print(report, args.json)
     return 0 if report.passed else 1
 
@@ -453,20 +447,19 @@ def _publish(args: argparse.Namespace) -> int:
 
 
 def _sync(args: argparse.Namespace) -> int:
-    report = sync(args.zoo, args.namespace, collection=args.collection, workers=args.workers, **_sending(args))
+    report = sync(args.zoo, args.namespace, workers=args.workers, **_sending(args))
     _print(report, args.json)
     return 0 if report.ok else 1
 
 
 def _pull(args: argparse.Namespace) -> int:
-    report = pull(args.source, args.zoo, revision=args.revision, timeout=args.timeout, patience=args.patience)
+    report = pull(args.source, args.zoo, revision=args.revision)
     _print(report, args.json)
     return 0 if report.ok else 1
 
 
 def _sending(args: argparse.Namespace) -> dict[str, Any]:
-    names = ('license', 'private', 'revision', 'dry_run', 'force', 'timeout', 'patience')
-    return {name: getattr(args, name) for name in names}
+    return {name: getattr(args, name) for name in ('license', 'private', 'revision', 'dry_run')}
 
 
 def _print(report: Any, as_json: bool) -> None:

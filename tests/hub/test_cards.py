@@ -19,7 +19,8 @@ import timm_reparam
 from timm_reparam import ReparamError
 from timm_reparam.convert import VARIANTS
 from timm_reparam.hub import check_facts, load_checkpoint, render_card, save_checkpoint, save_pair
-from timm_reparam.hub.cards import license_of, read_config, sha256_of, stated_license, template_folder
+from timm_reparam.hub.card import template_folder
+from timm_reparam.hub.facts import license_data, read_config, read_facts, sha256_of, stated_license
 from timm_reparam.results import Summary, format_summary
 
 TINY = dict(num_classes=2, channels=(8, 8, 8, 8), stem_width=4)
@@ -242,13 +243,13 @@ def test_license(copies: tuple[Path, Path], facts: dict, expected: str | None, f
         # what timm says of the weights an architecture usually starts from is not said of these
         rewrite(folder, 'config.json', lambda config: config['pretrained_cfg'].update(license='apache-2.0'))
         (folder / 'training.json').write_text(json.dumps(facts))
-        assert license_of(folder) == expected
+        assert license_data(read_facts(folder) or {}).get('license') == expected
         text = render_card(folder)
         found = yaml.safe_load(text.split('---\n')[1])
         assert {key: value for key, value in found.items() if key.startswith('license')} == front
         assert f'- License: {line}\n' in text
     (copies[0] / 'training.json').unlink()
-    assert license_of(copies[0]) is None
+    assert not license_data(read_facts(copies[0]) or {})
 
 
 @pytest.mark.parametrize(
@@ -616,7 +617,7 @@ def test_hostile_text_in_code_and_licence(copies: tuple[Path, Path], text: str):
             assert json.loads(after) == {text: {text: [text]}} if language == 'json' else after == before
         front = yaml.safe_load(card.split('\n---\n', 1)[0])
         license_name = front.get('license_name')
-        assert license_of(folder) == front.get('license') == (license_name and 'other')
+        assert license_data(read_facts(folder)).get('license') == front.get('license') == (license_name and 'other')
         assert license_name is None or re.fullmatch(r'[a-z0-9][a-z0-9.-]*', license_name)
         assert 'license_link' not in front
         line = next(line for line in card.splitlines() if line.startswith('- License:'))
@@ -730,7 +731,7 @@ def test_templates_of_an_installed_package(tmp_path: Path):
     code = """
 import shutil
 import timm_reparam
-from timm_reparam.hub.cards import template_folder
+from timm_reparam.hub.card import template_folder
 print(template_folder())
 shutil.rmtree(template_folder())
 try:

@@ -31,7 +31,8 @@ from timm_reparam.hub import (
     save_pair,
     verify_checkpoint,
 )
-from timm_reparam.hub.cards import license_of, read_facts, render_card
+from timm_reparam.hub.card import render_card
+from timm_reparam.hub.facts import license_data, read_facts
 
 # for processes that a test starts; one thread, for they are small and the machine is shared
 ENVIRONMENT = {**os.environ, 'PYTHONPATH': str(Path(timm_reparam.__file__).parents[1]), 'OMP_NUM_THREADS': '1'}
@@ -827,7 +828,7 @@ def test_file_becomes_a_folder(tmp_path: Path, images: torch.Tensor, kind: str):
     assert report.passed and loaded.num_classes == 4
     for key, value in model.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[key]), key
-    assert 'license' not in config_of(folder)['pretrained_cfg'] and license_of(folder) is None
+    assert 'license' not in config_of(folder)['pretrained_cfg'] and not license_data(read_facts(folder) or {})
 
 
 def test_what_cannot_be_converted_leaves_nothing(tmp_path: Path):

@@ -17,7 +17,7 @@ import timm_reparam
 from timm_reparam import ReparamError
 from timm_reparam.cli import main
 from timm_reparam.convert import VARIANTS
-from timm_reparam.hub.cards import template_folder
+from timm_reparam.hub.card import template_folder
 from timm_reparam.hub.family_cards import (
     COSTS_NAME,
     INPUT_SIZE,

@@ -21,7 +21,7 @@ import timm_reparam
 from timm_reparam import ReparamError
 from timm_reparam.cli import main
 from timm_reparam.hub import load_checkpoint, publish, pull, render_card, save_pair, self_check, verify
-from timm_reparam.hub.transport import without_secrets
+from timm_reparam.hub.client import without_secrets
 
 NAMES = ('resnet10t_doconv.t', 'resnet10t_doconv.t_fused')
 CHECK = 'test/rand_tensors.safetensors'

@@ -34,7 +34,7 @@ from timm_reparam.hub import (
     untrusted,
     verify_pair,
 )
-from timm_reparam.hub.cards import sha256_of
+from timm_reparam.hub.facts import sha256_of
 from timm_reparam.hub.gate import check_card
 from timm_reparam.hub.training import load_training, read_training, told_settings
 from timm_reparam.hub.untrusted import MOST_TENSORS, check_arguments, check_cost

@@ -1,21 +1,19 @@
 """Checkpoints on disk, their model cards, and the way to the Hub and back."""
 
-from .cards import check_facts, render_card
-from .checkpoint import (
+from .card import render_card
+from .convert import convert_checkpoint, fuse_checkpoint
+from .facts import check_facts
+from .folder import (
     add_facts,
     check_pair,
     check_tag,
-    convert_checkpoint,
     folder_name,
-    fuse_checkpoint,
     load_checkpoint,
     save_checkpoint,
     save_pair,
 )
 from .gate import VerifyReport, self_check, verify_checkpoint, verify_pair
-from .publish import RepoResult, SyncReport, publish
-from .pull import pull, verify
-from .sync import sync
+from .sync import RepoResult, SyncReport, publish, pull, sync, verify
 from .training import base_model_facts
 
 __all__ = [

@@ -21,7 +21,7 @@ from ..errors import ReparamError
 from ..models._backbones import MOBILENETV2S, RESNETS
 from ..profile import compare_profiles
 from ..results import format_summary, of_variant, read_results, setup_of, summarize
-from .cards import bibtex, template_folder
+from .card import bibtex, template_folder
 
 __all__ = ['check_cards', 'families', 'measure_costs', 'render_family_card', 'write_cards']
 

@@ -6,7 +6,7 @@ It runs before a pair is published, on what was fetched back, before a pulled pa
 import copy
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,19 +21,10 @@ from torch import nn
 
 from ..errors import ReparamError
 from ..verify import FusionReport, verify_fusion
-from .cards import (
-    CARD_NAME,
-    CONFIG_NAME,
-    FACTS_NAME,
-    WEIGHTS_NAME,
-    card_text,
-    notes_of,
-    read_config,
-    read_facts,
-    sha256_of,
-)
-from .checkpoint import fused_path, load_checked, train_time_path
-from .transport import one_line
+from .card import card_text, notes_of
+from .client import one_line
+from .facts import CARD_NAME, CONFIG_NAME, FACTS_NAME, WEIGHTS_NAME, read_config, read_facts, sha256_of
+from .folder import fused_path, load_checked, train_time_path
 from .untrusted import check_folder
 
 __all__ = [
@@ -114,25 +105,22 @@ class VerifyReport:
 def verify_pair(
     folder: str | Path,
     fused_folder: str | Path | None = None,
-    *,
-    self_checks: Mapping[Path, bytes] | None = None,
 ) -> VerifyReport:
     """Verify that two folders are the two forms of one model, and say nothing else, cheapest first.
 
     Of each form: its configuration against the header of its weights (names, shapes, number of classes, cost of running
     it), before anything is built; and what the front matter of its card states against its other files. Of the pair:
-    that both say the same of the model, that they are of one save, and the fusion. Nothing is built unless both
-    configurations are right.
+    that both say the same of the model, that they are of one save, the fusion, and the self-check tensors where they
+    are. Nothing is built unless both configurations are right.
 
     Args:
         folder: Folder of the train-time form; of either form if no other folder is given.
         fused_folder: Folder of the fused form; by default the one beside it whose name ends with ``_fused``.
-        self_checks: Content of the self-check file of a folder, by the folder, where there is one.
 
     Returns:
         What was found; whether all is right is the report's `passed`.
     """
-    report, self_checks = VerifyReport(str(folder)), self_checks or {}
+    report = VerifyReport(str(folder))
     if fused_folder is None:
         folder = train_time_path(folder)
         fused_folder = fused_path(folder)
@@ -158,9 +146,9 @@ def verify_pair(
         models = [load_checked(one) for one in folders]
         report.fusion = verify_fusion(*models)
         for one, model in zip(folders, models):
-            if one in self_checks:
+            if (one / CHECK_NAME).is_file():
                 with report.check(f'{one.name}: self-check tensors'):
-                    check_self_check(model, self_checks[one])
+                    check_self_check(model, (one / CHECK_NAME).read_bytes())
         if not report.fusion.passed:
             raise ReparamError(f'the fused model differs from the train-time model: {report.fusion}')
     return report

@@ -17,8 +17,8 @@ from timm.models import clean_state_dict
 from torch import nn
 
 from ..errors import ReparamError
-from .cards import WEIGHTS_NAME
-from .transport import one_line
+from .client import one_line
+from .facts import WEIGHTS_NAME
 from .untrusted import build_for_shapes, check_arguments, check_cost, check_size
 
 __all__ = ['base_model_facts', 'load_training', 'read_training', 'told_settings']
@@ -186,7 +186,7 @@ def load_training(path: str | Path) -> tuple[nn.Module, dict[str, Any], dict[str
 
     Returns:
         The model in eval mode, its preprocessing, and the facts about its training (see
-        :mod:`timm_reparam.hub.cards`).
+        :mod:`timm_reparam.hub.facts`).
 
     Raises:
         ReparamError: The file is no training checkpoint, or its weights do not fit the model that its settings name.

@@ -29,8 +29,8 @@ from torch.utils.flop_counter import flop_registry
 
 from ..errors import ReparamError
 from ..models._registry import ensure_registered, is_variant_name, saved_arguments
-from .cards import CONFIG_NAME, WEIGHTS_NAME, is_size, read_config
-from .transport import one_line
+from .client import one_line
+from .facts import CONFIG_NAME, WEIGHTS_NAME, is_size, read_config
 
 __all__ = [
     'MOST_BYTES',

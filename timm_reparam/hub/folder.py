@@ -1,7 +1,7 @@
 """Checkpoint folders on disk: the train-time form of a model and its fused form.
 
 A folder holds ``config.json`` and ``model.safetensors``, which timm loads as ``local-dir:FOLDER`` or from the Hub, the
-card ``README.md``, and ``training.json`` with the facts about the training (see :mod:`timm_reparam.hub.cards`).
+card ``README.md``, and ``training.json`` with the facts about the training (see :mod:`timm_reparam.hub.facts`).
 
 ``config.json`` names its format (``reparam_format``) and every option of a variant's layers, defaults too
 (``model_args.conv_options``): a checkpoint stays the function that it is when a default changes. 0.1.0 named no format,
@@ -28,31 +28,30 @@ import safetensors.torch
 import timm
 import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from timm.models import get_model_args, load_state_dict
-from timm.models._hub import load_model_config_from_path, save_config_for_hf
+from timm.models import get_model_args
+from timm.models._hub import save_config_for_hf
 from timm.utils import unwrap_model
 from torch import nn
 
 from ..convert import fuse_model, is_variant, record_options, stock_architecture, variant_of
 from ..errors import ReparamError
 from ..layers import DynamicConv2d
-from ..models._registry import cfg_with_weights, ensure_registered, is_variant_name, saved_arguments
 from ..verify import FusionReport, seeded_images, verify_fusion
-from .cards import (
+from .card import render_card
+from .facts import (
     CARD_NAME,
     CONFIG_NAME,
     FACTS_NAME,
+    FILES,
     FORMAT,
     FORMAT_KEY,
     WEIGHTS_NAME,
     check_facts,
     read_config,
     read_facts,
-    render_card,
     sha256_of,
-    stated_license,
+    state_license,
 )
-from .training import load_training
 from .untrusted import build_on_meta, check_folder
 
 try:
@@ -61,20 +60,26 @@ except ImportError:  # only POSIX has it; elsewhere two saves into one folder at
     fcntl = None  # type: ignore[assignment]  # a module's name cannot be declared optional
 
 __all__ = [
+    'FUSED_SUFFIX',
+    'Draft',
     'add_facts',
+    'architecture_of',
     'check_pair',
     'check_tag',
-    'convert_checkpoint',
     'copy_checkpoints',
     'folder_name',
-    'fuse_checkpoint',
+    'fused_path',
+    'images_for',
     'load_checked',
     'load_checkpoint',
+    'origin_of',
     'save_checkpoint',
     'save_pair',
+    'stage',
+    'train_time_path',
+    'write_all',
 ]
 
-FILES = (CARD_NAME, CONFIG_NAME, FACTS_NAME, WEIGHTS_NAME)
 FUSED_SUFFIX = '_fused'
 # Names of devices, which no file on Windows can have, whatever follows behind a dot.
 _RESERVED = re.compile(r'con|prn|aux|nul|(?:com|lpt)[0-9]', re.IGNORECASE)
@@ -163,7 +168,7 @@ def save_checkpoint(
             not writable or taken by something else.
     """
     target = Path(folder).absolute()
-    _write_all([_Draft(target, model, data_config, facts, card)])
+    write_all([Draft(target, model, data_config, facts, card)])
     return target
 
 
@@ -190,7 +195,7 @@ def save_pair(
         fused: Fused form of the model; fused here by default.
         report: What :func:`timm_reparam.verify_fusion` measured; measured here by default, on images of the size in
             `data_config`.
-        facts: What is known of the training, see :mod:`timm_reparam.hub.cards`.
+        facts: What is known of the training, see :mod:`timm_reparam.hub.facts`.
         data_config: Preprocessing of the inputs; the model's own by default.
 
     Returns:
@@ -199,7 +204,7 @@ def save_pair(
     Raises:
         ReparamError: The fusion is not verified, or what :func:`save_checkpoint` refuses, for either form.
     """
-    architecture = _architecture(model)
+    architecture = architecture_of(model)
     check_tag(tag, architecture)
     if variant_of(model) is None:
         raise ReparamError(f'{architecture}: expected a train-time model, got one without variant layers; convert it')
@@ -208,15 +213,15 @@ def save_pair(
     if unfused:
         raise ReparamError(f'{architecture}: {unfused[0]}: expected a fused model, got a variant layer; use fuse_model')
     expected = architecture if variant_of(fused) else stock_architecture(unwrap_model(model))
-    if _architecture(fused) != expected:
-        raise ReparamError(f'{architecture}: expected the fused model to be {expected}, got {_architecture(fused)}')
-    common = {**check_facts(facts or {}), **_origin(model), 'tag': tag}
+    if architecture_of(fused) != expected:
+        raise ReparamError(f'{architecture}: expected the fused model to be {expected}, got {architecture_of(fused)}')
+    common = {**check_facts(facts or {}), **origin_of(model), 'tag': tag}
     zoo = Path(zoo).absolute()
     drafts = []
     for form, form_model in (('train_time', model), ('fused', fused)):
         name = folder_name(architecture, tag, form == 'fused')
-        drafts.append(_Draft(zoo / name, form_model, data_config, {**common, 'form': form, 'name': name}))
-    report = verify_fusion(model, fused, inputs=_inputs(data_config)) if report is None else report
+        drafts.append(Draft(zoo / name, form_model, data_config, {**common, 'form': form, 'name': name}))
+    report = verify_fusion(model, fused, inputs=images_for(data_config)) if report is None else report
     if not report.passed:
         raise ReparamError(f'{architecture}: the fused model differs from the train-time model, not saved: {report}')
 
@@ -224,8 +229,8 @@ def save_pair(
         for draft, sibling, sha256 in zip(drafts, reversed(drafts), reversed(hashes)):
             draft.add_facts(fusion=report.to_dict(), sibling={'name': sibling.target.name, 'sha256': sha256})
 
-    with _zoo_folder(zoo):
-        _write_all(drafts, add_what_only_both_know)
+    _make_zoo(zoo)
+    write_all(drafts, add_what_only_both_know)
     return drafts[0].target, drafts[1].target
 
 
@@ -293,189 +298,10 @@ def load_checked(folder: Path) -> nn.Module:
     return model.eval()
 
 
-def fuse_checkpoint(source: str | Path, target: str | Path) -> tuple[Path, FusionReport]:
-    """Turn a train-time checkpoint into a fused one, after verifying the fusion.
-
-    From a folder, the fused form alone is saved. From a training checkpoint of timm's train script both forms are, as
-    :func:`save_pair` saves them.
-
-    Args:
-        source: Train-time checkpoint: a folder, or a file such as ``last.pth.tar``.
-        target: Folder of the fused checkpoint; its parent has to be there. From a file its name has to be
-            ``<model>.<tag>_fused``, and the parent is made if its own is there.
-
-    Returns:
-        The fused folder and the report of the verification.
-
-    Raises:
-        ReparamError: The checkpoint cannot be loaded or has nothing to fuse, the fusion is not verified, or what
-            :func:`save_checkpoint` refuses.
-    """
-    source, target = Path(source), Path(target).absolute()
-    if source.is_file():
-        return _fuse_training(source, target)
-    model = load_checkpoint(source)
-    fused, report = _fuse_and_verify(model, source)
-    facts = read_facts(source)
-    known = ((facts or {}).get('sibling') or {}).get('sha256')
-    if facts is not None:
-        sibling = {'sha256': sha256_of(source / WEIGHTS_NAME)}
-        if repo := facts.pop('repo', None):  # of the form that was fetched; this one is not there yet
-            sibling['repo'] = repo
-        if facts.get('name'):
-            sibling['name'] = facts['name']
-            facts['name'] += FUSED_SUFFIX
-        facts |= {**_origin(model), 'form': 'fused', 'fusion': report.to_dict(), 'sibling': sibling}
-    draft = _Draft(target, fused, None, facts)
-
-    def drop_unmeasured(hashes: Sequence[str]) -> None:
-        if draft.facts is not None and hashes[0] != known:  # the training measured another fused file than this one
-            draft.facts.pop('logit_difference', None)
-            for key in ('metrics', 'profile'):
-                (draft.facts.get(key) or {}).pop('fused', None)
-
-    _write_all([draft], drop_unmeasured)
-    return target, report
-
-
-def convert_checkpoint(
-    source: str | Path, target: str | Path, model_name: str, **model_args: Any
-) -> tuple[Path, FusionReport]:
-    """Turn a checkpoint into a train-time folder: the way back from :func:`fuse_checkpoint`, and the way in.
-
-    A checkpoint of the stock architecture (a fused one, or any other) is lifted, one in the layout of the method's
-    official code is translated (see :func:`timm_reparam.import_state_dict`), and one of the variant itself, a file of
-    timm's train script for instance, is taken as it is.
-
-    Args:
-        source: Checkpoint folder, or file (safetensors, or a pickle of tensors only).
-        target: Folder of the train-time checkpoint; its parent has to be there.
-        model_name: Name of the variant, such as 'resnet18_doconv'.
-        **model_args: Further arguments for ``timm.create_model``, such as ``conv_options``; by default those of the
-            folder. The number of classes is that of the checkpoint.
-
-    Returns:
-        The new folder, and the report of the verification: against the stock model where the checkpoint is one of
-        those, otherwise against the fusion of the new model.
-
-    Raises:
-        ReparamError: The checkpoint cannot be read or is not one for this model, the new model is not verified, or what
-            :func:`save_checkpoint` refuses.
-    """
-    source, target = Path(source), Path(target).absolute()
-    if not (ensure_registered(model_name) and is_variant_name(model_name)):
-        raise ReparamError(
-            f'{model_name!r}: expected the name of a variant, such as resnet18_doconv; see timm-reparam list'
-        )
-    cfg: dict[str, Any] | None = None
-    facts: dict[str, Any] = {}
-    wanted = model_args.get('num_classes')
-    if source.is_dir():
-        check_folder(source)
-        cfg, model_args, facts = _described_by(source, model_name, model_args)
-    state = _read_weights(source / WEIGHTS_NAME if source.is_dir() else source)
-    skeleton: Any = build_on_meta(model_name, model_args, str(source))
-    cfg = {**cfg_with_weights(skeleton.pretrained_cfg if cfg is None else cfg, state), 'architecture': model_name}
-    classifiers = cfg.get('classifier') or skeleton.pretrained_cfg.get('classifier') or ()
-    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
-    heads = [state[f'{name}.weight'] for name in classifiers if f'{name}.weight' in state]
-    num_classes = len(heads[0]) if heads else 0
-    if wanted not in (None, num_classes):
-        raise ReparamError(
-            f'{source}: num_classes: its classifier has {num_classes}, got {wanted}; convert it as it is, and give '
-            'num_classes to timm.create_model for a new classifier'
-        )
-    model_args['num_classes'] = cfg['num_classes'] = num_classes
-    if 'in_chans' in model_args:
-        cfg['input_size'] = (model_args['in_chans'], *cfg['input_size'][1:])
-    model = _load(source, model_name, cfg, model_args)
-    stock_name = stock_architecture(model)
-    assert stock_name is not None  # it was created under a name
-    stock_args = {name: value for name, value in model_args.items() if name != 'conv_options'}
-    stock = None
-    if build_on_meta(stock_name, stock_args, str(source)).state_dict().keys() == state.keys():
-        stock = _load(source, stock_name, {**cfg, 'architecture': stock_name}, stock_args)
-    report = verify_fusion(model, stock)
-    if not report.passed:
-        raise ReparamError(f'{source}: differs from the model that was made of it, not saved: {report}')
-    facts |= {**_origin(model), 'form': 'train_time', 'name': target.name}
-    _write_all([_Draft(target, model, None, facts)])
-    return target, report
-
-
-def _described_by(
-    source: Path, model_name: str, model_args: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """What a folder says of a model to be made of it: pretrained_cfg, model arguments, and the facts that stay true."""
-    architecture = read_config(source)['architecture']
-    same = architecture == model_name
-    cfg, _, own_args = load_model_config_from_path(source)
-    own_args = saved_arguments(architecture, own_args)
-    options = own_args.pop('conv_options', {})
-    if options.get('temperature', 0) is None:
-        del options['temperature'], options['temperature_steps']  # for inference: training starts again with a schedule
-    options = {**(options if same else {}), **model_args.get('conv_options', {})}
-    model_args = {**own_args, **model_args, 'conv_options': options}
-    if not options:
-        del model_args['conv_options']
-    known = read_facts(source) or {'license': cfg.get('license')}
-    kept = ('tag', 'base_model', 'dataset', 'license', 'license_name', 'license_link', 'recipe', 'environment')
-    return cfg, model_args, {key: known[key] for key in kept if key in known}
-
-
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise ReparamError(f'{path}: not found; expected a checkpoint folder with {WEIGHTS_NAME}, or a file')
-    try:
-        state = load_state_dict(str(path), weights_only=True)
-    except Exception as error:  # whatever a damaged or an unsafe file makes of it
-        raise ReparamError(f'{path}: cannot be read ({error})') from error
-    strays = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
-    if strays or not state:
-        raise ReparamError(f'{path}: expected a state dict of tensors, got other values under {strays[:5]}')
-    return state
-
-
-def _load(source: Path, name: str, cfg: Mapping[str, Any], model_args: Mapping[str, Any]) -> nn.Module:
-    try:
-        return timm.create_model(name, pretrained=True, pretrained_cfg=dict(cfg), **model_args).eval()
-    except ReparamError as error:
-        raise ReparamError(f'{source}: {error}') from error
-    except Exception as error:  # whatever a wrong argument or shape makes of it
-        raise ReparamError(f'{source}: cannot be loaded into {name} ({error})') from error
-
-
-def _fuse_training(path: Path, target: Path) -> tuple[Path, FusionReport]:
-    """Save both forms of what a training checkpoint holds."""
-    model, data_config, facts = load_training(path)
-    architecture = _architecture(model)
-    tag = target.name.removeprefix(f'{architecture}.').removesuffix(FUSED_SUFFIX)
-    if not tag or folder_name(architecture, tag, True) != target.name:
-        raise ReparamError(
-            f'{target}: expected a name for the fused form, {folder_name(architecture, "<tag>", True)}, got'
-            f' {target.name!r}; the train-time form is saved beside it, without the {FUSED_SUFFIX!r}'
-        )
-    fused, report = _fuse_and_verify(model, path, data_config)
-    save_pair(model, target.parent, tag=tag, fused=fused, report=report, facts=facts, data_config=data_config)
-    return target, report
-
-
-def _inputs(data_config: Mapping[str, Any] | None) -> tuple[torch.Tensor, ...] | None:
+def images_for(data_config: Mapping[str, Any] | None) -> tuple[torch.Tensor, ...] | None:
     """Images of the size that a checkpoint will name, for verification; None for the model's own."""
     size = (data_config or {}).get('input_size')
     return seeded_images(size) if size else None
-
-
-def _fuse_and_verify(
-    model: nn.Module, source: Path, data_config: Mapping[str, Any] | None = None
-) -> tuple[nn.Module, FusionReport]:
-    if variant_of(model) is None:
-        raise ReparamError(f'{source}: expected a train-time checkpoint, got {_architecture(model)}, nothing to fuse')
-    fused = fuse_model(model)
-    report = verify_fusion(model, fused, inputs=_inputs(data_config))
-    if not report.passed:
-        raise ReparamError(f'{source}: the fused model differs from the train-time model, not saved: {report}')
-    return fused, report
 
 
 def copy_checkpoints(folders: Sequence[str | Path], zoo: str | Path) -> list[Path]:
@@ -495,9 +321,32 @@ def copy_checkpoints(folders: Sequence[str | Path], zoo: str | Path) -> list[Pat
     """
     zoo = Path(zoo).absolute()
     drafts = [_Copy(Path(folder), zoo / Path(folder).name) for folder in folders]
-    with _zoo_folder(zoo):
-        _write_all(drafts)
+    _make_zoo(zoo)
+    write_all(drafts)
     return [draft.target for draft in drafts]
+
+
+def stage(source: Path, place: Path, facts: Mapping[str, Any]) -> Path:
+    """Describe a checkpoint with more facts in a folder of its own: weights as a link, card rendered anew.
+
+    Args:
+        source: Checkpoint folder, with facts.
+        place: Folder to put it into, under its own name.
+        facts: Facts that are new or other than before.
+
+    Returns:
+        The new folder.
+
+    Raises:
+        ReparamError: The source is no checkpoint, or a fact has the wrong form.
+    """
+    folder = place / source.name
+    with _as_reparam_error(place):
+        folder.mkdir()
+        copy = _Copy(source, folder, facts)
+        copy.write_model(folder, link=True)
+        copy.write_texts(folder, render=True)
+    return folder
 
 
 def add_facts(folder: str | Path, facts: Mapping[str, Any]) -> Path:
@@ -508,7 +357,7 @@ def add_facts(folder: str | Path, facts: Mapping[str, Any]) -> Path:
 
     Args:
         folder: Checkpoint folder.
-        facts: Facts that are new or other than before, see :mod:`timm_reparam.hub.cards`.
+        facts: Facts that are new or other than before, see :mod:`timm_reparam.hub.facts`.
 
     Returns:
         The folder.
@@ -522,11 +371,11 @@ def add_facts(folder: str | Path, facts: Mapping[str, Any]) -> Path:
     if ((read_facts(other) or {}).get('sibling') or {}).get('name') == folder.name:
         shared = {key: value for key, value in facts.items() if key not in _OF_ONE_FORM}
         copies.append(_Copy(other, other, shared))
-    _write_all(copies)
+    write_all(copies)
     return folder
 
 
-class _Draft:
+class Draft:
     """A checkpoint that is checked and ready to be written; nothing on disk has changed yet."""
 
     def __init__(
@@ -542,22 +391,10 @@ class _Draft:
         self.card = card
         self.facts = None if facts is None else check_facts(facts)
         self.data_config = None if data_config is None else dict(data_config)
-        self.architecture = _architecture(model)
+        self.architecture = architecture_of(model)
         self.tensors = _tensors_to_save(model, self.architecture)
         self.skeleton = _rebuild(model, self.architecture, self.tensors)
-        self.config = self._config()
-
-    def _config(self) -> bytes:
-        """Return the text of ``config.json``, as timm writes it."""
-        labels = self._describe_weights()
-        model_config = {FORMAT_KEY: FORMAT, **({'label_names': labels} if labels else {})}
-        with _as_reparam_error(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / CONFIG_NAME
-            try:
-                save_config_for_hf(self.skeleton, str(path), model_config=model_config, data_config=self.data_config)
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise ReparamError(f'{self.architecture}: its configuration cannot be saved ({error})') from error
-            return path.read_bytes()
+        self.labels = self._describe_weights()
 
     def _describe_weights(self) -> list[str] | None:
         """Make the skeleton's pretrained_cfg that of these weights, and return the labels of its classes if known."""
@@ -567,7 +404,7 @@ class _Draft:
         if self.facts is None:
             return None
         cfg['tag'] = self.facts.get('tag')
-        cfg['license'] = stated_license(self.facts)
+        state_license({'pretrained_cfg': cfg}, self.facts)
         cfg.pop('label_names', None)
         cfg.pop('label_descriptions', None)
         labels = (self.facts.get('dataset') or {}).get('label_names')
@@ -585,7 +422,11 @@ class _Draft:
     def write_model(self, folder: Path) -> None:
         """Write the configuration and the weights."""
         config = folder / CONFIG_NAME
-        config.write_bytes(self.config)
+        model_config = {FORMAT_KEY: FORMAT, **({'label_names': self.labels} if self.labels else {})}
+        try:
+            save_config_for_hf(self.skeleton, str(config), model_config=model_config, data_config=self.data_config)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ReparamError(f'{self.architecture}: its configuration cannot be saved ({error})') from error
         safetensors.torch.save_file(self.tensors, folder / WEIGHTS_NAME, metadata={'format': 'pt'})
         shutil.copymode(config, folder / WEIGHTS_NAME)  # safetensors makes files that only their owner may read
 
@@ -608,31 +449,34 @@ class _Copy:
         """What the source holds; read when it is asked for, with the lock held, for the source may be the target."""
         return read_config(self.source)['architecture']
 
-    def write_model(self, folder: Path) -> None:
-        """Copy the configuration and the weights."""
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            shutil.copyfile(self.source / name, folder / name)
+    def write_model(self, folder: Path, link: bool = False) -> None:
+        """Copy the configuration, and copy the weights or link to them."""
+        shutil.copyfile(self.source / CONFIG_NAME, folder / CONFIG_NAME)
+        try:
+            if not link:
+                raise OSError
+            (folder / WEIGHTS_NAME).symlink_to(self.source / WEIGHTS_NAME)
+        except OSError:  # or Windows, where links ask for a privilege
+            shutil.copyfile(self.source / WEIGHTS_NAME, folder / WEIGHTS_NAME)
         if self.facts is not None and {'license', 'base_model'} & self.facts.keys():
             config = read_config(folder)
-            config['pretrained_cfg'].pop('license', None)  # timm writes no empty entries
-            if license := stated_license({**(read_facts(self.source) or {}), **self.facts}):
-                config['pretrained_cfg']['license'] = license
+            state_license(config, {**(read_facts(self.source) or {}), **self.facts})
             _write_text(folder / CONFIG_NAME, json.dumps(config, indent=2))
 
-    def write_texts(self, folder: Path) -> None:
-        """Copy the facts and the card, if they are there; with more facts the card is rendered, if it was before."""
+    def write_texts(self, folder: Path, render: bool = False) -> None:
+        """Copy facts and card, if they are there; with more facts the card is rendered if asked for, or if it was."""
         for name in (FACTS_NAME, CARD_NAME):
             if (self.source / name).is_file():
                 shutil.copyfile(self.source / name, folder / name)
         if self.facts is not None:
             card = folder / CARD_NAME
-            renders = not card.is_file() or card.read_bytes() == render_card(folder).encode()
+            renders = render or not card.is_file() or card.read_bytes() == render_card(folder).encode()
             _write_facts(folder, {**(read_facts(folder) or {}), **self.facts})
             if renders:
                 _write_text(card, render_card(folder))
 
 
-def _architecture(model: nn.Module) -> str:
+def architecture_of(model: nn.Module) -> str:
     """The name a model is saved under; ReparamError if it has none, or is not what the name stands for."""
     model = unwrap_model(model)
     cfg = getattr(model, 'pretrained_cfg', None)
@@ -649,7 +493,8 @@ def _architecture(model: nn.Module) -> str:
     return architecture
 
 
-def _origin(model: nn.Module) -> dict[str, str | None]:
+def origin_of(model: nn.Module) -> dict[str, str | None]:
+    """The facts that tell which method a model has, and of which stock architecture it is."""
     return {'variant': variant_of(model), 'stock_architecture': stock_architecture(unwrap_model(model))}
 
 
@@ -732,7 +577,7 @@ def _check_target(target: Path, architectures: Collection[str]) -> None:
         )
 
 
-def _write_all(drafts: Sequence[_Draft | _Copy], complete: Callable[[Sequence[str]], None] | None = None) -> None:
+def write_all(drafts: Sequence[Draft | _Copy], complete: Callable[[Sequence[str]], None] | None = None) -> None:
     """Write folders that lie beside each other: all of them under another name, then rename one after the other.
 
     Args:
@@ -762,6 +607,7 @@ def _write_all(drafts: Sequence[_Draft | _Copy], complete: Callable[[Sequence[st
         finally:
             for draft in drafts:
                 shutil.rmtree(_partial(draft.target), ignore_errors=True)
+                _bring_back(draft.target)
 
 
 def _bring_back(target: Path) -> None:
@@ -778,22 +624,11 @@ def _remove_leftovers(target: Path) -> None:
 
 
 def _swap_in(targets: Sequence[Path]) -> None:
-    """Rename finished folders to their names; after an error none of them is new."""
-    renamed: list[tuple[Path, Path]] = []
-
-    def rename(source: Path, destination: Path) -> None:
-        source.rename(destination)
-        renamed.append((source, destination))
-
-    try:
-        for target in targets:
-            if target.exists():
-                rename(target, _previous(target))
-            rename(_partial(target), target)
-    except BaseException:
-        for source, destination in reversed(renamed):
-            destination.rename(source)
-        raise
+    """Rename finished folders to their names; what they replace is set aside first, and then removed."""
+    for target in targets:
+        if target.exists():
+            target.rename(_previous(target))
+        _partial(target).rename(target)
     _flush(targets[0].parent)
     for target in targets:
         shutil.rmtree(_previous(target), ignore_errors=True)
@@ -819,22 +654,10 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding='utf-8', newline='\n')
 
 
-@contextmanager
-def _zoo_folder(zoo: Path) -> Iterator[None]:
-    """Make the folder of a pair if its parent is there; after an error it goes again."""
-    made = True
+def _make_zoo(zoo: Path) -> None:
+    """Make the folder of a pair if its parent is there."""
     with _as_reparam_error(zoo):
-        try:
-            zoo.mkdir()
-        except FileExistsError:
-            made = False
-    try:
-        yield
-    except BaseException:
-        if made:
-            with suppress(OSError):  # somebody else writes there by now
-                zoo.rmdir()
-        raise
+        zoo.mkdir(exist_ok=True)
 
 
 @contextmanager

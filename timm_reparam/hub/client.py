@@ -1,0 +1,347 @@
+"""The Hub through huggingface_hub's own client: read a repo, commit to it, fetch files, say in one line what failed.
+
+Repetitions, waits and hashes are the client's. Only its public functions and error classes are used, from 0.30 on. What
+a version lacks is looked for, never concluded from its number: its HTTP library (requests, httpx, httpx2) is known only
+as what ``HfHubHTTPError`` is made of.
+"""
+
+import errno
+import functools
+import json
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import huggingface_hub
+from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, constants, get_token
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import (
+    HFValidationError,
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
+    http_backoff,
+    validate_repo_id,
+)
+from huggingface_hub.utils.sha import git_hash
+
+from ..errors import ReparamError
+
+__all__ = [
+    'CLIENT_ERRORS',
+    'Conflict',
+    'HubClient',
+    'RepoState',
+    'check_repo_id',
+    'limit_requests',
+    'one_line',
+    'without_secrets',
+]
+
+# Errors of the HTTP library, whichever it is: the bases of the client's own error between it and Python's classes.
+_HTTP_ERRORS: tuple[type[Exception], ...] = tuple(
+    base
+    for base in HfHubHTTPError.__mro__
+    if issubclass(base, Exception) and base.__module__ != 'builtins' and base is not HfHubHTTPError
+)
+# OSError: the client's offline, not-found and consistency errors. RuntimeError: what it wraps a failed upload into.
+# JSONDecodeError: an answer that broke off. Public, because timm lets them through, too.
+CLIENT_ERRORS: tuple[type[Exception], ...] = (
+    HfHubHTTPError,
+    EntryNotFoundError,
+    RuntimeError,
+    OSError,
+    json.JSONDecodeError,
+    *_HTTP_ERRORS,
+)
+_COMMIT_ERRORS: tuple[type[Exception], ...] = (*CLIENT_ERRORS, ValueError)  # ValueError: the Hub's opinion of a card
+_BUSY = (408, 429, 500, 502, 503, 504)
+_LOCAL = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EROFS)
+_PAUSES = (1.0, 4.0)  # seconds before a commit of which no answer came is tried again
+
+
+class Conflict(ReparamError):
+    """Somebody else changed a repo after it was read; nothing of theirs was touched."""
+
+
+@dataclass(frozen=True)
+class RepoState:
+    """What a repo shows at one moment.
+
+    Attributes:
+        head: Id of the commit that was read.
+        files: Path to what the Hub says of the file: its size, its hash.
+        private: Whether the repo is private.
+    """
+
+    head: str
+    files: Mapping[str, Any] = field(default_factory=dict)
+    private: bool = False
+
+    def has(self, operation: CommitOperationAdd) -> bool:
+        """Whether the repo has a file as an operation would put it there."""
+        found = self.files.get(operation.path_in_repo)
+        if found is None:
+            return False
+        if found.lfs is not None:
+            return found.lfs.sha256 == operation.upload_info.sha256.hex()
+        with operation.as_file() as file:
+            return found.blob_id == git_hash(file.read())
+
+
+class HubClient:
+    """The Hub as this package needs it.
+
+    Args:
+        token: Access token; the stored one or HF_TOKEN by default.
+        endpoint: Address of the Hub; HF_ENDPOINT or the public one by default.
+    """
+
+    def __init__(self, *, token: str | None = None, endpoint: str | None = None):
+        self.api = HfApi(token=token, endpoint=endpoint)
+        self.address = without_secrets(self.api.endpoint)  # for messages
+        self._token = token
+
+    def find(self, repo_id: str, revision: str | None = None) -> RepoState | None:
+        """Read what a repo shows, with the client's repetitions.
+
+        Args:
+            repo_id: The repo.
+            revision: Branch, tag or commit; main by default.
+
+        Returns:
+            What it shows; None if there is no such repo.
+
+        Raises:
+            ReparamError: There is no such revision, or the Hub does not say.
+        """
+        address = f'{self.api.endpoint}/api/models/{repo_id}'
+        address += f'/revision/{quote(revision, safe="")}' if revision else ''
+        options: dict[str, Any] = dict(params={'blobs': True}, headers=build_hf_headers(token=self._token))
+        options |= dict(timeout=constants.HF_HUB_ETAG_TIMEOUT, max_retries=3, retry_on_status_codes=_BUSY)
+        try:
+            response = http_backoff('GET', address, **options)
+            hf_raise_for_status(response)
+            info = ModelInfo(**response.json())
+        except GatedRepoError as error:
+            raise self.failure(repo_id, error) from None
+        except RevisionNotFoundError:
+            raise ReparamError(f'{repo_id}: has no revision {revision!r}; make it first, or name another one') from None
+        except RepositoryNotFoundError:
+            return None
+        except CLIENT_ERRORS as error:
+            raise self.failure(repo_id, error) from None
+        if not isinstance(info.sha, str):
+            raise ReparamError(f'{repo_id}: {self.address} names no commit')
+        return RepoState(info.sha, {one.rfilename: one for one in info.siblings or ()}, bool(info.private))
+
+    def read(self, repo_id: str, revision: str | None = None) -> RepoState:
+        """Read what a repo shows, which has to be there; see :meth:`find`."""
+        state = self.find(repo_id, revision)
+        if state is None:
+            raise ReparamError(f'{repo_id}: {self.address} has no such model, or does not show it to this token')
+        return state
+
+    def commit(
+        self,
+        repo_id: str,
+        operations: Sequence[CommitOperationAdd],
+        base: RepoState | None,
+        *,
+        message: str,
+        private: bool = False,
+        **options: Any,
+    ) -> tuple[str, str | None]:
+        """Put files into a repo by one commit on top of what was read, once and not twice.
+
+        The client does not repeat the request that commits. Where no answer came, the head tells: unchanged, it is
+        tried again; with the files, they have landed.
+
+        Args:
+            repo_id: The repo; made if it was not there.
+            operations: The files.
+            base: What was read; None if there was no such repo.
+            message: Title of the commit.
+            private: Make the repo private if it is made.
+            **options: Those of the client's ``create_commit``: revision, create_pr.
+
+        Returns:
+            Id of the commit, and the address of the pull request if it is one.
+
+        Raises:
+            Conflict: The repo is no longer as it was read.
+            ReparamError: It failed for good; the repo shows what it did.
+        """
+        for pause in (*_PAUSES, None):
+            try:
+                if base is None:
+                    self.api.create_repo(repo_id, private=private, exist_ok=True)
+                    base = self.read(repo_id)
+                    if base.files.keys() - {'.gitattributes'}:  # that much is in a new one
+                        raise _conflict(repo_id)
+                made = self.api.create_commit(
+                    repo_id, operations, commit_message=message, parent_commit=base.head, **options
+                )
+                return made.oid, made.pr_url
+            except ReparamError:
+                raise
+            except _COMMIT_ERRORS as error:
+                status = _status(error)
+                if base is not None and options.get('create_pr') and _passes(error):
+                    remedy = 'look at its pull requests, and publish again if it is not there'
+                    raise ReparamError(f'{self.failure(f"{repo_id}: commit", error)}; {remedy}') from None
+                if base is not None and (_passes(error) or status in (409, 412)):
+                    now = self.read(repo_id, options.get('revision'))
+                    if now.head != base.head and all(now.has(operation) for operation in operations):
+                        return now.head, None
+                    if now.head != base.head or status in (409, 412):
+                        raise _conflict(repo_id) from None
+                if pause is None or not _passes(error):
+                    raise self.failure(f'{repo_id}: commit', error) from None
+                time.sleep(pause)
+        raise AssertionError('the last try returns or raises')
+
+    def download(self, repo_id: str, paths: Iterable[str], state: RepoState, folder: Path) -> None:
+        """Fetch files of a repo into a folder, by the id of the commit, and compare their hashes.
+
+        Args:
+            repo_id: The repo.
+            paths: The files.
+            state: What the repo shows.
+            folder: Where to put them.
+
+        Raises:
+            ReparamError: A file cannot be fetched, or is not what the Hub says it is.
+        """
+        for path in paths:
+            try:
+                self.api.hf_hub_download(repo_id, path, revision=state.head, local_dir=folder)
+            except CLIENT_ERRORS as error:
+                raise self.failure(f'{repo_id}: {path} cannot be fetched', error) from None
+            if not state.has(CommitOperationAdd(path, folder / path)):
+                raise ReparamError(f'{repo_id}: {path}: expected the hash that the Hub gives for it, got other content')
+
+    def failure(self, wanted: str, error: BaseException) -> ReparamError:
+        """The error to raise for one of the client's: one line, what was wanted first."""
+        endpoint, status = self.address, _status(error)
+        local = 'a checkpoint on disk needs no network: timm.create_model("local-dir:FOLDER", pretrained=True)'
+        text = one_line(getattr(error, 'server_message', None) or error)
+        if isinstance(error, OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
+            reason = f'the client is offline (HF_HUB_OFFLINE); unset it, or use a local folder, {local}'
+        elif getattr(error, 'errno', None) in _LOCAL:
+            reason = f'{text} on this machine'
+        elif isinstance(error, GatedRepoError):
+            reason = f'{endpoint} asks for permission; accept its terms on its page, and log in with a token'
+        elif status in (401, 403) or isinstance(error, RepositoryNotFoundError):
+            reason = f'{endpoint} refuses it or has no such repo (HTTP {status}); log in with a token that may do this'
+        elif status == 429:
+            reason = f'{endpoint} limits the rate (HTTP 429); try again later'
+        elif status is not None:
+            reason = f'{endpoint} answers HTTP {status}: {text}'
+        elif type(error) is ValueError:
+            reason = text
+        else:
+            cause = error.__cause__ or error
+            kind = f'{type(cause).__name__}: {one_line(cause)}'
+            if 'xet-write-token' in kind:  # newer clients send large files that way, whatever the Hub says
+                return ReparamError(f'{wanted}: {endpoint} has no Xet; set HF_HUB_DISABLE_XET=1 in the environment')
+            reason = f'no answer from {endpoint} ({kind[:200]}); check the network, or use a local folder, {local}'
+        reason = reason.replace(self._token, '***') if self._token else reason
+        return ReparamError(f'{wanted}: {reason}')
+
+
+def limit_requests(seconds: float) -> None:
+    """Let every request of huggingface_hub in this process fail after a time without an answer.
+
+    For programs: the client has one session for a process, and its default is to wait for ever.
+
+    Args:
+        seconds: How long to wait.
+
+    Raises:
+        ReparamError: It is no number above 0.
+    """
+    if not seconds > 0:
+        raise ReparamError(f'timeout: expected a number of seconds above 0, got {seconds!r}')
+    usual: Any = get_session()
+    if hasattr(huggingface_hub, 'set_client_factory'):
+        options = dict(event_hooks=usual.event_hooks, follow_redirects=True, timeout=seconds)
+        huggingface_hub.set_client_factory(lambda: type(usual)(**options))
+        return
+
+    def limited() -> Any:
+        session = type(usual)()
+        session.adapters = usual.adapters
+        session.request = functools.partial(session.request, timeout=seconds)
+        return session
+
+    huggingface_hub.configure_http_backend(limited)
+
+
+def check_repo_id(repo_id: str) -> str:
+    """Check a repo id before it is put into an address or a path.
+
+    Args:
+        repo_id: ``namespace/name``.
+
+    Returns:
+        The same id.
+
+    Raises:
+        ReparamError: It is no legal id of that form.
+    """
+    legal = isinstance(repo_id, str) and repo_id.isascii() and repo_id.count('/') == 1
+    legal = legal and all(len(part) <= 96 for part in repo_id.split('/'))
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        legal = False
+    if not legal:
+        raise ReparamError(f'{repo_id!r}: expected a repo, NAMESPACE/NAME of letters, digits, ".", "_" and "-"')
+    return repo_id
+
+
+def one_line(error: BaseException | str) -> str:
+    """The message of an error as one line, without secrets; see :func:`without_secrets`."""
+    return without_secrets('; '.join(line.strip() for line in str(error).splitlines() if line.strip()))
+
+
+def without_secrets(text: str) -> str:
+    """A text with stars for tokens and for names and passwords in addresses, and ``~`` for the user's own folder."""
+    text = re.sub(r'hf_\w{3,}|(?<=Bearer )\S+|(?<=://)[^/\s@]+(?=@)', '***', text)
+    known, home = get_token(), str(Path.home())
+    text = text.replace(known, '***') if known else text
+    return re.sub(rf'{re.escape(home)}(?![\w.-])', '~', text) if len(home) > 1 else text
+
+
+def _conflict(repo_id: str) -> Conflict:
+    return Conflict(f'{repo_id}: was changed by somebody else meanwhile; nothing of theirs was touched; publish again')
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status that an error is about, if it is about one."""
+    while error is not None and not isinstance(error, HfHubHTTPError):
+        error = error.__cause__
+    return None if error is None or error.response is None else error.response.status_code
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether an error may pass: a busy server, or no answer."""
+    status = _status(error)
+    if status is not None:
+        return status in _BUSY
+    if isinstance(error, OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
+        return False
+    broken = isinstance(error, json.JSONDecodeError)  # an answer that broke off
+    return broken or (not isinstance(error, ValueError) and getattr(error, 'errno', None) not in _LOCAL)
