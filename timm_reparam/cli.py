@@ -22,7 +22,6 @@ from .convert import VARIANTS, fuse_model, stock_architecture, variant_of
 from .errors import ReparamError
 from .hub import convert_checkpoint, fuse_checkpoint, load_checkpoint, publish, pull, sync, verify, verify_checkpoint
 from .hub.client import limit_requests, one_line, without_secrets
-from .hub.family_cards import check_cards, write_cards
 from .hub.folder import train_time_path
 from .hub.training import load_training
 from .models._registry import ensure_registered, is_variant_name
@@ -248,19 +247,6 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_pull)
 
     command = commands.add_parser(
-        'cards',
-        parents=[common],
-        help='write the cards of the families again, or check that they are current',
-        description='Write the cards of the families, their costs counted again (a minute or two).',
-    )
-    command.add_argument(
-        'folder', nargs='?', metavar='FOLDER', help="templates and cards (default: the package's model_cards)"
-    )
-    command.add_argument('--check', action='store_true', help='write nothing; exit 1 and name the cards that are stale')
-    command.add_argument('--stored-costs', action='store_true', help='take the costs from costs.json')
-    command.set_defaults(command=_cards)
-
-    command = commands.add_parser(
         'run',
         parents=[common],
         help='run a script, one of timm for instance, with the variants registered',
@@ -464,16 +450,6 @@ def _sending(args: argparse.Namespace) -> dict[str, Any]:
 
 def _print(report: Any, as_json: bool) -> None:
     print(json.dumps(report.to_dict(), indent=2) if as_json else report)
-
-
-def _cards(args: argparse.Namespace) -> int:
-    make = check_cards if args.check else write_cards
-    names = make(args.folder, recount=not args.stored_costs)
-    for name in names:
-        print(f'{"stale" if args.check else "written"}: {name}')
-    if not names:
-        print('all cards are current')
-    return 1 if args.check and names else 0
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -28,6 +28,7 @@ import safetensors.torch
 import timm
 import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from timm.data import resolve_input_data_config
 from timm.models import get_model_args
 from timm.models._hub import save_config_for_hf
 from timm.utils import unwrap_model
@@ -395,6 +396,10 @@ class Draft:
         self.tensors = _tensors_to_save(model, self.architecture)
         self.skeleton = _rebuild(model, self.architecture, self.tensors)
         self.labels = self._describe_weights()
+        try:
+            resolve_input_data_config(self.skeleton, args=self.data_config)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ReparamError(f'{self.architecture}: data_config: cannot be used ({error})') from error
 
     def _describe_weights(self) -> list[str] | None:
         """Make the skeleton's pretrained_cfg that of these weights, and return the labels of its classes if known."""
