@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -240,6 +239,15 @@ def test_private_over_public_is_refused(hub: HubServer, owner: str, copies: tupl
 
 
 def test_revision(hub: HubServer, owner: str, pair: tuple[Path, Path]):
+    """A branch is made before, as for the client's own commits."""
+    with pytest.raises(ReparamError, match="no branch 'next'; make both first"):
+        publish(pair[0], owner, revision='next')
+    for name in NAMES:
+        HfApi().create_repo(f'{owner}/{name}')
+    with pytest.raises(ReparamError, match="has no revision 'next'; make it first"):
+        publish(pair[0], owner, revision='next')
+    for name in NAMES:
+        HfApi().create_branch(f'{owner}/{name}', branch='next')
     publish(pair[0], owner, revision='next')
     for name in NAMES:
         repo = hub.repos[f'{owner}/{name}']
@@ -409,65 +417,35 @@ def test_what_passes_is_waited_out(hub: HubServer, owner: str, pair: tuple[Path,
 
 
 @pytest.mark.parametrize('kind', ['drop_before', 'drop_after', 'truncate', '503'])
-@pytest.mark.parametrize('create_pr', [False, True])
-def test_commit_without_an_answer_lands_once(
-    hub: HubServer, owner: str, pair: tuple[Path, Path], kind: str, create_pr: bool
-):
+def test_commit_without_an_answer_lands_once(hub: HubServer, owner: str, pair: tuple[Path, Path], kind: str):
     options = {'landed': True} if kind == '503' else {}
     fault = hub.faults.add(kind, method='POST', path='/commit/', **options)
-    report = publish(pair[0], owner, create_pr=create_pr)
+    report = publish(pair[0], owner)
     assert fault.hits == 1 and len(report.sent) == 2
     assert hub.commit_counts == {f'{owner}/{name}': 1 for name in NAMES}
-    if create_pr:
-        assert all(result.pull_request.endswith('/discussions/1') for result in report.sent)
 
 
-def test_rate_limit_beyond_patience(hub: HubServer, owner: str, pair: tuple[Path, Path]):
-    hub.faults.add('429', path='/commit/', times=None, retry_after=1000)
-    with pytest.raises(ReparamError, match='limits the rate'):
-        publish(pair[0], owner, patience=2)
-    assert not hub.commit_counts
+def test_pull_request_without_an_answer(hub: HubServer, owner: str, pair: tuple[Path, Path]):
+    """Whether it is there, only its page tells: it is not proposed twice."""
+    hub.faults.add('drop_after', method='POST', path='/commit/')
+    with pytest.raises(ReparamError, match='no answer from .*look at its pull requests, and publish again'):
+        publish(pair[0], owner, create_pr=True)
+    assert len(hub.repos[f'{owner}/{NAMES[0]}'].pulls) == 1
 
 
-@pytest.mark.parametrize('path', ['/preupload/', 'objects/batch', 'lfs/[0-9a-f]'])
-@pytest.mark.parametrize('headers', [{'Retry-After': '1000'}, {'ratelimit': '"api";r=0;t=1000'}])
-def test_wait_beyond_patience(hub: HubServer, owner: str, pair: tuple[Path, Path], path: str, headers: dict):
-    """Newer clients repeat some requests by themselves, as late as the Hub asks for: only as long as allowed here."""
-    hub.faults.add('429', path=path, times=8, headers=headers)
-    began = time.monotonic()
-    with pytest.raises(ReparamError, match='limits the rate'):
-        publish(pair[0], owner, patience=0.5)
-    assert time.monotonic() - began < 200 and not hub.commit_counts
-
-
-def test_stalled_server(hub: HubServer, owner: str, pair: tuple[Path, Path]):
-    """A server that says nothing is given up after the time that was set."""
-    fault = hub.faults.add('slow', path=f'/api/models/{owner}', seconds=5, times=None)
-    began = time.monotonic()
-    with pytest.raises(ReparamError, match='no answer from .* local folder'):
-        publish(pair[0], owner, timeout=0.2, patience=1)
-    assert fault.hits == 2 and time.monotonic() - began < 4
-
-
-@pytest.mark.slow
-def test_stalled_commit(hub: HubServer, owner: str, pair: tuple[Path, Path], tmp_path: Path):
-    """So it is where the client has no limit of its own; in a process whose session has none yet."""
-    code = f"""
-import timm_reparam
-from timm_reparam.hub import publish
-try:
-    publish({str(pair[0])!r}, {owner!r}, timeout=0.5, patience=1)
-except timm_reparam.ReparamError as error:
-    print(error)
-"""
+def test_stalled_server(hub: HubServer, owner: str, pair: tuple[Path, Path], tmp_path: Path):
+    """A server that says nothing is given up: by the command, where the client would wait for ever."""
     hub.faults.add('slow', method='POST', path='/commit/', seconds=20, times=None)
-    printed = end(start(code, home=tmp_path))
-    assert 'no answer from' in printed and printed.count('\n') == 1
+    code = 'import sys; from timm_reparam.cli import main; sys.exit(main(sys.argv[1:]))'
+    process = start(code, 'publish', str(pair[0]), owner, '--timeout', '0.5', home=tmp_path)
+    printed, errors = process.communicate(timeout=100)
+    assert process.returncode == 1 and not printed
+    assert 'no answer from' in errors.splitlines()[-1] and 'Traceback' not in errors
 
 
 def test_no_network(pair: tuple[Path, Path], owner: str):
     with pytest.raises(ReparamError, match='no answer from http://127.0.0.1:9 .*local folder'):
-        publish(pair[0], owner, endpoint='http://127.0.0.1:9', patience=1)
+        publish(pair[0], owner, endpoint='http://127.0.0.1:9')
 
 
 def test_concurrent_commit_is_a_conflict(hub: HubServer, owner: str, pair: tuple[Path, Path]):
@@ -480,44 +458,29 @@ def test_concurrent_commit_is_a_conflict(hub: HubServer, owner: str, pair: tuple
     with pytest.raises(ReparamError, match='somebody else'):
         publish(pair[0], owner)
     assert history(hub, repo_id)[0] == 'Theirs' and len(history(hub, repo_id)) == 2
-    hub.faults.add('call', path=f'{repo_id}/commit/', action=somebody_else)
-    assert len(publish(pair[0], owner, force=True).sent) == 2
+    assert len(publish(pair[0], owner).sent) == 2  # on top of theirs, which was read this time
     assert set(hub.repos[repo_id].branches['main'].files) == FILES | {'.gitattributes', 'notes.txt'}
 
 
-@pytest.mark.parametrize('revision', [None, 'next'])
-def test_somebody_else_makes_the_repo(hub: HubServer, owner: str, pair: tuple[Path, Path], revision: str | None):
-    """What appears between reading and making a repo or a branch is theirs, too."""
-    repo_id, branch = f'{owner}/{NAMES[0]}', revision or 'main'
+def test_somebody_else_makes_the_repo(hub: HubServer, owner: str, pair: tuple[Path, Path]):
+    """What appears between reading and making a repo is theirs, too."""
+    repo_id = f'{owner}/{NAMES[0]}'
 
     def somebody_else(request: object) -> None:
-        if revision is None:
-            hub.create_repo(repo_id, {'.gitattributes': ''})
-        else:
-            hub.repos[repo_id].branches[branch] = hub.repos[repo_id].branches['main']
-        hub.commit(repo_id, {'README.md': '# Theirs'}, branch=branch, title='Theirs')
+        hub.create_repo(repo_id, {'.gitattributes': ''})
+        hub.commit(repo_id, {'README.md': '# Theirs'}, title='Theirs')
 
-    if revision is not None:
-        HfApi().create_repo(repo_id)
-    path = 'repos/create' if revision is None else f'{repo_id}/branch/'
-    hub.faults.add('call', path=path, action=somebody_else)
+    hub.faults.add('call', path='repos/create', action=somebody_else)
     with pytest.raises(ReparamError, match='somebody else'):
-        publish(pair[0], owner, revision=revision)
-    assert content(hub, repo_id, 'README.md', branch) == b'# Theirs'
-    assert publish(pair[0], owner, revision=revision).ok  # read before: equal to the zoo, as was asked for
-
-
-def test_forced_over_a_repo_of_somebody_else(hub: HubServer, owner: str, pair: tuple[Path, Path]):
-    repo_id = f'{owner}/{NAMES[0]}'
-    hub.faults.add('call', path='repos/create', action=lambda request: hub.commit(repo_id, {'notes.txt': 'mine'}))
-    assert len(publish(pair[0], owner, force=True).sent) == 2
-    assert {'notes.txt', 'model.safetensors'} < set(hub.repos[repo_id].branches['main'].files)
+        publish(pair[0], owner)
+    assert content(hub, repo_id, 'README.md') == b'# Theirs'
+    assert publish(pair[0], owner).ok  # read before: equal to the zoo, as was asked for
 
 
 def test_damaged_upload_and_download(hub: HubServer, owner: str, pair: tuple[Path, Path]):
     hub.faults.add('wrong_hash', method='PUT', path='lfs', times=None)
     with pytest.raises(ReparamError):
-        publish(pair[0], owner, patience=3)
+        publish(pair[0], owner)
     assert not hub.commit_counts
     hub.faults.clear()
     hub.faults.add('wrong_hash', method='GET', path='resolve/.*/model.safetensors', times=None)

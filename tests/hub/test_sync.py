@@ -130,13 +130,11 @@ def test_stock_models_are_left_out(hub: HubServer, owner: str, tmp_path: Path):
     add_pair(zoo, 'a')
     stock = timm.create_model('resnet10t', **TINY).eval()
     save_checkpoint(stock, zoo / 'resnet10t.a', facts={**FACTS, 'tag': 'a'}, data_config=DATA_CONFIG)
-    report = sync(zoo, owner, collection='Ours')
+    report = sync(zoo, owner)
     (skipped,) = report.skipped
-    assert report.ok and len(report.sent) == 3
+    assert report.ok and len(report.sent) == 2
     assert skipped.repo_id == f'{owner}/resnet10t.a' and skipped.why == 'a stock model, no pair'
     assert f'{owner}/resnet10t.a' not in hub.repos
-    found = [collection for collection in hub.collections.values() if collection.namespace == owner]
-    assert sorted(item.target for item in found[0].items) == [f'{owner}/{name}' for name in names('a')]
     shutil.rmtree(zoo / f'{MODEL}.a_fused')
     report = sync(zoo, owner)
     assert [result.repo_id for result in report.refused] == [f'{owner}/{name}' for name in names('a')]
@@ -182,36 +180,12 @@ def test_two_syncs_at_once(hub: HubServer, owner: str, tmp_path: Path):
         assert len(history(hub, f'{owner}/{name}')) == 3
 
 
-def test_force_commits_on_top(hub: HubServer, owner: str, zoo: Path):
-    sync(zoo, owner)
-    add_pair(zoo, 'a', seed=9)
-    repo_id = f'{owner}/{MODEL}.a'
-    card = {'README.md': '---\nlicense: mit\n---\n# Theirs\n'}
-    hub.faults.add('call', path=f'{repo_id}/commit/', action=lambda request: hub.commit(repo_id, card))
-    assert len(sync(zoo, owner, force=True).sent) == 2
-    assert len(history(hub, repo_id)) == 4
-    assert sync(zoo, owner).sent == []
-
-
-@pytest.mark.parametrize('title', ['Our zoo'])
-def test_collection(hub: HubServer, owner: str, zoo: Path, title: str):
-    for _ in range(2):
-        report = sync(zoo, owner, collection=title)
-        assert report.ok
-    assert report.results[-1].status == 'skipped' and report.results[-1].repo_id.startswith(f'{owner}/our-zoo-')
-    found = [collection for collection in hub.collections.values() if collection.namespace == owner]
-    assert [collection.title for collection in found] == [title]
-    assert sorted(item.target for item in found[0].items) == [f'{owner}/{name}' for name in names(*'abc')]
-    assert not sync(zoo, owner, collection='').ok
-
-
 @pytest.mark.parametrize(
     'make, options, words',
     [
         (lambda path: path / 'missing', {}, 'missing'),
         (lambda path: path, {}, 'found none'),
         (lambda path: add_pair(path, 'a')[0].parent, {'workers': 0}, 'workers'),
-        (lambda path: add_pair(path, 'a')[0].parent, {'timeout': -1}, 'timeout'),
         (lambda path: add_pair(path, 'a')[0].parent, {'namespace': '../up'}, 'expected a repo'),
     ],
 )

@@ -82,6 +82,21 @@ class SyncReport:
         return self.of('skipped')
 
     @property
+    def refused(self) -> list[RepoResult]:
+        """Repos whose pair is not fit."""
+        return self.of('refused')
+
+    @property
+    def conflicts(self) -> list[RepoResult]:
+        """Repos that somebody else changed meanwhile."""
+        return self.of('conflict')
+
+    @property
+    def failed(self) -> list[RepoResult]:
+        """Repos that could not be brought up to date."""
+        return self.of('failed')
+
+    @property
     def ok(self) -> bool:
         """Whether all went well."""
         return not self.of('refused', 'conflict', 'failed')
