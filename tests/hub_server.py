@@ -3,7 +3,7 @@
 It speaks the Hub's protocol for model repositories. The reading half: `resolve` (HEAD and GET, with ranges), model
 info, the list of models, tree, paths-info, refs and commits. The writing half: repositories and their settings,
 branches and tags, cards, preupload, LFS (batch, PUT, verify) and atomic commits with compare-and-swap, also as pull
-requests; and collections. It knows who may do what, and answers with the error codes by which the client tells a
+requests. It knows who may do what, and answers with the error codes by which the client tells a
 missing repository from a missing revision, a missing file or a gate. On demand it goes wrong. In a test:
 
     with HubServer(tokens={'hf_me': 'me'}) as hub:
@@ -24,7 +24,7 @@ Only the standard library is used, and nothing here imports huggingface_hub, whi
 imported: `client_environment` gives those settings, to be set before that.
 
 A request passes through four parts: `_Handler` (HTTP to `Request`), `HubServer.answer` (faults, the user, errors, the
-log), a route (hub_server_routes.py and the three files of routes: a function that turns a `Request` into a
+log), a route (hub_server_routes.py and the two files of routes: a function that turns a `Request` into a
 `Response`), and `Hub` (hub_store.py), the repositories, which know nothing of HTTP. What can go wrong is in
 hub_server_faults.py.
 """
@@ -43,16 +43,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlencode
 
-import hub_server_collections  # noqa: F401  (brings its routes, as the two others do)
 import hub_server_reading  # noqa: F401
 from hub_server_faults import Fault, Faults
 from hub_server_routes import ROUTES, Refusal, Request, Response, alter
 from hub_server_writing import weights_of
-from hub_store import Blob, Collection, Commit, Hub, Repo, Source
+from hub_store import Blob, Commit, Hub, Repo, Source
 
 __all__ = [
     'Blob',
-    'Collection',
     'Commit',
     'Fault',
     'Faults',

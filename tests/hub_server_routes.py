@@ -1,7 +1,7 @@
 """What every address of the loopback Hub is made of: requests, answers, and who may ask.
 
-A route is a function that turns a `Request` into a `Response`. They are in hub_server_reading.py,
-hub_server_writing.py and hub_server_collections.py.
+A route is a function that turns a `Request` into a `Response`. They are in hub_server_reading.py and
+hub_server_writing.py.
 """
 
 import json

@@ -59,7 +59,7 @@ def _create_repo(hub: 'HubServer', request: Request, user: str | None, match: re
     attributes = ''.join(f'*{suffix} filter=lfs diff=lfs merge=lfs -text\n' for suffix in LFS_SUFFIXES)
     repo = hub.create_repo(repo_id, {'.gitattributes': attributes})
     _settings(repo, request.data())
-    return Response(json={'url': url, 'name': repo_id, 'id': hub.new_id()})
+    return Response(json={'url': url, 'name': repo_id})
 
 
 @route('DELETE', '/api/repos/delete')

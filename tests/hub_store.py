@@ -1,10 +1,9 @@
-"""The repositories and collections of the loopback Hub, its users and what they may do; nothing here knows of HTTP.
+"""The repositories of the loopback Hub, its users and what they may do; nothing here knows of HTTP.
 
 `hub_server.py` puts these behind a port.
 """
 
 import hashlib
-import itertools
 import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -179,29 +178,6 @@ class Repo:
         return name
 
 
-@dataclass
-class Item:
-    """A repository in a collection."""
-
-    id: str  # its own name, not that of the repository
-    kind: str
-    target: str
-    note: str | None = None
-
-
-@dataclass
-class Collection:
-    """A titled list of repositories."""
-
-    slug: str
-    title: str
-    namespace: str
-    private: bool = False
-    description: str | None = None
-    theme: str = 'orange'
-    items: list[Item] = field(default_factory=list)
-
-
 class Hub:
     """The repositories and the users, apart from any HTTP.
 
@@ -218,16 +194,10 @@ class Hub:
         read_only: Iterable[str] = (),
     ) -> None:
         self.repos: dict[str, Repo] = {}
-        self.collections: dict[str, Collection] = {}
         self.tokens = dict(tokens or {})
         self.orgs = {name: set(members) for name, members in (orgs or {}).items()}
         self.read_only = set(read_only)
         self.lock = threading.RLock()  # held for every change and every answer, not while a body is being sent
-        self._ids = itertools.count(1)
-
-    def new_id(self) -> str:
-        """An id as the Hub gives them to collections and their items."""
-        return f'{next(self._ids):024x}'
 
     def may_write_in(self, namespace: str, user: str | None) -> bool:
         return user is not None and (user == namespace or user in self.orgs.get(namespace, ()))

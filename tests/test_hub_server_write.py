@@ -473,65 +473,6 @@ def test_model_index_is_known():
     assert check_card(content.replace(', value: 70.1', ''))[0]
 
 
-# Collections ----------------------------------------------------------------------------------------------------------
-
-
-def test_collection(hub, repo_id):
-    collection = owner.create_collection('The zoo', namespace='owner', description='All of them', private=True)
-    assert re.fullmatch('owner/the-zoo-[0-9a-f]{24}', collection.slug)
-    assert owner.create_collection('The zoo', namespace='owner', exists_ok=True).slug == collection.slug
-    with pytest.raises(HfHubHTTPError) as error:
-        owner.create_collection('The zoo', namespace='owner')
-    assert error.value.response.status_code == 409
-    with pytest.raises(HfHubHTTPError) as error:
-        stranger.create_collection('Another', namespace='owner')
-    assert error.value.response.status_code == 403
-    with pytest.raises(HfHubHTTPError, match='at most 150'):
-        owner.create_collection('Long', namespace='owner', description='x' * 151)
-
-    slug = collection.slug
-    owner.create_repo(f'{repo_id}-2')
-    owner.add_collection_item(slug, f'{repo_id}-2', 'model')
-    items = owner.add_collection_item(slug, repo_id, 'model', note='The best').items
-    assert [(item.item_id, item.note, item.position) for item in items] == [
-        (f'{repo_id}-2', None, 0),
-        (repo_id, 'The best', 1),
-    ]
-    with pytest.raises(HfHubHTTPError) as error:
-        owner.add_collection_item(slug, repo_id, 'model')
-    assert error.value.response.status_code == 409
-    owner.add_collection_item(slug, repo_id, 'model', exists_ok=True)
-    with pytest.raises(HfHubHTTPError) as error:
-        owner.add_collection_item(slug, 'owner/no-such-repo', 'model')
-    assert error.value.response.status_code == 404
-    with pytest.raises(HfHubHTTPError, match='at most 500'):
-        owner.update_collection_item(slug, items[1].item_object_id, note='x' * 501)
-    owner.update_collection_item(slug, items[1].item_object_id, note='Still', position=0)
-    owner.delete_collection_item(slug, items[0].item_object_id)
-    owner.delete_collection_item(slug, items[0].item_object_id, missing_ok=True)
-    assert [(item.item_id, item.note) for item in owner.get_collection(slug).items] == [(repo_id, 'Still')]
-
-    with pytest.raises(HfHubHTTPError) as error:
-        stranger.get_collection(slug)
-    assert error.value.response.status_code == 404
-    assert list(stranger.list_collections(owner='owner')) == []
-    renamed = owner.update_collection_metadata(slug, title='Every model', private=False)
-    assert renamed.slug == slug.replace('the-zoo', 'every-model')
-    assert stranger.get_collection(slug).title == 'Every model'  # an old slug still leads there
-    for number in range(5):
-        hub.commit(f'owner/item-{number}', {})
-        owner.add_collection_item(slug, f'owner/item-{number}', 'model')
-    [found] = stranger.list_collections(owner='owner', item=f'models/{repo_id}')
-    assert (found.slug, found.description, len(found.items)) == (renamed.slug, 'All of them', 4)  # a list shows four
-    assert len(owner.get_collection(slug).items) == 6
-    with pytest.raises(HfHubHTTPError) as error:
-        stranger.delete_collection(slug)
-    assert error.value.response.status_code == 403
-    owner.delete_collection(slug)
-    owner.delete_collection(slug, missing_ok=True)
-    del hub.repos[f'{repo_id}-2']
-
-
 # Faults ---------------------------------------------------------------------------------------------------------------
 
 

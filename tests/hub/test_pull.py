@@ -310,7 +310,6 @@ def change_tensors(content: bytes) -> bytes:
         ('README.md', lambda content: b'# Mine', 'expected front matter'),
         (CHECK, change_tensors, 'output: differs'),
         (CHECK, lambda content: content[:-10], 'cannot be read'),
-        (CHECK, lambda content: None, f'has no {CHECK}'),
         ('model.safetensors', change_weights, 'sha256'),
     ],
 )
@@ -320,6 +319,15 @@ def test_verify_finds(hub: HubServer, published: str, path: str, edit, words: st
         report = verify(f'{published}/{NAMES[0]}')
         assert not report.passed and any(words in problem for problem in report.problems), report.problems
         assert not all(report.checks.values()) and 'NOT verified' in str(report)
+
+
+def test_a_self_check_that_is_not_there(hub: HubServer, published: str, pair: tuple[Path, Path], tmp_path: Path):
+    change(hub, f'{published}/{NAMES[1]}', CHECK, lambda content: None)
+    for call in (verify, lambda repo_id: pull(repo_id, tmp_path / 'zoo')):
+        with pytest.raises(ReparamError, match=f'{NAMES[1]}: has no {CHECK}; expected a checkpoint, as publish'):
+            call(f'{published}/{NAMES[0]}')
+    publish(pair[0], published)
+    assert verify(f'{published}/{NAMES[0]}').passed
 
 
 @pytest.mark.parametrize('edit', [change_figure, lambda content: content + b'My notes.\n', None])

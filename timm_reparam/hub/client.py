@@ -68,7 +68,7 @@ CLIENT_ERRORS: tuple[type[Exception], ...] = (
 _COMMIT_ERRORS: tuple[type[Exception], ...] = (*CLIENT_ERRORS, ValueError)  # ValueError: the Hub's opinion of a card
 _BUSY = (408, 429, 500, 502, 503, 504)
 _LOCAL = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EROFS)
-_PAUSES = (1.0, 4.0)  # seconds before a commit of which no answer came is tried again
+_PAUSES = (1.0, 4.0)  # seconds before what the client does not repeat is tried again
 
 
 class Conflict(ReparamError):
@@ -225,10 +225,14 @@ class HubClient:
             ReparamError: A file cannot be fetched, or is not what the Hub says it is.
         """
         for path in paths:
-            try:
-                self.api.hf_hub_download(repo_id, path, revision=state.head, local_dir=folder)
-            except CLIENT_ERRORS as error:
-                raise self.failure(f'{repo_id}: {path} cannot be fetched', error) from None
+            for pause in (*_PAUSES, None):
+                try:
+                    self.api.hf_hub_download(repo_id, path, revision=state.head, local_dir=folder)
+                    break
+                except CLIENT_ERRORS as error:  # a busy server, of which the client repeats the HEAD request only
+                    if pause is None or not _passes(error):
+                        raise self.failure(f'{repo_id}: {path} cannot be fetched', error) from None
+                    time.sleep(pause)
             if not state.has(CommitOperationAdd(path, folder / path)):
                 raise ReparamError(f'{repo_id}: {path}: expected the hash that the Hub gives for it, got other content')
 

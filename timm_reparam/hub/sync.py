@@ -536,7 +536,7 @@ def _fetch(client: HubClient, repo_ids: Sequence[str], states: Sequence[RepoStat
             )
         for name in (WEIGHTS_NAME, CONFIG_NAME, CHECK_NAME):
             if name not in state.files:
-                raise ReparamError(f'{repo_id}: has no {name}; expected a checkpoint as publish sends it')
+                raise ReparamError(f'{repo_id}: has no {name}; expected a checkpoint, as publish sends it')
         for name in FILES:
             size = state.files[name].size if name in state.files else 0
             if name != WEIGHTS_NAME and (size is None or size > _LARGEST_TEXT):
