@@ -639,27 +639,29 @@ def changed_d(folder: Path, fused: Path) -> None:
 
 
 REPO_FAULTS = (
-    FileFault('a kernel', planted_in('rows and columns transposed', 'layer1.0.conv1'), slow=True),
+    FileFault('a kernel', planted_in('rows and columns transposed', 'layer1.0.conv1')),
     FileFault('a hidden kernel', planted_in('two input channels swapped', 'layer2.0.conv1')),
-    FileFault('a hidden norm', planted_in('means lost', 'layer4.0.bn1'), slow=True),
+    FileFault('a hidden norm', planted_in('means lost', 'layer4.0.bn1')),
     FileFault('tensors that are not there', planted_in('a norm that is skipped', 'layer1.0.bn1')),
     FileFault('the train-time form', changed_d),
-    FileFault('another seed', of_another_seed(1), slow=True),
-    FileFault('one form twice', one_form_twice(0), slow=True),
+    FileFault('another seed', of_another_seed(1)),
+    FileFault('one form twice', one_form_twice(0)),
     FileFault('another activation', fused_args(act_layer='leaky_relu')),
     FileFault('a claim', facts_of(1, 'stock_architecture', 'resnet26t')),
 )
 
 
-@pytest.mark.parametrize(
-    'fault',
-    [pytest.param(fault, marks=[pytest.mark.slow] if fault.slow else []) for fault in REPO_FAULTS],
-    ids=str,
-)
-def test_a_fault_in_a_repo_is_found(hub: HubServer, owner: str, tmp_path: Path, fault: FileFault) -> None:
-    """By whoever verifies it, fetches it or publishes it."""
+# every fault by every way into a repo or out of it
+WAYS = ('verify', 'pull', 'publish')
+REPO_CASES = list(itertools.product(REPO_FAULTS, WAYS))
+# every fault once; the way changes from one to the next
+SOME_REPO_CASES = [(fault, WAYS[number % len(WAYS)]) for number, fault in enumerate(REPO_FAULTS)]
+
+
+def plant_in_repos(hub: HubServer, owner: str, zoo: Path, fault: FileFault) -> Path:
+    """Put a faulty pair into a zoo and on the Hub; the folder of its train-time form."""
     right = saved(RESNET, 'doconv')
-    folders = right.write(tmp_path / 'published')
+    folders = right.write(zoo)
     fault.how(*folders)
     repair(folders)
     for folder in folders:
@@ -671,16 +673,33 @@ def test_a_fault_in_a_repo_is_found(hub: HubServer, owner: str, tmp_path: Path, 
         files[CHECK] = self_check(model, hashlib.sha256(files['model.safetensors']).hexdigest())
         hub.commit(f'{owner}/{folder.name}', files)
     hub.clear()
-    repo = f'{owner}/{folders[0].name}'
-    assert said(verify(repo))
-    with pytest.raises(ReparamError, match='is not verified'):
-        pull(repo, tmp_path / 'zoo')
-    assert os.listdir(tmp_path) == ['published']
-    with pytest.raises(ReparamError, match='not published'):
-        publish(folders[0], owner)
-    assert not hub.commit_counts
+    return folders[0]
 
 
+def is_found_in_repos(hub: HubServer, owner: str, place: Path, fault: FileFault, way: str) -> bool:
+    folder = plant_in_repos(hub, owner, place / 'published', fault)
+    repo = f'{owner}/{folder.name}'
+    if way == 'verify':
+        return bool(said(verify(repo)))
+    with pytest.raises(ReparamError, match='is not verified' if way == 'pull' else 'not published'):
+        pull(repo, place / 'zoo') if way == 'pull' else publish(folder, owner)
+    return os.listdir(place) == ['published'] and not hub.commit_counts
+
+
+@pytest.mark.parametrize('fault, way', SOME_REPO_CASES, ids=str)
+def test_a_fault_in_a_repo_is_found(hub: HubServer, owner: str, tmp_path: Path, fault: FileFault, way: str) -> None:
+    assert is_found_in_repos(hub, owner, tmp_path, fault, way)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('fault, way', [case for case in REPO_CASES if case not in SOME_REPO_CASES], ids=str)
+def test_a_fault_in_a_repo_is_found_in_every_way(
+    hub: HubServer, owner: str, tmp_path: Path, fault: FileFault, way: str
+) -> None:
+    assert is_found_in_repos(hub, owner, tmp_path, fault, way)
+
+
+@pytest.mark.slow
 def test_the_right_pair_in_a_repo_is_verified(hub: HubServer, owner: str, tmp_path: Path) -> None:
     folders = saved(RESNET, 'doconv').write(tmp_path / 'published')
     repair(folders)
