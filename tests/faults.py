@@ -1,9 +1,10 @@
 """Planted faults: what can be wrong with a fusion, and whether `verify_fusion` finds it.
 
 A fault is a line of `FAULTS`: what is broken, where, and how. `found` plants it in the fusion of a small network whose
-every parameter and statistic is random, and says what verification makes of it. Where a fault names ``{block}``, it is
-planted in a block that the output shows or in one that gamma = 0 hides. A layer class can be broken, too, while the
-model is fused and verified.
+every parameter and statistic is random, and says what verification makes of it; `planted` plants it in any model with
+such a place (hub/test_gate_faults.py: in checkpoints). Where a fault names ``{block}``, it is planted in a block that
+the output shows or in one that gamma = 0 hides. A layer class can be broken, too, while the model is fused and
+verified.
 
 A new method adds its own faults; those of the kernels, norms and settings hold for it as they are.
 """
@@ -11,8 +12,8 @@ A new method adds its own faults; those of the kernels, norms and settings hold 
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -119,10 +120,9 @@ class Fault:
         return (self.where,)
 
 
-@torch.no_grad()
-def found(fault: Fault, place: str, variant: str, dtype: torch.dtype) -> str:
-    """What verification says of a planted fault; empty if it passes."""
-    model, fused, x = right(variant, dtype)
+@contextmanager
+def planted(fault: Fault, place: str, variant: str, model: nn.Module, fused: nn.Module) -> Iterator[nn.Module]:
+    """A copy of the right fusion with a fault in it; what is broken of a layer class is so until it is left."""
     with nullcontext() if fault.broken is None else fault.broken(VARIANTS[variant][0]):
         fused = copy.deepcopy(fused) if fault.broken is None else fuse_model(model)
         if fault.how is not None:
@@ -131,6 +131,14 @@ def found(fault: Fault, place: str, variant: str, dtype: torch.dtype) -> str:
                 parent, _, name = place.rpartition('.')
                 setattr(fused.get_submodule(parent), name, new)
             fused = fused if place or new is None else new
+        yield fused
+
+
+@torch.no_grad()
+def found(fault: Fault, place: str, variant: str, dtype: torch.dtype) -> str:
+    """What verification says of a planted fault; empty if it passes."""
+    model, fused, x = right(variant, dtype)
+    with planted(fault, place, variant, model, fused) as fused:
         try:
             report = verify_fusion(model, fused, inputs=x)
         except ReparamError as error:
@@ -213,9 +221,11 @@ def reordered(module: nn.Module, fused: nn.Module, of_model: nn.Module) -> None:
     module._modules = dict(reversed(module._modules.items()))
 
 
-def of_the_other_block(module: nn.Module, fused: Any, of_model: Any) -> nn.Module:
-    first, second = (block.conv1 for block in fused.blocks)
-    return copy.deepcopy(second if module is first else first)
+def of_another_layer(module: Any, fused: nn.Module, of_model: Any) -> nn.Module:
+    """The first other layer whose parameters have the same shapes."""
+    shapes = [parameter.shape for parameter in module.parameters()]
+    layers = [layer for layer in fused.modules() if type(layer) is type(module) and layer is not module]
+    return copy.deepcopy(next(layer for layer in layers if [p.shape for p in layer.parameters()] == shapes))
 
 
 def stock_kernel(module: Any, fused: nn.Module, of_model: Any) -> None:
@@ -311,9 +321,9 @@ FAULTS = (
     Fault('a kernel of fewer bits', CONV1, set_values('weight', few_bits)),
     Fault('a kernel of the mean of the taps', CONV1, set_values('weight', lambda k: k.mean((2, 3), True).expand_as(k))),
     Fault('the stock kernel', CONV1, stock_kernel, STATIC),
-    Fault("another layer's parameters", CONV1, of_the_other_block),
+    Fault("another layer's parameters", CONV1, of_another_layer),
     Fault('two groups swapped', CONV2, set_values('weight', lambda kernel: kernel.roll(CHANNELS // 2, 0))),
-    Fault('a tap of a grouped kernel', CONV2, set_values('weight', at((5, 2, 2, 2), lambda tap: tap + 0.25))),
+    Fault('a tap of a grouped kernel', CONV2, set_values('weight', at((5, 0, 2, 2), lambda tap: tap + 0.25))),
     Fault('a tap of the stem', 'stem', set_values('weight', at((5, 2, 2, 2), lambda tap: tap + 0.25))),
     Fault('a tap of a depthwise kernel', 'reflect', set_values('weight', at((5, 0, 2, 2), lambda tap: tap + 0.25))),
     Fault('a tap of a layer that runs twice', 'again', set_values('weight', at((5, 2, 2, 2), lambda tap: tap + 0.25))),
