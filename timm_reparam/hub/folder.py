@@ -289,7 +289,7 @@ def load_checked(folder: Path) -> nn.Module:
     differing = sorted(
         name
         for name in state.keys() | stored.keys()
-        if name not in state or name not in stored or not torch.equal(stored[name].to(state[name].dtype), state[name])
+        if name not in state or name not in stored or not _is_same(stored[name].to(state[name].dtype), state[name])
     )
     if differing:
         raise ReparamError(
@@ -297,6 +297,11 @@ def load_checked(folder: Path) -> nn.Module:
             f'{CONFIG_NAME} makes timm change what it loads'
         )
     return model.eval()
+
+
+def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether tensors are equal; NaN equals NaN."""
+    return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def images_for(data_config: Mapping[str, Any] | None) -> tuple[torch.Tensor, ...] | None:

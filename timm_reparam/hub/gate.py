@@ -4,9 +4,10 @@ It runs before a pair is published, on what was fetched back, before a pulled pa
 """
 
 import copy
+import itertools
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +20,23 @@ import torch
 import yaml  # comes with huggingface_hub
 from torch import nn
 
+from ..convert import VARIANTS
 from ..errors import ReparamError
 from ..verify import FusionReport, verify_fusion
 from .card import card_text, notes_of
 from .client import one_line
-from .facts import CARD_NAME, CONFIG_NAME, FACTS_NAME, WEIGHTS_NAME, read_config, read_facts, sha256_of
+from .facts import (
+    CARD_NAME,
+    CONFIG_NAME,
+    FACTS_NAME,
+    FORMAT_KEY,
+    FORMS,
+    WEIGHTS_NAME,
+    read_config,
+    read_facts,
+    sha256_of,
+    stated_license,
+)
 from .folder import fused_path, load_checked, train_time_path
 from .untrusted import check_folder
 
@@ -43,11 +56,13 @@ CHECK_NAME = 'test/rand_tensors.safetensors'
 _TOLERANCE: dict[str, Any] = dict(rtol=1e-3, atol=1e-4)
 # Models are run one at a time: verifying a fusion switches settings of the whole process.
 one_at_a_time = threading.RLock()
-# Entries of pretrained_cfg that say how the model is to be used, whichever form it has.
-_USE = ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', 'input_size', 'num_classes', 'license', 'label_names')
+# Facts that each form states for itself, and those of each form that both may state.
+_OF_ONE_FORM = ('form', 'name', 'repo', 'sibling', 'metrics', 'profile', 'fusion', 'logit_difference')
 # Entries of a card's front matter that state facts.
 _FACTS = ('base_model', 'base_model_relation', 'license', 'license_name', 'license_link', 'datasets', 'model-index')
 _LONGEST_FRONT_MATTER = 2**16
+# Half precision in the header of a safetensors file.
+_DTYPES = {'BF16': torch.bfloat16, 'F16': torch.float16}
 
 
 @dataclass
@@ -144,13 +159,21 @@ def verify_pair(
         return report
     with report.check(f'{folders[0].name}: fusion'), one_at_a_time:
         models = [load_checked(one) for one in folders]
-        report.fusion = verify_fusion(*models)
         for one, model in zip(folders, models):
             if (one / CHECK_NAME).is_file():
                 with report.check(f'{one.name}: self-check tensors'):
                     check_self_check(model, (one / CHECK_NAME).read_bytes())
+        # timm loads any weights into float32; how they round is verified in the dtype that they were fused in
+        report.fusion = verify_fusion(*(_as_stored(model, one) for model, one in zip(models, folders)))
         if not report.fusion.passed:
             raise ReparamError(f'the fused model differs from the train-time model: {report.fusion}')
+        num_layers = len(report.fusion.layers)
+        for one in folders:
+            stated = ((read_facts(one) or {}).get('fusion') or {}).get('num_layers')
+            if stated not in (None, num_layers):
+                raise ReparamError(
+                    f'{one.name}/{FACTS_NAME}: fusion.num_layers: expected {num_layers}, got {stated}; save it again'
+                )
     return report
 
 
@@ -172,6 +195,13 @@ def verify_checkpoint(folder: str | Path, fused_folder: str | Path | None = None
     if report.fusion is None or len(report.problems) > (not report.fusion.passed):
         raise ReparamError(report.problems[0])
     return report.fusion
+
+
+def _as_stored(model: nn.Module, folder: Path) -> nn.Module:
+    """A model in the dtype of its file, where that is in half precision."""
+    with safetensors.safe_open(folder / WEIGHTS_NAME, 'pt') as file:
+        kinds = {kind for name in file.keys() if 'F' in (kind := file.get_slice(name).get_dtype())}
+    return model.to(_DTYPES[kinds.pop()]) if len(kinds) == 1 and kinds <= _DTYPES.keys() else model
 
 
 def _check_sibling(folder: Path, other: Path, found: str) -> None:
@@ -242,7 +272,7 @@ def front_matter(card: str, place: str) -> dict[str, Any]:
 
 
 def check_same_use(folder: Path, fused: Path) -> None:
-    """Check that two forms say the same of a model: preprocessing, classes and licence, variant and architecture.
+    """Check that two forms say the same of a model, in their configurations and in their facts.
 
     Args:
         folder: Train-time checkpoint.
@@ -252,23 +282,49 @@ def check_same_use(folder: Path, fused: Path) -> None:
         ReparamError: They differ; the message names every difference.
     """
     configs = [read_config(one) for one in (folder, fused)]
-    differences = []
-    for place, keys in (('', ('num_classes', 'label_names')), ('pretrained_cfg', _USE)):
-        for key in keys:
-            expected, found = ((config[place] if place else config).get(key) for config in configs)
-            if expected != found:
-                name = f'{place}.{key}' if place else key
-                differences.append(f'{fused.name}/{CONFIG_NAME}: {name}: expected {expected!r}, got {found!r}')
+    facts = [read_facts(one) or {} for one in (folder, fused)]
     stock, _, variant = configs[0]['architecture'].rpartition('_')
-    for one in (folder, fused):
-        facts = read_facts(one) or {}
-        for key, expected in (('variant', variant), ('stock_architecture', stock)):
-            if (found := facts.get(key, expected)) != expected:
-                differences.append(f'{one.name}/{FACTS_NAME}: {key}: expected {expected!r}, got {found!r}')
+    if variant not in VARIANTS:
+        raise ReparamError(f'{folder.name}/{CONFIG_NAME}: expected a variant, got {configs[0]["architecture"]}')
+    is_dynamic = VARIANTS[variant][0].input_dependent
+    differences: list[str] = []
+
+    def compare(place: str, expected: Any, found: Any) -> None:
+        if expected != found:
+            differences.append(f'{place}: expected {expected!r}, got {found!r}')
+
+    def compare_entries(place: str, left_out: Collection[str], expected: Any, found: Any) -> None:
+        for key in sorted((expected.keys() | found.keys()) - set(left_out)):
+            compare(f'{place}{key}', expected.get(key), found.get(key))
+
+    place = f'{fused.name}/{CONFIG_NAME}: '
+    compare_entries(place, (FORMAT_KEY, 'architecture', 'model_args', 'pretrained_cfg'), *configs)
+    compare_entries(f'{place}pretrained_cfg.', ('architecture',), *(config['pretrained_cfg'] for config in configs))
+    compare_entries(f'{place}model_args.', ('conv_options',), *(config['model_args'] for config in configs))
+    compare(f'{place}architecture', configs[0]['architecture'] if is_dynamic else stock, configs[1]['architecture'])
+    if is_dynamic and configs[0]['model_args'].get('conv_options', {}).get('temperature', 0) is None:
+        differences.append(f'{folder.name}/{CONFIG_NAME}: expected the train-time form, got the form for inference')
+    for one, form, config, known, other in zip((folder, fused), FORMS, configs, facts, reversed(facts)):
+        place = f'{one.name}/{FACTS_NAME}: '
+        for key, expected in (('variant', variant), ('stock_architecture', stock), ('form', form)):
+            compare(f'{place}{key}', expected, known.get(key, expected))
+        sibling, fusion = known.get('sibling') or {}, known.get('fusion') or {}
+        if 'name' in sibling and 'name' in other:
+            compare(f'{place}sibling.name', other['name'], sibling['name'])
+        if not fusion.get('passed', True) or fusion.get('problems') or fusion.get('layers_off'):
+            differences.append(f'{place}fusion: expected one that was verified')
+        if known:
+            license = config['pretrained_cfg'].get('license')
+            compare(f'{one.name}/{CONFIG_NAME}: pretrained_cfg.license', stated_license(known), license)
+    if all(facts):
+        place = f'{fused.name}/{FACTS_NAME}: '
+        compare_entries(place, _OF_ONE_FORM, *facts)
+        for key, form in itertools.product(('metrics', 'profile'), FORMS):
+            stated = [(known.get(key) or {}).get(form) for known in facts]
+            if None not in stated:
+                compare(f'{place}{key}.{form}', *stated)
     if differences:
-        raise ReparamError(
-            f'{"; ".join(differences)} (expected is what {folder.name}/{CONFIG_NAME} says); save the pair again'
-        )
+        raise ReparamError(f'{"; ".join(differences)} (expected is what {folder.name} says); save the pair again')
 
 
 def self_check(model: nn.Module, sha256: str) -> bytes:
