@@ -275,7 +275,8 @@ PICTURES = {'profiles': draw_profiles, 'kernels': draw_kernels, 'curves': draw_c
     'picture, suffix, magic',
     [
         *((picture, 'svg', b'<?xml') for picture in PICTURES),
-        *((picture, 'png', b'\x89PNG') for picture in PICTURES),
+        *((picture, 'png', b'\x89PNG') for picture in ('profiles', 'curves')),
+        *(pytest.param(picture, 'png', b'\x89PNG', marks=pytest.mark.slow) for picture in ('kernels', 'gains')),
         ('gains', 'pdf', b'%PDF'),
     ],
 )
