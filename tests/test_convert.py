@@ -133,7 +133,13 @@ def test_timms_reparameterize_model_gives_the_same(stock: str, variant: str) -> 
     assert_same_state(reparameterize_model(model), state(fuse_model(model)))
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize(
+    'variant',
+    [
+        *('doconv', 'dyconv'),
+        *(pytest.param(variant, marks=pytest.mark.slow) for variant in ('acconv', 'refconv')),
+    ],
+)
 def test_blocks_that_fold_themselves_stay_right_in_either_order(variant: str) -> None:
     model = disturbed(converted('repghostnet_050', variant)).double().eval()
     x = images(2, 3, 64, 64).double()
@@ -320,8 +326,15 @@ def test_fuse_takes_wrappers_off_and_refuses_what_it_cannot_fuse() -> None:
     assert type(fuse_model(single)) is nn.Conv2d
 
 
-@pytest.mark.parametrize('fold_bn', [False, True])
-@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize(
+    'variant, fold_bn',
+    [
+        # two variants with each in every run
+        pytest.param(variant, fold_bn, marks=[] if (index + fold_bn) % 2 else pytest.mark.slow)
+        for index, variant in enumerate(VARIANTS)
+        for fold_bn in (False, True)
+    ],
+)
 def test_hooks_of_the_layers_come_along(variant: str, fold_bn: bool) -> None:
     options = dict(features_only=True, feature_cls='hook')
     model = convert_model(timm.create_model('resnet10t', **RESNET_NARROW), variant).eval()
