@@ -97,6 +97,7 @@ CASES = (
     Case('1x1', 1),
     Case('1x1_bias_stride_groups', 1, stride=2, groups=2, bias=True),
     Case('1x1_padding', 1, stride=(1, 2), padding=(0, 1), bias=True),
+    Case('1x1_stride_2_1', 1, stride=(2, 1), bias=True),
     Case('3x5', (3, 5), padding=(1, 2)),
     Case('5x3_stride_dilation', (5, 3), stride=(1, 2), padding=(1, 1), dilation=(2, 1), bias=True),
     Case('1x3', (1, 3), padding=(0, 1)),
@@ -140,7 +141,7 @@ FEW = tuple(case for case in CASES if case.name in FEW_NAMES)
 # nothing around the kernel, convolutions of the same kinds in other sizes.
 OFTEN_NAMES = (
     *('3x3_bias', '3x3_same_dilation', '3x3_wide_padding', '3x3_stride_2_1', '5x5_padding_0_4'),
-    *('1x1_bias_stride_groups', '5x3_stride_dilation', '3x1_bias', '2x2_same', '4x3'),
+    *('1x1_bias_stride_groups', '1x1_stride_2_1', '5x3_stride_dilation', '3x1_bias', '2x2_same', '4x3'),
     *('groups_2_5x3_bias', 'groups_3', 'depthwise_multiplier'),
     *('reflect_same', 'replicate_depthwise', 'circular_stride', 'circular_thin_padding'),
     *('conv2d_same_bias_groups', 'conv2d_same_dilation', 'conv2d_same_even'),
