@@ -27,6 +27,16 @@ STATIC = ('acconv', 'doconv', 'refconv')
 # the smallest backbone of each family
 SMALLEST = {'resnet': 'resnet10t', 'mobilenetv2': 'mobilenetv2_035'}
 FAMILIES = [(stock, variant) for stock in SMALLEST.values() for variant in VARIANTS]
+# the second family, whose kernels are depthwise: RefConv, whose map links them there, and dynamic convolution
+SOME_FAMILIES = [
+    pytest.param(
+        *pair, marks=pytest.mark.slow if pair[0] == SMALLEST['mobilenetv2'] and pair[1] in ('acconv', 'doconv') else []
+    )
+    for pair in FAMILIES
+]
+# what a model is asked for does not depend on its width: a thousandth of the weights, and of the time
+RESNET_NARROW = dict(channels=(8, 12, 16, 24), stem_width=4)
+NARROW = {'resnet10t': RESNET_NARROW}
 
 
 class Net(nn.Module):
@@ -61,13 +71,17 @@ class Folding(nn.Module):
         return self.conv
 
 
+def stock_model(stock: str, num_classes: int = 10) -> nn.Module:
+    return random_model(stock, num_classes=num_classes, **NARROW.get(stock, {}))
+
+
 def converted(stock: str, variant: str, **options) -> nn.Module:
-    return convert_model(random_model(stock, num_classes=10), variant, **options)
+    return convert_model(stock_model(stock), variant, **options)
 
 
 @pytest.mark.parametrize('stock, variant', FAMILIES)
 def test_lift_keeps_the_function(stock: str, variant: str) -> None:
-    model = random_model(stock, num_classes=10)
+    model = stock_model(stock)
     reference = copy.deepcopy(model)
     x = images(4, 3, 48, 48)
     assert convert_model(model, variant) is model
@@ -82,10 +96,10 @@ def test_lift_keeps_the_function(stock: str, variant: str) -> None:
         assert torch.equal(found, expected) if exact else (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-@pytest.mark.parametrize('stock, variant', FAMILIES)
+@pytest.mark.parametrize('stock, variant', SOME_FAMILIES)
 def test_fusion_is_verified_and_is_the_stock_architecture(stock: str, variant: str) -> None:
     model = disturbed(converted(stock, variant)).eval()
-    reference = random_model(stock, num_classes=10)
+    reference = stock_model(stock)
     x = images(8, 3, 48, 48)
     before = state(model)
     assert (model(x) - reference(x)).abs().max() > 1e-3 * reference(x).abs().max(), 'the variant does something'
@@ -113,13 +127,19 @@ def test_fusion_is_verified_and_is_the_stock_architecture(stock: str, variant: s
         assert torch.equal(again(x), fused(x))
 
 
-@pytest.mark.parametrize('stock, variant', FAMILIES)
+@pytest.mark.parametrize('stock, variant', SOME_FAMILIES)
 def test_timms_reparameterize_model_gives_the_same(stock: str, variant: str) -> None:
     model = disturbed(converted(stock, variant)).eval()
     assert_same_state(reparameterize_model(model), state(fuse_model(model)))
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize(
+    'variant',
+    [
+        *('doconv', 'dyconv'),
+        *(pytest.param(variant, marks=pytest.mark.slow) for variant in ('acconv', 'refconv')),
+    ],
+)
 def test_blocks_that_fold_themselves_stay_right_in_either_order(variant: str) -> None:
     model = disturbed(converted('repghostnet_050', variant)).double().eval()
     x = images(2, 3, 64, 64).double()
@@ -176,7 +196,7 @@ def test_any_module() -> None:
 
 
 def test_skip_takes_names_patterns_and_types() -> None:
-    stock = timm.create_model('resnet10t')
+    stock = timm.create_model('resnet10t', **RESNET_NARROW)
     every = {name for name, m in convert_model(copy.deepcopy(stock), 'doconv').named_modules() if is_variant(m)}
     for skip, left_out in (
         ('conv1', {name for name in every if name.startswith('conv1.')}),
@@ -188,7 +208,7 @@ def test_skip_takes_names_patterns_and_types() -> None:
         assert {name for name, m in model.named_modules() if is_variant(m)} == every - left_out
         recorded = model._model_args['conv_options']
         assert recorded == dict(depth_multiplier=None, skip=recorded['skip']) and isinstance(recorded['skip'], list)
-        again = timm.create_model('resnet10t_doconv', conv_options=recorded)
+        again = timm.create_model('resnet10t_doconv', conv_options=recorded, **RESNET_NARROW)
         assert list(again.state_dict()) == list(model.state_dict())
 
 
@@ -241,7 +261,7 @@ def test_every_convolution_that_stays_plain_has_a_reason() -> None:
 
 
 def test_options_reach_the_layers_and_freezing_survives() -> None:
-    model = timm.create_model('resnet10t')
+    model = timm.create_model('resnet10t', **RESNET_NARROW)
     model.layer1.requires_grad_(False)
     convert_model(model, 'acconv', branch_norm='none')
     assert all(m.branch_norm == 'none' for m in model.modules() if is_variant(m))
@@ -306,11 +326,18 @@ def test_fuse_takes_wrappers_off_and_refuses_what_it_cannot_fuse() -> None:
     assert type(fuse_model(single)) is nn.Conv2d
 
 
-@pytest.mark.parametrize('fold_bn', [False, True])
-@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize(
+    'variant, fold_bn',
+    [
+        # two variants with each in every run
+        pytest.param(variant, fold_bn, marks=[] if (index + fold_bn) % 2 else pytest.mark.slow)
+        for index, variant in enumerate(VARIANTS)
+        for fold_bn in (False, True)
+    ],
+)
 def test_hooks_of_the_layers_come_along(variant: str, fold_bn: bool) -> None:
     options = dict(features_only=True, feature_cls='hook')
-    model = convert_model(timm.create_model('resnet10t'), variant).eval()
+    model = convert_model(timm.create_model('resnet10t', **RESNET_NARROW), variant).eval()
     seen: list[nn.Module] = []
     model.layer1[0].conv1.register_forward_hook(lambda module, inputs, output: seen.append(module))
     fused = fuse_model(model, fold_bn=fold_bn)
@@ -327,7 +354,9 @@ def test_hooks_of_the_layers_come_along(variant: str, fold_bn: bool) -> None:
 
 
 def test_modes_survive_a_copy_of_a_traced_model() -> None:
-    model = randomise(timm.create_model('resnet10t_doconv', features_only=True, feature_cls='fx'), seed=1).eval()
+    model = randomise(
+        timm.create_model('resnet10t_doconv', features_only=True, feature_cls='fx', **RESNET_NARROW), seed=1
+    ).eval()
     fused = fuse_model(model)
     assert not any(module.training for module in fused.modules())
     assert verify_fusion(model, inputs=torch.randn(16, 3, 32, 32)).passed
@@ -335,7 +364,7 @@ def test_modes_survive_a_copy_of_a_traced_model() -> None:
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_a_weight_that_a_hook_computes_is_refused(variant: str) -> None:
-    model = convert_model(timm.create_model('resnet10t'), variant)
+    model = convert_model(timm.create_model('resnet10t', **RESNET_NARROW), variant)
     name = 'vertical_weight' if variant == 'acconv' else 'weight'
     if variant == 'refconv':
         name = 'map_weight'
@@ -430,7 +459,7 @@ def test_verify_fusion_puts_everything_back() -> None:
 
 
 def test_verify_fusion_makes_its_own_inputs() -> None:
-    model = timm.create_model('resnet10t_doconv', num_classes=3, in_chans=1)
+    model = timm.create_model('resnet10t_doconv', num_classes=3, in_chans=1, **RESNET_NARROW)
     model.pretrained_cfg = dict(model.pretrained_cfg, input_size=(3, 32, 32))
     report = verify_fusion(model)
     assert report.passed and report.num_inputs == 8 and report.to_dict()['passed']  # conftest.py: few_images
@@ -480,7 +509,7 @@ def test_fusing_allocates_the_fused_weights_and_one_layer_in_float64(variant: st
 
 
 def test_verify_fusion_takes_any_outputs() -> None:
-    model = timm.create_model('resnet10t_doconv', features_only=True)
+    model = timm.create_model('resnet10t_doconv', features_only=True, **RESNET_NARROW)
     report = verify_fusion(disturbed(model), inputs=images(2, 3, 48, 48))
     assert report.passed and report.top1_agreement is None
 
@@ -544,8 +573,8 @@ def test_channels_last() -> None:
 
 
 def test_lift_state_dict_keeps_the_given_one() -> None:
-    model = convert_model(random_model('resnet10t'), 'doconv')
-    stock = random_model('resnet10t', seed=9).state_dict()
+    model = convert_model(random_model('resnet10t', **RESNET_NARROW), 'doconv')
+    stock = random_model('resnet10t', seed=9, **RESNET_NARROW).state_dict()
     keys = list(stock)
     lifted = lift_state_dict(stock, model)
     assert list(stock) == keys and lifted.keys() == model.state_dict().keys()

@@ -369,7 +369,8 @@ def test_features_traced_by_fx_train_on(variant: str) -> None:
     x = images(2, 32)
     outputs = []
     for feature_cls in ('fx', 'hook'):
-        model = random_model(f'resnet10t_{variant}', features_only=True, feature_cls=feature_cls, out_indices=(1, 2))
+        options = dict(features_only=True, feature_cls=feature_cls, out_indices=(1, 2), channels=(8, 12, 16, 24))
+        model = random_model(f'resnet10t_{variant}', stem_width=4, **options)
         model = disturbed(model).train()
         outputs.append([y for _ in range(2) for y in model(x)])
         if variant == 'dyconv':

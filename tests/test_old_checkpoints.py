@@ -101,9 +101,11 @@ CHANGES = [
     ('acconv', dict(eps=0.5, momentum=0.7, recompute=True)),
     ('acconv', dict(branch_norm='none', eps=0.5)),
     ('doconv', dict(depth_multiplier=30)),
-    ('dyconv', dict(num_kernels=2, temperature=300.0, temperature_steps=3)),
-    ('dyconv', dict(reduction=1)),
+    ('dyconv', dict(num_kernels=2, temperature=300.0, temperature_steps=3, reduction=1)),
     ('refconv', dict(map_kernel_size=1)),
+    # each by itself
+    pytest.param('dyconv', dict(num_kernels=2, temperature=300.0, temperature_steps=3), marks=pytest.mark.slow),
+    pytest.param('dyconv', dict(reduction=1), marks=pytest.mark.slow),
 ]
 TINY = dict(channels=(4, 4, 8, 8), stem_width=4, num_classes=3)
 

@@ -275,7 +275,11 @@ PICTURES = {'profiles': draw_profiles, 'kernels': draw_kernels, 'curves': draw_c
     'picture, suffix, magic',
     [
         *((picture, 'svg', b'<?xml') for picture in PICTURES),
-        *((picture, 'png', b'\x89PNG') for picture in PICTURES),
+        *((picture, 'png', b'\x89PNG') for picture in ('profiles',)),
+        *(
+            pytest.param(picture, 'png', b'\x89PNG', marks=pytest.mark.slow)
+            for picture in ('kernels', 'curves', 'gains')
+        ),
         ('gains', 'pdf', b'%PDF'),
     ],
 )

@@ -4,6 +4,7 @@ Static variants (ACConv, DO-Conv, RefConv) are compared with stock timm bit for 
 for each sample: these are compared bit for bit, and the outputs to the rounding of another order of summation.
 """
 
+import itertools
 import json
 import warnings
 from collections.abc import Callable
@@ -32,6 +33,18 @@ TAGS = {
     'mobilenetv2_100': 'ra_in1k',
     'mobilenetv2_050': 'lamb_in1k',
 }
+
+
+def rotated(*lists: list) -> list:
+    """The product of some lists as parameters of a test: each value with the others in turn, the rest marked slow."""
+    parameters = []
+    for places in itertools.product(*(range(len(values)) for values in lists)):
+        first, *others = places
+        kept = all(place == first % len(values) for place, values in zip(others, lists[1:]))
+        values = [values[place] for place, values in zip(places, lists)]
+        flat = [v for value in values for v in (value if isinstance(value, tuple) else (value,))]
+        parameters.append(pytest.param(*flat, marks=[] if kept else pytest.mark.slow))
+    return parameters
 
 
 @pytest.fixture(scope='session')
@@ -141,8 +154,9 @@ def test_dynamic_kernels_are_the_stock_kernels(stock, cache_dir, name):
                 assert torch.equal(sampled, kernel.expand(len(x), *kernel.shape)), (layer_name, mode)
 
 
-@pytest.mark.parametrize(('dtype', 'bound'), [(torch.float32, 1e-4), (torch.float64, 1e-10)])
-@pytest.mark.parametrize('name', ['mobilenetv2_100', RESNET])
+@pytest.mark.parametrize(
+    ('name', 'dtype', 'bound'), rotated(['mobilenetv2_100', RESNET], [(torch.float32, 1e-4), (torch.float64, 1e-10)])
+)
 def test_dynamic_logits_are_the_stock_logits_to_rounding(stock, cache_dir, name, dtype, bound):
     stock(name)
     expected = random_model(f'{name}.{TAGS[name]}').to(dtype)
@@ -176,8 +190,10 @@ def test_unknown_tag_is_timms_own_error(hub):
     assert not hub.log
 
 
-@pytest.mark.parametrize('in_chans', [3, 1, 4])
-@pytest.mark.parametrize(('name', 'variant'), [*((RESNET, variant) for variant in STATIC), (MOBILENET, 'doconv')])
+@pytest.mark.parametrize(
+    ('name', 'variant', 'in_chans'),
+    rotated([*((RESNET, variant) for variant in STATIC), (MOBILENET, 'doconv')], [1, 3, 4]),
+)
 def test_adaptation_is_stock_timms(stock, stock_cache, cache_dir, name, variant, in_chans):
     """With another head and other input channels, everything before the new head is what stock timm makes of it."""
     stock(name)
@@ -204,7 +220,7 @@ def test_no_head(stock, stock_cache, cache_dir):
     assert_same_function(model, expected)
 
 
-@pytest.mark.parametrize('in_chans', [1, 4])
+@pytest.mark.parametrize('in_chans', [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_dynamic_adaptation_is_stock_timms(stock, stock_cache, cache_dir, in_chans):
     stock(MOBILENET)
     options = dict(in_chans=in_chans, num_classes=10)
@@ -218,17 +234,25 @@ def test_dynamic_adaptation_is_stock_timms(stock, stock_cache, cache_dir, in_cha
 
 
 FEATURES = [
-    *((name, variant, {}) for name in (RESNET, MOBILENET) for variant in STATIC),
-    *(
-        (name, 'doconv', options)
-        for name in (RESNET, MOBILENET)
-        for options in ({'out_indices': (1, 3)}, {'in_chans': 1}, {'output_stride': 16})
-    ),
+    *((name, variant, {}) for name, variant in zip((RESNET, MOBILENET, RESNET), STATIC)),
+    (RESNET, 'doconv', {'out_indices': (1, 3)}),
+    (MOBILENET, 'doconv', {'in_chans': 1}),
+    (MOBILENET, 'doconv', {'output_stride': 16}),
     (RESNET, 'acconv', {'output_stride': 16}),
+]
+MORE_FEATURES = [
+    *((name, variant, {}) for name, variant in zip((MOBILENET, RESNET, MOBILENET), STATIC)),
+    (MOBILENET, 'doconv', {'out_indices': (1, 3)}),
+    (RESNET, 'doconv', {'in_chans': 1}),
+    (RESNET, 'doconv', {'output_stride': 16}),
 ]
 
 
-@pytest.mark.parametrize(('name', 'variant', 'options'), FEATURES, ids=str)
+@pytest.mark.parametrize(
+    ('name', 'variant', 'options'),
+    [*FEATURES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_FEATURES)],
+    ids=str,
+)
 def test_features_are_the_stock_features(stock, stock_cache, cache_dir, name, variant, options):
     stock(name)
     expected = create(name, stock_cache, features_only=True, **options)
@@ -258,8 +282,7 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize('in_chans', [3, 1])
-@pytest.mark.parametrize('kind', FILES)
+@pytest.mark.parametrize(('kind', 'in_chans'), rotated(list(FILES), [3, 1]))
 def test_stock_weights_in_a_file(stock, tmp_path, kind, in_chans):
     """Whatever stock timm takes as a file of stock weights is taken and lifted."""
     torch.save(FILES[kind](stock(RESNET).state_dict()), tmp_path / 'weights.pth')
@@ -267,7 +290,9 @@ def test_stock_weights_in_a_file(stock, tmp_path, kind, in_chans):
     assert_same_function(create(f'{RESNET}_doconv', **options), create(RESNET, **options), in_chans)
 
 
-@pytest.mark.parametrize('variant', STATIC)
+@pytest.mark.parametrize(
+    'variant', ['refconv', *(pytest.param(variant, marks=pytest.mark.slow) for variant in ('acconv', 'doconv'))]
+)
 def test_arguments_of_the_stock_entrypoint_are_passed_on(stock, stock_cache, cache_dir, variant):
     stock(RESNET)
     options = dict(dtype=torch.float64, device='cpu', global_pool='max', output_stride=8, act_layer='silu')
@@ -331,8 +356,7 @@ def test_train_time_checkpoint_loaded_last_overrides_the_start(trained, init):
     assert_same_state(model, expected)
 
 
-@pytest.mark.parametrize('in_chans', [1, 4])
-@pytest.mark.parametrize('name', TRAINED)
+@pytest.mark.parametrize(('name', 'in_chans'), rotated(TRAINED, [1, 4]))
 def test_train_time_checkpoint_with_other_input_channels(trained, tmp_path, name, in_chans):
     """The stem is fused, adapted by timm and lifted again; nothing else changes.
 
@@ -361,8 +385,7 @@ def test_train_time_checkpoint_with_other_input_channels(trained, tmp_path, name
     assert changed and all(key.startswith(f'{stem_name}.') for key in changed)
 
 
-@pytest.mark.parametrize('variant', STATIC)
-@pytest.mark.parametrize('in_chans', [1, 4])
+@pytest.mark.parametrize(('variant', 'in_chans'), rotated(STATIC, [1, 4]))
 def test_adapting_then_fusing_is_fusing_then_adapting(trained, tmp_path, variant, in_chans):
     expected, folder = trained(f'{RESNET}_{variant}')
     fused = fuse_model(expected)
@@ -537,8 +560,7 @@ def assert_listed(message: str, keys: list[str]) -> None:
     assert places == sorted(places), 'not sorted'
 
 
-@pytest.mark.parametrize('num_classes', [None, 10])
-@pytest.mark.parametrize('variant', LAYERS)
+@pytest.mark.parametrize(('variant', 'num_classes'), rotated(list(LAYERS), [None, 10]))
 def test_checkpoint_of_another_architecture(stock, tmp_path, variant, num_classes):
     """With another num_classes timm loads without strictness: a wrong checkpoint would load nothing and say nothing."""
     overlay = overlay_of(stock(MOBILENET).state_dict(), tmp_path)
@@ -549,8 +571,7 @@ def test_checkpoint_of_another_architecture(stock, tmp_path, variant, num_classe
     assert_listed(message, ['blocks.0.0.conv_dw.weight', 'blocks.6.0.bn3.bias', 'conv_stem.weight'])
 
 
-@pytest.mark.parametrize('num_classes', [None, 10])
-@pytest.mark.parametrize('name', [RESNET, f'{RESNET}_acconv', f'{RESNET}_doconv'])
+@pytest.mark.parametrize(('name', 'num_classes'), rotated([RESNET, f'{RESNET}_acconv', f'{RESNET}_doconv'], [None, 10]))
 def test_missing_and_unexpected_keys_are_listed_sorted(stock, trained, tmp_path, name, num_classes):
     """In a stock checkpoint and in a train-time one."""
     model, architecture = (stock(name), f'{RESNET}_doconv') if name == RESNET else (trained(name)[0], name)
@@ -595,11 +616,14 @@ def test_only_the_classifier_may_be_missing(stock, tmp_path):
     assert_same_function(model, stock(RESNET), method='forward_features')
 
 
-@pytest.mark.parametrize('num_classes', [None, 10])
-@pytest.mark.parametrize(
-    ('key', 'shape'),
-    [('layer1.0.conv1.weight', (64, 64, 5, 5)), ('layer2.0.bn1.running_var', (7,)), ('conv1.0.weight', (24, 3, 5, 5))],
-)
+WRONG_SHAPES = [
+    ('layer1.0.conv1.weight', (64, 64, 5, 5)),
+    ('layer2.0.bn1.running_var', (7,)),
+    ('conv1.0.weight', (24, 3, 5, 5)),
+]
+
+
+@pytest.mark.parametrize(('key', 'shape', 'num_classes'), rotated(WRONG_SHAPES, [None, 10]))
 def test_wrong_shapes(stock, tmp_path, key, shape, num_classes):
     state = stock(RESNET).state_dict()
     wanted = tuple(state[key].shape)

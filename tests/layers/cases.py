@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn as nn
 from timm.layers import Conv2dSame
@@ -96,6 +97,7 @@ CASES = (
     Case('1x1', 1),
     Case('1x1_bias_stride_groups', 1, stride=2, groups=2, bias=True),
     Case('1x1_padding', 1, stride=(1, 2), padding=(0, 1), bias=True),
+    Case('1x1_stride_2_1', 1, stride=(2, 1), bias=True),
     Case('3x5', (3, 5), padding=(1, 2)),
     Case('5x3_stride_dilation', (5, 3), stride=(1, 2), padding=(1, 1), dilation=(2, 1), bias=True),
     Case('1x3', (1, 3), padding=(0, 1)),
@@ -134,6 +136,22 @@ FEW_NAMES = (
 )
 FEW = tuple(case for case in CASES if case.name in FEW_NAMES)
 
+# What every run checks of the products of layers and convolutions; the other products are marked slow. With its default
+# options a layer gets every kind of padding, stride, dilation, groups, sides and bias; with other options, which change
+# nothing around the kernel, convolutions of the same kinds in other sizes.
+OFTEN_NAMES = (
+    *('3x3_bias', '3x3_same_dilation', '3x3_wide_padding', '3x3_stride_2_1', '5x5_padding_0_4'),
+    *('1x1_bias_stride_groups', '1x1_stride_2_1', '5x3_stride_dilation', '3x1_bias', '2x2_same', '4x3'),
+    *('groups_2_5x3_bias', 'groups_3', 'depthwise_multiplier'),
+    *('reflect_same', 'replicate_depthwise', 'circular_stride', 'circular_thin_padding'),
+    *('conv2d_same_bias_groups', 'conv2d_same_dilation', 'conv2d_same_even'),
+)
+OFTEN_NAMES_WITH_OPTIONS = (
+    *('3x3_valid', '3x3_dilation_stride', '5x5_thin_padding', '1x1_padding', '1x3', '7x7_stride', '2x2_stride'),
+    *('groups_2', 'depthwise_5x5_bias', 'replicate', 'reflect_same', 'conv2d_same_bias_groups'),
+    'conv2d_same_depthwise',
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -155,6 +173,11 @@ class Method:
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def is_default(self) -> bool:
+        """Whether the options are the default ones."""
+        return self.options is Method.options
 
     @property
     def dynamic(self) -> bool:
@@ -243,6 +266,16 @@ TRANSPOSED_METHODS = (
 def products(methods: tuple[Method, ...], cases: tuple[Any, ...]) -> list[tuple[Method, Any]]:
     """Every layer with every convolution that it takes."""
     return [(method, case) for method in methods for case in cases if method.admits(case)]
+
+
+def often(methods: tuple[Method, ...], cases: tuple[Any, ...]) -> list[Any]:
+    """As `products`, as parameters of a test: all of them, most marked slow (see OFTEN_NAMES)."""
+    parameters = []
+    for method, case in products(methods, cases):
+        names = OFTEN_NAMES if method.is_default else OFTEN_NAMES_WITH_OPTIONS
+        kept = case.name in names or (method.is_default and case in FEW)
+        parameters.append(pytest.param(method, case, marks=[] if kept else pytest.mark.slow))
+    return parameters
 
 
 def identifier(value: Any) -> str | None:

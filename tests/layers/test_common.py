@@ -3,6 +3,7 @@
 import copy
 import inspect
 import io
+import itertools
 import pickle
 
 import pytest
@@ -33,6 +34,7 @@ from .cases import (
     identifier,
     in_float64,
     magnitude,
+    often,
     products,
     randomise,
     randomised,
@@ -44,10 +46,9 @@ from .cases import (
 
 every_layer = pytest.mark.parametrize('method', METHODS, ids=identifier)
 every_static_layer = pytest.mark.parametrize('method', STATIC_METHODS, ids=identifier)
-everything = pytest.mark.parametrize('method, case', products(METHODS, CASES), ids=identifier)
-every_static_case = pytest.mark.parametrize('method, case', products(STATIC_METHODS, CASES), ids=identifier)
-a_few_cases = pytest.mark.parametrize('method, case', products(METHODS, FEW), ids=identifier)
-every_dtype = pytest.mark.parametrize('dtype', DTYPES, ids=identifier)
+everything = pytest.mark.parametrize('method, case', often(METHODS, CASES), ids=identifier)
+every_static_case = pytest.mark.parametrize('method, case', often(STATIC_METHODS, CASES), ids=identifier)
+a_few_cases = pytest.mark.parametrize('method, case', often(METHODS, FEW), ids=identifier)
 both_modes = pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
 
 BIASED = Case('biased', 3, padding=1, bias=True)
@@ -64,12 +65,11 @@ def test_oracle_of_the_plain_convolution(case: Case) -> None:
 # Lift -----------------------------------------------------------------------------------------------------------------
 
 
-@every_dtype
 @everything
-def test_lift_is_exact(method: Method, case: Case, dtype: torch.dtype) -> None:
-    conv, x = case.conv(dtype), case.input(dtype)
-    layer = method.lift(conv, case)
-    for training in (False, True):
+def test_lift_is_exact(method: Method, case: Case) -> None:
+    for dtype, training in itertools.product(DTYPES, (False, True)):
+        conv, x = case.conv(dtype), case.input(dtype)
+        layer = method.lift(conv, case)
         conv.train(training)
         layer.train(training)
         expected, found = conv(x), layer(x)
@@ -248,23 +248,23 @@ def test_randomised_layer_differs_from_stock_and_fused_agrees(method: Method, ca
     assert relative_difference(layer.fuse()(x), found) <= ALGEBRA
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=identifier)
 @every_static_case
-def test_fused_kernel_is_rounded_once(method: Method, case: Case, dtype: torch.dtype) -> None:
+def test_fused_kernel_is_rounded_once(method: Method, case: Case) -> None:
     """The kernel is composed in float64 and rounded to its dtype as it is stored."""
-    conv, x = case.conv(dtype), case.input(dtype)
-    layer = randomised(method, case, dtype)
-    exact = in_float64(layer)
-    kernel, y = exact.equivalent_kernel(), exact(x.double())
-    if method.over_parameterises(case):
-        assert relative_difference(y, in_float64(conv)(x.double())) > CLEARLY
-    fused = layer.fuse()
-    roundoff = unit_roundoff(dtype)
-    assert_within(fused.weight, kernel, roundoff * kernel.abs())
-    one_rounding = roundoff * magnitude(conv, x, kernel)
-    assert_within(in_float64(fused)(x.double()), y, one_rounding)
-    # As it will run: the stock convolution adds its own rounding of the sums.
-    assert_within(fused(x), y, one_rounding + summation_bound(conv, x, kernel * (1 + roundoff), conv.bias))
+    for dtype in (torch.float32, torch.bfloat16):
+        conv, x = case.conv(dtype), case.input(dtype)
+        layer = randomised(method, case, dtype)
+        exact = in_float64(layer)
+        kernel, y = exact.equivalent_kernel(), exact(x.double())
+        if method.over_parameterises(case):
+            assert relative_difference(y, in_float64(conv)(x.double())) > CLEARLY
+        fused = layer.fuse()
+        roundoff = unit_roundoff(dtype)
+        assert_within(fused.weight, kernel, roundoff * kernel.abs())
+        one_rounding = roundoff * magnitude(conv, x, kernel)
+        assert_within(in_float64(fused)(x.double()), y, one_rounding)
+        # As it will run: the stock convolution adds its own rounding of the sums.
+        assert_within(fused(x), y, one_rounding + summation_bound(conv, x, kernel * (1 + roundoff), conv.bias))
 
 
 @torch.no_grad()
@@ -278,22 +278,22 @@ def terms_of(layer: nn.Module) -> torch.Tensor:
     return layer.equivalent_kernel()
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=identifier)
 @every_static_case
-def test_eval_output_is_right_to_rounding(method: Method, case: Case, dtype: torch.dtype) -> None:
+def test_eval_output_is_right_to_rounding(method: Method, case: Case) -> None:
     """The unfused layer composes its kernel in the dtype of its parameters; its error stays that of the terms.
 
     A product and a sum of two or three terms are rounded at most six times here; long sums are accumulated in
     float32 at least.
     """
-    conv, x = case.conv(dtype), case.input(dtype)
-    layer = randomised(method, case, dtype)
-    exact = in_float64(layer)
-    terms = terms_of(layer)
-    summands = 4 * case.area + 4
-    relative = 6 * unit_roundoff(dtype) + summands * unit_roundoff(torch.float32)
-    bound = relative * magnitude(conv, x, terms) + summation_bound(conv, x, terms, conv.bias)
-    assert_within(layer(x), exact(x.double()), bound)
+    for dtype in (torch.float32, torch.bfloat16):
+        conv, x = case.conv(dtype), case.input(dtype)
+        layer = randomised(method, case, dtype)
+        exact = in_float64(layer)
+        terms = terms_of(layer)
+        summands = 4 * case.area + 4
+        relative = 6 * unit_roundoff(dtype) + summands * unit_roundoff(torch.float32)
+        bound = relative * magnitude(conv, x, terms) + summation_bound(conv, x, terms, conv.bias)
+        assert_within(layer(x), exact(x.double()), bound)
 
 
 @every_static_case
@@ -310,46 +310,46 @@ def test_eval_forward_is_the_convolution_with_the_equivalent_kernel(method: Meth
 # Fuse -----------------------------------------------------------------------------------------------------------------
 
 
-@every_dtype
 @a_few_cases
-def test_fused_convolution_is_stock(method: Method, case: Case, dtype: torch.dtype) -> None:
-    conv = case.conv(dtype).eval()
-    layer = randomised(method, case, dtype)
-    fused = layer.fuse()
-    assert fused.training is False
-    if method.dynamic:
-        assert type(fused) is DynamicConv2d
-        assert set(layer.state_dict()) - set(fused.state_dict()) == {'temperature_position', 'temperature_steps'}
-    else:
-        assert type(fused) is type(conv)
-        assert list(fused.state_dict()) == list(conv.state_dict())
-        assert dict(fused.named_buffers()) == {}
-    for name, tensor in conv.state_dict().items():
-        assert fused.state_dict()[name].shape == tensor.shape, name
-        assert fused.state_dict()[name].dtype == dtype, name
-        assert fused.state_dict()[name].device == tensor.device, name
-    for name in ('in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'groups'):
-        assert getattr(fused, name) == getattr(conv, name), name
-    assert fused.padding_mode == conv.padding_mode
-    for parameter in fused.parameters():
-        assert parameter.is_leaf
-        assert parameter.grad_fn is None
-
-
-@a_few_cases
-@both_modes
-def test_fuse_leaves_the_layer_as_it_was(method: Method, case: Case, training: bool) -> None:
-    layer = randomised(method, case).train(training)
-    before, identities = state(layer), {name: id(value) for name, value in layer.named_parameters()}
-    fused = layer.fuse()
-    assert layer.training == training
-    assert_same_state(layer, before)
-    assert {name: id(value) for name, value in layer.named_parameters()} == identities
-    # The fused one is fresh: nothing that happens to it reaches the layer.
-    with torch.no_grad():
+def test_fused_convolution_is_stock(method: Method, case: Case) -> None:
+    for dtype in DTYPES:
+        conv = case.conv(dtype).eval()
+        layer = randomised(method, case, dtype)
+        fused = layer.fuse()
+        assert fused.training is False
+        if method.dynamic:
+            assert type(fused) is DynamicConv2d
+            assert set(layer.state_dict()) - set(fused.state_dict()) == {'temperature_position', 'temperature_steps'}
+        else:
+            assert type(fused) is type(conv)
+            assert list(fused.state_dict()) == list(conv.state_dict())
+            assert dict(fused.named_buffers()) == {}
+        for name, tensor in conv.state_dict().items():
+            assert fused.state_dict()[name].shape == tensor.shape, name
+            assert fused.state_dict()[name].dtype == dtype, name
+            assert fused.state_dict()[name].device == tensor.device, name
+        for name in ('in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'groups'):
+            assert getattr(fused, name) == getattr(conv, name), name
+        assert fused.padding_mode == conv.padding_mode
         for parameter in fused.parameters():
-            parameter.fill_(7)
-    assert_same_state(layer, before)
+            assert parameter.is_leaf
+            assert parameter.grad_fn is None
+
+
+@a_few_cases
+def test_fuse_leaves_the_layer_as_it_was(method: Method, case: Case) -> None:
+    for training in (False, True):
+        layer = randomised(method, case).train(training)
+        before, identities = state(layer), {name: id(value) for name, value in layer.named_parameters()}
+        fused = layer.fuse()
+        assert layer.training == training
+        assert_same_state(layer, before)
+        assert {name: id(value) for name, value in layer.named_parameters()} == identities
+        # The fused one is fresh: nothing that happens to it reaches the layer.
+        with torch.no_grad():
+            for parameter in fused.parameters():
+                parameter.fill_(7)
+        assert_same_state(layer, before)
 
 
 @every_layer
@@ -429,36 +429,49 @@ def reloaded(layer: nn.Module, method: Method, case: Case) -> nn.Module:
     return fresh.train(layer.training)
 
 
-@pytest.mark.parametrize('round_trip', [deepcopied, pickled, reloaded], ids=lambda function: function.__name__)
-@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16], ids=identifier)
 @a_few_cases
-def test_round_trips(method: Method, case: Case, dtype: torch.dtype, round_trip) -> None:
-    layer, x = randomised(method, case, dtype), case.input(dtype)
+def test_round_trips(method: Method, case: Case) -> None:
+    for dtype, round_trip in itertools.product((torch.float64, torch.bfloat16), (deepcopied, pickled, reloaded)):
+        layer, x = randomised(method, case, dtype), case.input(dtype)
+        for training in (False, True):
+            layer.train(training)
+            other = round_trip(layer, method, case)
+            assert other.training == training
+            assert_same_state(other, state(layer))
+            assert torch.equal(other(x), layer(x))
+            # A training pass moves buffers: the copy's moved as the layer's did, and they are not shared.
+            assert_same_state(other, state(layer))
+            other_tensors = {tensor.data_ptr() for tensor in other.state_dict().values()}
+            assert not other_tensors & {tensor.data_ptr() for tensor in layer.state_dict().values()}
+
+
+@a_few_cases
+def test_scripted_layer_equals_eager(method: Method, case: Case) -> None:
     for training in (False, True):
-        layer.train(training)
-        other = round_trip(layer, method, case)
-        assert other.training == training
-        assert_same_state(other, state(layer))
-        assert torch.equal(other(x), layer(x))
-        # A training pass moves buffers: the copy's moved as the layer's did, and they are not shared.
-        assert_same_state(other, state(layer))
-        other_tensors = {tensor.data_ptr() for tensor in other.state_dict().values()}
-        assert not other_tensors & {tensor.data_ptr() for tensor in layer.state_dict().values()}
+        layer, x = randomised(method, case).train(training), case.input()
+        scripted = torch.jit.script(copy.deepcopy(layer))
+        for _ in range(3):
+            assert torch.equal(scripted(x), layer(x))
+        for name, tensor in layer.state_dict().items():
+            assert torch.equal(scripted.state_dict()[name], tensor), name
 
 
-@a_few_cases
-@both_modes
-def test_scripted_layer_equals_eager(method: Method, case: Case, training: bool) -> None:
-    layer, x = randomised(method, case).train(training), case.input()
-    scripted = torch.jit.script(copy.deepcopy(layer))
-    for _ in range(3):
-        assert torch.equal(scripted(x), layer(x))
-    for name, tensor in layer.state_dict().items():
-        assert torch.equal(scripted.state_dict()[name], tensor), name
+# The forward of the others is one in both modes: once with the default options, once with others.
+COMPILED_OFTEN = (
+    *(('doconv', True), ('doconv_surplus', False), ('acconv', True), ('acconv', False), ('acconv_plain', True)),
+    *(('refconv', True), ('dyconv', True), ('dyconv', False)),
+)
 
 
-@every_layer
-@both_modes
+@pytest.mark.parametrize(
+    'method, training',
+    [
+        pytest.param(method, training, marks=[] if (method.name, training) in COMPILED_OFTEN else pytest.mark.slow)
+        for method in METHODS
+        for training in (False, True)
+    ],
+    ids=identifier,
+)
 def test_compiled_layer_equals_eager_without_graph_breaks(method: Method, training: bool) -> None:
     layer, x = randomised(method, BIASED).train(training), BIASED.input()
     torch.compiler.reset()
@@ -511,37 +524,37 @@ def test_autocast_takes_inputs_of_its_own_dtype(method: Method, training: bool) 
 
 
 @a_few_cases
-@both_modes
-def test_channels_last(method: Method, case: Case, training: bool) -> None:
+def test_channels_last(method: Method, case: Case) -> None:
     """No parameter may have five dimensions: `.to(memory_format=…)` of a whole model refuses them."""
-    layer, x = randomised(method, case).train(training), case.input()
-    other = copy.deepcopy(layer).to(memory_format=torch.channels_last)
-    found = other(x.contiguous(memory_format=torch.channels_last))
-    assert relative_difference(found, layer(x)) <= ALGEBRA
+    for training in (False, True):
+        layer, x = randomised(method, case).train(training), case.input()
+        other = copy.deepcopy(layer).to(memory_format=torch.channels_last)
+        found = other(x.contiguous(memory_format=torch.channels_last))
+        assert relative_difference(found, layer(x)) <= ALGEBRA
 
 
 @a_few_cases
-@both_modes
-def test_input_without_a_batch_dimension(method: Method, case: Case, training: bool) -> None:
-    layer, x = randomised(method, case).train(training), case.input(batch=1)
-    other = copy.deepcopy(layer)
-    assert relative_difference(other(x[0]), layer(x)[0]) <= ALGEBRA
+def test_input_without_a_batch_dimension(method: Method, case: Case) -> None:
+    for training in (False, True):
+        layer, x = randomised(method, case).train(training), case.input(batch=1)
+        other = copy.deepcopy(layer)
+        assert relative_difference(other(x[0]), layer(x)[0]) <= ALGEBRA
 
 
 @a_few_cases
-@both_modes
-def test_empty_batch(method: Method, case: Case, training: bool) -> None:
-    layer, x = randomised(method, case).train(training), case.input()
-    expected = case.conv()(x[:0])
-    found = layer(x[:0])
-    assert found.shape == expected.shape
-    for name, tensor in layer.state_dict().items():
-        assert tensor.isfinite().all(), f'{name} is poisoned by an empty batch'
-    found.sum().backward()
-    for name, parameter in layer.named_parameters():
-        if parameter.grad is not None:
-            assert parameter.grad.isfinite().all(), name
-    assert layer.eval()(x).isfinite().all()
+def test_empty_batch(method: Method, case: Case) -> None:
+    for training in (False, True):
+        layer, x = randomised(method, case).train(training), case.input()
+        expected = case.conv()(x[:0])
+        found = layer(x[:0])
+        assert found.shape == expected.shape
+        for name, tensor in layer.state_dict().items():
+            assert tensor.isfinite().all(), f'{name} is poisoned by an empty batch'
+        found.sum().backward()
+        for name, parameter in layer.named_parameters():
+            if parameter.grad is not None:
+                assert parameter.grad.isfinite().all(), name
+        assert layer.eval()(x).isfinite().all()
 
 
 def changes_a_buffer(method: Method) -> bool:
@@ -654,7 +667,7 @@ def test_conv2d_same_stays_conv2d_same_from_scratch() -> None:
 
 
 @pytest.mark.parametrize(
-    'method, case', [*products(METHODS, CASES), *products(TRANSPOSED_METHODS, TRANSPOSED_CASES)], ids=identifier
+    'method, case', [*often(METHODS, CASES), *products(TRANSPOSED_METHODS, TRANSPOSED_CASES)], ids=identifier
 )
 def test_the_branch_form_is_the_layer_in_evaluation(
     method: Method, case: Case, monkeypatch: pytest.MonkeyPatch

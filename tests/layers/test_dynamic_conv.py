@@ -23,6 +23,7 @@ from .cases import (
     CASES,
     CLEARLY,
     METHODS,
+    OFTEN_NAMES,
     Case,
     Method,
     assert_same_state,
@@ -32,6 +33,7 @@ from .cases import (
     in_float64,
     magnitude,
     normal,
+    often,
     products,
     randomise,
     randomised,
@@ -46,6 +48,7 @@ POINTWISE = Case('pointwise', 1, bias=True)
 DEPTHWISE = Case('depthwise', 3, padding=1, groups=4, out_channels=4)
 
 everything = pytest.mark.parametrize('method, case', products(DYNAMIC_METHODS, CASES), ids=identifier)
+most_often = pytest.mark.parametrize('method, case', often(DYNAMIC_METHODS, CASES), ids=identifier)
 
 
 def temperature_of(layer: DynamicConv2d, start: float = 30.0) -> float:
@@ -103,7 +106,7 @@ def test_formula_over_batches_and_sizes(case: Case, batch: int, size: tuple[int,
 WAYS = (DynamicConv2d._mix_kernels, DynamicConv2d._mix_outputs, DynamicConv2d._mix_outputs_1x1)
 
 
-@everything
+@most_often
 def test_every_way_of_computing_is_the_same_function(method: Method, case: Case) -> None:
     """Output and gradients, with enough samples for all ways."""
     results = []
@@ -480,32 +483,32 @@ def test_compiled_backward_sees_the_temperature_of_its_forward(compile_layer) ->
 # The static graph for export ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
-@everything
-def test_static_graph_is_the_same_function(method: Method, case: Case, training: bool) -> None:
-    layer, x = randomised(method, case).train(training), case.input(batch=3)
-    with set_exportable(True):
-        static = randomised(method, case).train(training)
-    assert static.exportable and not layer.exportable
-    for _ in range(2):
-        found, expected = static(x), layer(x)
-        assert relative_difference(found, expected) <= ALGEBRA
-    assert_same_state(static, state(layer))
-    for y in (found, expected):
-        (y * normal(y.shape, generator(3))).sum().backward()
-    for name, parameter in layer.named_parameters():
-        # where one kernel has won the attention's gradient may be 0
-        bound = ALGEBRA * max(parameter.grad.abs().max().item(), ALGEBRA)
-        assert (static.get_parameter(name).grad - parameter.grad).abs().max() <= bound, name
+@most_often
+def test_static_graph_is_the_same_function(method: Method, case: Case) -> None:
+    for training in (False, True):
+        layer, x = randomised(method, case).train(training), case.input(batch=3)
+        with set_exportable(True):
+            static = randomised(method, case).train(training)
+        assert static.exportable and not layer.exportable
+        for _ in range(2):
+            found, expected = static(x), layer(x)
+            assert relative_difference(found, expected) <= ALGEBRA
+        assert_same_state(static, state(layer))
+        for y in (found, expected):
+            (y * normal(y.shape, generator(3))).sum().backward()
+        for name, parameter in layer.named_parameters():
+            # where one kernel has won the attention's gradient may be 0
+            bound = ALGEBRA * max(parameter.grad.abs().max().item(), ALGEBRA)
+            assert (static.get_parameter(name).grad - parameter.grad).abs().max() <= bound, name
 
 
-@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16], ids=identifier)
 @pytest.mark.parametrize('case', CASES, ids=identifier)
-def test_static_graph_lifts_bit_for_bit(case: Case, dtype: torch.dtype) -> None:
-    conv, x = case.conv(dtype), case.input(dtype)
-    with set_exportable(True):
-        layer = DynamicConv2d.from_conv(conv)
-    assert torch.equal(layer(x), conv(x))
+def test_static_graph_lifts_bit_for_bit(case: Case) -> None:
+    for dtype in (torch.float64, torch.bfloat16):
+        conv, x = case.conv(dtype), case.input(dtype)
+        with set_exportable(True):
+            layer = DynamicConv2d.from_conv(conv)
+        assert torch.equal(layer(x), conv(x))
 
 
 def test_static_graph_stays_with_the_layer() -> None:
@@ -565,7 +568,15 @@ def test_inference_form(case: Case, position: int) -> None:
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=identifier)
-@pytest.mark.parametrize('case', [case for case in CASES if not case.name.startswith('7x7')], ids=identifier)
+@pytest.mark.parametrize(
+    'case',
+    [
+        pytest.param(case, marks=[] if case.name in OFTEN_NAMES else pytest.mark.slow)
+        for case in CASES
+        if not case.name.startswith('7x7')
+    ],
+    ids=identifier,
+)
 def test_inference_form_is_rounded_once(case: Case, dtype: torch.dtype) -> None:
     """One rounding of fc2/T moves each logit by at most u·Σ|terms| = δ, each share by a factor within exp(±2δ)."""
     layer, x = randomised(DYNAMIC_METHODS[0], case, dtype), case.input(dtype)
