@@ -1633,12 +1633,10 @@ def resume(run: Run, path: Path, checkpoint: dict[str, Any]) -> None:
     if found not in (None, architecture_of(run.model), args.model):
         raise ReparamError(f'--resume {path}: holds {found}, not {architecture_of(run.model)}; change --model')
     try:
-        run.model.load_state_dict(clean_state_dict(checkpoint['state_dict']))
+        load_whole(run.model, checkpoint['state_dict'], path)
         run.task.load_task_state(checkpoint.get('task_state'))
         if run.ema is not None:
-            run.ema.module.load_state_dict(
-                clean_state_dict(checkpoint.get('state_dict_ema') or checkpoint['state_dict'])
-            )
+            load_whole(run.ema.module, checkpoint.get('state_dict_ema') or checkpoint['state_dict'], path)
         if not args.no_resume_opt and 'optimizer' in checkpoint:
             run.optimizer.load_state_dict(checkpoint['optimizer'])
         if not args.no_resume_opt and run.scaler is not None and run.scaler.state_dict_key in checkpoint:
@@ -1656,6 +1654,18 @@ def resume(run: Run, path: Path, checkpoint: dict[str, Any]) -> None:
             f'--resume {path}: does not fit this model or optimizer ({type(error).__name__}: {error})'
         ) from error
     _logger.info('resumed from %s: epoch %d, batch %d', path, run.epoch, run.next_batch)
+
+
+def load_whole(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Load weights that have every key of the model: a variant would take stock ones, too, as a lift."""
+    weights, expected = clean_state_dict(weights), model.state_dict().keys()
+    if weights.keys() != expected:
+        lacking, strange = sorted(expected - weights.keys()), sorted(weights.keys() - expected)
+        raise ReparamError(
+            f'--resume {path}: state_dict: expected the keys of this model, missing: {lacking[:3]}, unexpected: '
+            f'{strange[:3]}; weights alone, stock ones too, are for --initial-checkpoint'
+        )
+    model.load_state_dict(weights)
 
 
 def restore_position(run: Run, state: dict[str, Any]) -> None:

@@ -395,21 +395,28 @@ class ACConv2d(ReparamConv2d):
 
     @torch.no_grad()
     def _init_variant(self, init: str) -> None:
-        if self.branch_norm == 'none' and init == 'lift':
+        for weight in (self.vertical_weight, self.horizontal_weight):
+            if init == 'scratch':
+                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+            elif self.branch_norm == 'batch':  # gamma is 0: what they are now does not matter yet
+                draw_small(weight, 1 / math.sqrt(weight[0].numel()))
+        if init == 'lift':
+            self._close_gates()
+        elif self.branch_norm == 'batch':
+            self._set_norms(1.0 if self.gamma_init is None else self.gamma_init)
+
+    @torch.no_grad()
+    def _close_gates(self) -> None:
+        if self.branch_norm == 'batch':
+            self._set_norms(0.0)
+        else:
             self.vertical_weight.zero_()
             self.horizontal_weight.zero_()
-            return
-        for weight in (self.vertical_weight, self.horizontal_weight):
-            if init == 'lift':  # gamma is 0: what they are now does not matter yet
-                draw_small(weight, 1 / math.sqrt(weight[0].numel()))
-            else:
-                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-        if self.vertical_gamma is not None:
-            gamma = 0.0 if init == 'lift' else 1.0 if self.gamma_init is None else self.gamma_init
-            self.vertical_gamma.fill_(gamma)
-            self.horizontal_gamma.fill_(gamma)
-            self.vertical_running_var.fill_(1.0)
-            self.horizontal_running_var.fill_(1.0)
+
+    def _set_norms(self, gamma: float) -> None:
+        for branch in ('vertical', 'horizontal'):
+            getattr(self, f'{branch}_gamma').fill_(gamma)
+            getattr(self, f'{branch}_running_var').fill_(1.0)
 
     @classmethod
     def is_foreign(cls, entries: dict[str, torch.Tensor]) -> bool:

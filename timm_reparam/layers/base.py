@@ -275,9 +275,50 @@ class ReparamLayer(_ConvNd):
         """Give everything beside `weight` and `bias` its start."""
         raise NotImplementedError
 
+    def _close_gates(self) -> None:
+        """Set what makes the layer the plain convolution with its `weight`; nothing is drawn."""
+        raise NotImplementedError
+
     def _compose(self) -> torch.Tensor:
         """The kernel this layer stands for, from its parameters and buffers in their own dtype."""
         raise NotImplementedError
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load as torch does, and take the entries of a plain convolution as a lift.
+
+        These are `weight`, of the right shape, and `bias`, with no other entry under the layer's name. The gates close,
+        so that the layer is that convolution; what they hide keeps its values, so nothing is drawn and the ranks of a
+        wrapped model stay equal. Loaders that bypass ``load_state_dict`` (torch.distributed.checkpoint, for instance)
+        bypass this, too.
+        """
+        given = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        added = self.state_dict().keys() - {'weight', 'bias'}
+        is_stock = 'weight' in given and given.keys() <= {'weight', 'bias'}
+        if added and is_stock and given['weight'].shape == self.weight.shape:
+            try:
+                self.check_lift(**self.options())
+            except ReparamError as error:
+                error_msgs.append(f'{prefix}weight: of a plain convolution: {error}')
+            else:
+                if not self.weight.is_meta:
+                    self._close_gates()
+                elif local_metadata.get('assign_to_params_buffers', False):
+                    give_memory(self.to(given['weight'].dtype), given['weight'].device)
+                    self._start('lift')
+            # for the layer itself, and for the modules in it, which torch loads next
+            state_dict.update((prefix + key, value) for key, value in self.state_dict().items() if key in added)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def _start(self, init: str) -> None:
         # what has no values needs none, and random ones take long there: torch goes through Python

@@ -75,14 +75,19 @@ class _DepthwiseOverParameterised(ReparamLayer):
     @torch.no_grad()
     def _init_variant(self, init: str) -> None:
         # Both starts are the same: with D = 0 the layer is the plain convolution, and that is the paper's start, too.
-        if self.depthwise_weight is not None:
-            self.depthwise_weight.zero_()
         if self.surplus_weight is not None:
-            self.surplus_weight.zero_()
             # The columns that no whole identity block covers reach the kernel through D alone: D = W = 0 never moves.
             leftover = self.surplus_weight[..., self.surplus_weight.shape[-1] // self._area * self._area :]
             bound = 1 / math.sqrt(self.weight.shape[1] * self._area)
             leftover.uniform_(-bound, bound)
+        self._close_gates()
+
+    @torch.no_grad()
+    def _close_gates(self) -> None:
+        if self.depthwise_weight is not None:
+            self.depthwise_weight.zero_()
+        if self.surplus_weight is not None:
+            self.surplus_weight[..., : self.surplus_weight.shape[-1] // self._area * self._area].zero_()
 
     @property
     def _area(self) -> int:

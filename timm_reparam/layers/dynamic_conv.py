@@ -348,8 +348,7 @@ class DynamicConv2d(ReparamConv2d):
         if self.temperature is not None:
             self.reset_temperature(self._first_length)
         if init == 'lift':
-            nn.init.zeros_(self.attention.fc2.weight)
-            nn.init.zeros_(self.attention.fc2.bias)
+            self._close_gates()
             bound = _LIFT_RESIDUAL / self.weight[0].numel() ** 0.5
             draw_small(self.residual_weight, bound)
             if self.residual_bias is not None:
@@ -362,6 +361,13 @@ class DynamicConv2d(ReparamConv2d):
                 draws = draws * parameter.square().mean().sqrt()
                 parameter.copy_(draws.mean(0))
                 residual.copy_((draws[:-1] - parameter).flatten(0, 1))
+
+    @torch.no_grad()
+    def _close_gates(self) -> None:
+        nn.init.zeros_(self.attention.fc2.weight)
+        nn.init.zeros_(self.attention.fc2.bias)
+        if self.temperature is not None:
+            self.reset_temperature()
 
     def _adopt(self, conv: _ConvNd, init: str) -> None:
         super()._adopt(conv, init)

@@ -72,9 +72,13 @@ class _Refocusing(ReparamLayer):
     @torch.no_grad()
     def _init_variant(self, init: str) -> None:
         if init == 'lift':
-            self.map_weight.zero_()
+            self._close_gates()
         else:
             nn.init.kaiming_uniform_(self.map_weight, a=math.sqrt(5))
+
+    @torch.no_grad()
+    def _close_gates(self) -> None:
+        self.map_weight.zero_()
 
     @classmethod
     def selects(cls, conv: _ConvNd, is_stem: bool) -> bool:
