@@ -20,8 +20,9 @@ from torch import nn
 from ._files import check_folder, write_whole
 from .convert import VARIANTS, fuse_model, stock_architecture, variant_of
 from .errors import ReparamError
-from .hub import convert_checkpoint, fuse_checkpoint, load_checkpoint, publish, pull, sync, verify, verify_checkpoint
+from .hub import convert_checkpoint, fuse_checkpoint, load_checkpoint, publish, pull, sync, verify, verify_pair
 from .hub.client import limit_requests, one_line, without_secrets
+from .hub.facts import read_config
 from .hub.folder import train_time_path
 from .hub.training import load_training
 from .models._registry import ensure_registered, is_variant_name
@@ -413,13 +414,11 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    report: Any
     if args.fused is not None:
-        report = verify_checkpoint(args.target, args.fused)
-    elif Path(args.target).is_dir() or '/' not in args.target or Path(args.target).is_absolute():
-        if not Path(args.target).is_dir():
-            verify_checkpoint(args.target)  # says what is missing where
-        report = verify(args.target)
+        report = verify_pair(args.target, args.fused)
+    elif '/' not in args.target or Path(args.target).is_absolute() or Path(args.target).is_dir():
+        read_config(Path(args.target).absolute())  # there is a checkpoint
+        report = verify_pair(args.target)
     else:
         report = verify(args.target, revision=args.revision)
     _print(report, args.json)

@@ -255,7 +255,7 @@ def test_secrets_of_the_machine_are_in_no_message(tmp_path: Path, monkeypatch: p
     assert main(['-v', 'verify', str(tmp_path / 'somebody/zoo')]) == 1
     printed = capsys.readouterr().err
     assert 'Traceback' in printed and '~/zoo' in printed and 'somebody' not in printed
-    assert without_secrets('hf_abcdef http://a:b@c/d') == '*** http://***@c/d'
+    assert without_secrets(f'hf_{"aB3" * 11} http://a:b@c/d hf_hub_id') == '*** http://***@c/d hf_hub_id'
 
 
 def test_offline(owner: str, tmp_path: Path):

@@ -450,3 +450,47 @@ def test_damaged_files(hub: HubServer, zoo: Path, kind: str, part: int) -> None:
             found += 1
     assert found > 10, 'they do damage'
     assert peak() - memory < MEBIBYTES and not hub.log
+
+
+# --- what a Hub says -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'name, content',
+    [
+        ('README.md', b'---\na: !!bool foo\n---\n'),
+        ('README.md', b'---\na: !!int ""\n---\n'),
+        ('README.md', b'---\na: !!timestamp foo\n---\n'),
+        ('training.json', b'{"environment": {"torch": null}}'),
+        ('training.json', b'{"fusion": {"top1_agreement": 1%s}}' % (b'0' * 308)),
+        ('training.json', b'{"recipe": %s1%s}' % (b'{"a": ' * 990, b'}' * 990)),
+        (
+            'test/rand_tensors.safetensors',
+            header_of({'input': dict(dtype='F8_E8M0', shape=[1], data_offsets=[0, 1])}, b'0'),
+        ),
+    ],
+)
+def test_whatever_a_file_raises_is_a_problem(zoo: Path, name: str, content: bytes) -> None:
+    path = zoo / f'{NAME}.t' / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    report = verify_pair(zoo / f'{NAME}.t')
+    assert report.passed == (b'null' in content) and all('\n' not in problem for problem in report.problems)
+    assert report.passed or len(str(report)) < 5_000
+
+
+def test_the_marks_of_notes_take_no_time(zoo: Path) -> None:
+    (zoo / f'{NAME}.t' / 'README.md').write_bytes(b'<!-- notes -->\n' * 2**20)
+    began = time.process_time()
+    assert not verify_pair(zoo / f'{NAME}.t').passed
+    assert time.process_time() - began < 30
+
+
+@pytest.mark.parametrize('images', [0, 5])
+def test_a_self_check_of_many_images(zoo: Path, images: int) -> None:
+    path = zoo / f'{NAME}.t' / 'test/rand_tensors.safetensors'
+    path.parent.mkdir()
+    tensors = {name: torch.zeros(images, 3, 32, 32) for name in ('input', 'features', 'pre_logits', 'output')}
+    save_file(tensors, path)
+    report = verify_pair(zoo / f'{NAME}.t')
+    assert not report.passed and 'expected an input of' in report.problems[0]

@@ -67,8 +67,9 @@ def notes_of(path: Path) -> str:
         text = path.read_bytes().decode('utf-8')
     except (OSError, ValueError):
         return ''
-    found = re.search(r'^<!-- notes -->\r?\n.*?^<!-- end of notes -->$', text, re.DOTALL | re.MULTILINE)
-    return found[0] if found else ''
+    first = re.search(r'^<!-- notes -->\r?$', text, re.MULTILINE)
+    last = re.compile(r'^<!-- end of notes -->$', re.MULTILINE).search(text, first.end()) if first else None
+    return text[first.start() : last.end()] if first and last else ''
 
 
 def card_text(config: dict[str, Any], facts: dict[str, Any], sha256: str, notes: str = '') -> str:
@@ -177,7 +178,9 @@ class _Context:
             'sha256': self.sha256,
             'recipe': _fenced(json.dumps(facts['recipe'], indent=2), 'json') if facts.get('recipe') else None,
             'environment': ', '.join(
-                f'{_markdown(name)} {_markdown(version)}' for name, version in (facts.get('environment') or {}).items()
+                f'{_markdown(name)} {_markdown(version)}'
+                for name, version in (facts.get('environment') or {}).items()
+                if version is not None
             ),
         }
 

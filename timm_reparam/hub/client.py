@@ -8,16 +8,17 @@ as what ``HfHubHTTPError`` is made of.
 import errno
 import functools
 import json
+import os
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import huggingface_hub
-from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, constants, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -49,6 +50,7 @@ __all__ = [
     'without_secrets',
 ]
 
+_T = TypeVar('_T')
 # Errors of the HTTP library, whichever it is: the bases of the client's own error between it and Python's classes.
 _HTTP_ERRORS: tuple[type[Exception], ...] = tuple(
     base
@@ -65,9 +67,8 @@ CLIENT_ERRORS: tuple[type[Exception], ...] = (
     json.JSONDecodeError,
     *_HTTP_ERRORS,
 )
-_COMMIT_ERRORS: tuple[type[Exception], ...] = (*CLIENT_ERRORS, ValueError)  # ValueError: the Hub's opinion of a card
 _BUSY = (408, 429, 500, 502, 503, 504)
-_LOCAL = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EROFS)
+_LOCAL = (errno.EACCES, errno.EDQUOT, errno.ENOENT, errno.ENOSPC, errno.EROFS)
 _PAUSES = (1.0, 4.0)  # seconds before what the client does not repeat is tried again
 
 
@@ -76,17 +77,32 @@ class Conflict(ReparamError):
 
 
 @dataclass(frozen=True)
+class RemoteFile:
+    """What the Hub says of a file.
+
+    Attributes:
+        size: Its size in bytes.
+        git_oid: Git's hash of it (of the pointer to it, for an LFS file).
+        sha256: Hash of the content of an LFS file; None for others.
+    """
+
+    size: int | None
+    git_oid: str | None
+    sha256: str | None
+
+
+@dataclass(frozen=True)
 class RepoState:
     """What a repo shows at one moment.
 
     Attributes:
         head: Id of the commit that was read.
-        files: Path to what the Hub says of the file: its size, its hash.
+        files: Path to file.
         private: Whether the repo is private.
     """
 
     head: str
-    files: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, RemoteFile] = field(default_factory=dict)
     private: bool = False
 
     def has(self, operation: CommitOperationAdd) -> bool:
@@ -94,10 +110,10 @@ class RepoState:
         found = self.files.get(operation.path_in_repo)
         if found is None:
             return False
-        if found.lfs is not None:
-            return found.lfs.sha256 == operation.upload_info.sha256.hex()
+        if found.sha256 is not None:
+            return found.sha256 == operation.upload_info.sha256.hex()
         with operation.as_file() as file:
-            return found.blob_id == git_hash(file.read())
+            return found.git_oid == git_hash(file.read())
 
 
 class HubClient:
@@ -133,18 +149,20 @@ class HubClient:
         try:
             response = http_backoff('GET', address, **options)
             hf_raise_for_status(response)
-            info = ModelInfo(**response.json())
+            info = response.json()
+            files = {}
+            for file in info.get('siblings') or ():
+                sha256 = (file.get('lfs') or {}).get('sha256')
+                files[str(file['rfilename'])] = RemoteFile(file.get('size'), file.get('blobId'), sha256)
+            return RepoState(str(info['sha']), files, bool(info.get('private')))
         except GatedRepoError as error:
             raise self.failure(repo_id, error) from None
         except RevisionNotFoundError:
             raise ReparamError(f'{repo_id}: has no revision {revision!r}; make it first, or name another one') from None
         except RepositoryNotFoundError:
             return None
-        except CLIENT_ERRORS as error:
+        except Exception as error:  # an answer may hold anything
             raise self.failure(repo_id, error) from None
-        if not isinstance(info.sha, str):
-            raise ReparamError(f'{repo_id}: {self.address} names no commit')
-        return RepoState(info.sha, {one.rfilename: one for one in info.siblings or ()}, bool(info.private))
 
     def read(self, repo_id: str, revision: str | None = None) -> RepoState:
         """Read what a repo shows, which has to be there; see :meth:`find`."""
@@ -181,14 +199,14 @@ class HubClient:
 
         Raises:
             Conflict: The repo is no longer as it was read.
-            ReparamError: It failed for good; the repo shows what it did.
+            ReparamError: It failed for good. The repo shows what it did, unless that could not be read.
         """
         for pause in (*_PAUSES, None):
             try:
                 if base is None:
                     self.api.create_repo(repo_id, private=private, exist_ok=True)
                     base = self.read(repo_id)
-                    if base.files.keys() - {'.gitattributes'}:  # that much is in a new one
+                    if base.files.keys() - {'.gitattributes'} or base.private < private:  # that much is in a new one
                         raise _conflict(repo_id)
                 made = self.api.create_commit(
                     repo_id, operations, commit_message=message, parent_commit=base.head, **options
@@ -196,15 +214,17 @@ class HubClient:
                 return made.oid, made.pr_url
             except ReparamError:
                 raise
-            except _COMMIT_ERRORS as error:
+            except Exception as error:  # an answer may hold anything
                 status = _status(error)
                 if base is not None and options.get('create_pr') and _passes(error):
                     remedy = 'look at its pull requests, and publish again if it is not there'
                     raise ReparamError(f'{self.failure(f"{repo_id}: commit", error)}; {remedy}') from None
-                if base is not None and (_passes(error) or status in (409, 412)):
+                if base is not None and (status is None or status >= 500 or status in (*_BUSY, 409, 412)):
                     now = self.read(repo_id, options.get('revision'))
-                    if now.head != base.head and all(now.has(operation) for operation in operations):
-                        return now.head, None
+                    paths = {operation.path_in_repo for operation in operations}
+                    if now.head != base.head and now.files.keys() == base.files.keys() | paths:
+                        if all(now.has(operation) for operation in operations):
+                            return now.head, None
                     if now.head != base.head or status in (409, 412):
                         raise _conflict(repo_id) from None
                 if pause is None or not _passes(error):
@@ -225,22 +245,38 @@ class HubClient:
             ReparamError: A file cannot be fetched, or is not what the Hub says it is.
         """
         for path in paths:
-            for pause in (*_PAUSES, None):
-                try:
-                    self.api.hf_hub_download(repo_id, path, revision=state.head, local_dir=folder)
-                    break
-                except CLIENT_ERRORS as error:  # a busy server, of which the client repeats the HEAD request only
-                    if pause is None or not _passes(error):
-                        raise self.failure(f'{repo_id}: {path} cannot be fetched', error) from None
-                    time.sleep(pause)
+            options: dict[str, Any] = dict(revision=state.head, local_dir=folder)
+            self.repeat(f'{repo_id}: {path} cannot be fetched', self.api.hf_hub_download, repo_id, path, **options)
             if not state.has(CommitOperationAdd(path, folder / path)):
                 raise ReparamError(f'{repo_id}: {path}: expected the hash that the Hub gives for it, got other content')
 
+    def repeat(self, wanted: str, function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
+        """Call a function of the client, again where an error may pass and the client does not repeat it itself.
+
+        Args:
+            wanted: What it is for, to begin a message with.
+            function: The function.
+            *args: Its arguments.
+            **kwargs: Its arguments.
+
+        Raises:
+            ReparamError: It failed for good.
+        """
+        for pause in (*_PAUSES, None):
+            try:
+                return function(*args, **kwargs)
+            except Exception as error:  # an answer may hold anything
+                if pause is None or not _passes(error):
+                    raise self.failure(wanted, error) from None
+                time.sleep(pause)
+        raise AssertionError('the last try returns or raises')
+
     def failure(self, wanted: str, error: BaseException) -> ReparamError:
         """The error to raise for one of the client's: one line, what was wanted first."""
-        endpoint, status = self.address, _status(error)
+        endpoint, status, cause = self.address, _status(error), error.__cause__ or error
         local = 'a checkpoint on disk needs no network: timm.create_model("local-dir:FOLDER", pretrained=True)'
-        text = one_line(getattr(error, 'server_message', None) or error)
+        text = self._without_token(getattr(error, 'server_message', None) or error)
+        kind = f'{type(cause).__name__}: {self._without_token(cause)}'
         if isinstance(error, OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
             reason = f'the client is offline (HF_HUB_OFFLINE); unset it, or use a local folder, {local}'
         elif getattr(error, 'errno', None) in _LOCAL:
@@ -253,28 +289,31 @@ class HubClient:
             reason = f'{endpoint} limits the rate (HTTP 429); try again later'
         elif status is not None:
             reason = f'{endpoint} answers HTTP {status}: {text}'
-        elif type(error) is ValueError:
+        elif type(error) is ValueError:  # the Hub's opinion of a card
             reason = text
-        else:
-            cause = error.__cause__ or error
-            kind = f'{type(cause).__name__}: {one_line(cause)}'
-            if 'xet-write-token' in kind:  # newer clients send large files that way, whatever the Hub says
-                return ReparamError(f'{wanted}: {endpoint} has no Xet; set HF_HUB_DISABLE_XET=1 in the environment')
+        elif 'xet-write-token' in kind:  # newer clients send large files that way, whatever the Hub says
+            reason = f'{endpoint} has no Xet; set HF_HUB_DISABLE_XET=1 in the environment'
+        elif isinstance(error, CLIENT_ERRORS):
             reason = f'no answer from {endpoint} ({kind[:200]}); check the network, or use a local folder, {local}'
-        reason = reason.replace(self._token, '***') if self._token else reason
+        else:
+            reason = f'{endpoint} gives an answer, or has an address, that the client cannot read ({kind[:200]})'
         return ReparamError(f'{wanted}: {reason}')
+
+    def _without_token(self, error: BaseException | str) -> str:
+        text = one_line(error)
+        return text.replace(self._token, '***') if self._token else text
 
 
 def limit_requests(seconds: float) -> None:
     """Let every request of huggingface_hub in this process fail after a time without an answer.
 
-    For programs: the client has one session for a process, and its default is to wait for ever.
+    For programs: the client has one session for a process, and waits without a limit by default.
 
     Args:
         seconds: How long to wait.
 
     Raises:
-        ReparamError: It is no number above 0.
+        ReparamError: The time is not above 0.
     """
     if not seconds > 0:
         raise ReparamError(f'timeout: expected a number of seconds above 0, got {seconds!r}')
@@ -323,8 +362,8 @@ def one_line(error: BaseException | str) -> str:
 
 def without_secrets(text: str) -> str:
     """A text with stars for tokens and for names and passwords in addresses, and ``~`` for the user's own folder."""
-    text = re.sub(r'hf_\w{3,}|(?<=Bearer )\S+|(?<=://)[^/\s@]+(?=@)', '***', text)
-    known, home = get_token(), str(Path.home())
+    text = re.sub(r'\bhf_[A-Za-z0-9]{20,}|(?<=Bearer )\S+|(?<=://)[^/\s@]+(?=@)', '***', text)
+    known, home = get_token(), os.path.expanduser('~')
     text = text.replace(known, '***') if known else text
     return re.sub(rf'{re.escape(home)}(?![\w.-])', '~', text) if len(home) > 1 else text
 
@@ -335,9 +374,12 @@ def _conflict(repo_id: str) -> Conflict:
 
 def _status(error: BaseException | None) -> int | None:
     """The HTTP status that an error is about, if it is about one."""
-    while error is not None and not isinstance(error, HfHubHTTPError):
+    while error is not None:
+        status = getattr(getattr(error, 'response', None), 'status_code', None)
+        if status is not None:
+            return int(status)
         error = error.__cause__
-    return None if error is None or error.response is None else error.response.status_code
+    return None
 
 
 def _passes(error: BaseException) -> bool:
@@ -347,5 +389,4 @@ def _passes(error: BaseException) -> bool:
         return status in _BUSY
     if isinstance(error, OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
         return False
-    broken = isinstance(error, json.JSONDecodeError)  # an answer that broke off
-    return broken or (not isinstance(error, ValueError) and getattr(error, 'errno', None) not in _LOCAL)
+    return isinstance(error, CLIENT_ERRORS) and getattr(error, 'errno', None) not in _LOCAL

@@ -197,7 +197,7 @@ def _check(value: Any, schema: Any, place: str) -> None:
     kind: type = schema if isinstance(schema, type) else type(schema)
     kinds: Any = (int, float) if kind is float else kind
     if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
-        raise ReparamError(f'{place}: expected {kind.__name__}, got {value!r}')
+        raise ReparamError(f'{place}: expected {kind.__name__}, got {value!r:.200}')
     # json has whole numbers of any size
     if kind is float and isinstance(value, int) and abs(value) > sys.float_info.max:
         raise ReparamError(f'{place}: expected a float, got a whole number beyond the largest one')

@@ -104,7 +104,7 @@ def folder_name(model_name: str, tag: str, fused: bool) -> str:
 def train_time_path(folder: str | Path) -> Path:
     """Return the folder of the train-time form of a pair, given that of either form."""
     folder = Path(folder).absolute()
-    return folder.with_name(folder.name.removesuffix(FUSED_SUFFIX))
+    return folder.with_name(folder.name.removesuffix(FUSED_SUFFIX) or folder.name)
 
 
 def fused_path(folder: Path) -> Path:
@@ -333,7 +333,7 @@ def copy_checkpoints(folders: Sequence[str | Path], zoo: str | Path) -> list[Pat
 
 
 def stage(source: Path, place: Path, facts: Mapping[str, Any]) -> Path:
-    """Describe a checkpoint with more facts in a folder of its own: weights as a link, card rendered anew.
+    """Describe a checkpoint with more facts in a folder of its own: weights as a hard link, card rendered anew.
 
     Args:
         source: Checkpoint folder, with facts.
@@ -465,8 +465,9 @@ class _Copy:
         try:
             if not link:
                 raise OSError
-            (folder / WEIGHTS_NAME).symlink_to(self.source / WEIGHTS_NAME)
-        except OSError:  # or Windows, where links ask for a privilege
+            # a save never writes into a file that is there, so a hard link keeps what it holds now
+            os.link(self.source / WEIGHTS_NAME, folder / WEIGHTS_NAME)
+        except OSError:  # on another disk, too
             shutil.copyfile(self.source / WEIGHTS_NAME, folder / WEIGHTS_NAME)
         if self.facts is not None and {'license', 'base_model'} & self.facts.keys():
             config = read_config(folder)
@@ -617,7 +618,6 @@ def write_all(drafts: Sequence[Draft | _Copy], complete: Callable[[Sequence[str]
         finally:
             for draft in drafts:
                 shutil.rmtree(_partial(draft.target), ignore_errors=True)
-                _bring_back(draft.target)
 
 
 def _bring_back(target: Path) -> None:
@@ -634,11 +634,19 @@ def _remove_leftovers(target: Path) -> None:
 
 
 def _swap_in(targets: Sequence[Path]) -> None:
-    """Rename finished folders to their names; what they replace is set aside first, and then removed."""
-    for target in targets:
-        if target.exists():
-            target.rename(_previous(target))
-        _partial(target).rename(target)
+    """Rename finished folders to their names; what they replace is set aside first, and removed in the end."""
+    try:
+        for target in targets:
+            if target.exists():
+                target.rename(_previous(target))
+        for target in targets:
+            _partial(target).rename(target)
+    except BaseException:
+        for target in targets:
+            if target.exists() and not _partial(target).exists():
+                shutil.rmtree(target)
+            _bring_back(target)
+        raise
     _flush(targets[0].parent)
     for target in targets:
         shutil.rmtree(_previous(target), ignore_errors=True)

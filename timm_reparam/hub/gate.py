@@ -43,9 +43,11 @@ from .untrusted import check_folder
 __all__ = [
     'CHECK_NAME',
     'VerifyReport',
+    'check_agreement',
     'check_card',
     'check_self_check',
     'front_matter',
+    'one_at_a_time',
     'self_check',
     'verify_checkpoint',
     'verify_pair',
@@ -57,7 +59,7 @@ _TOLERANCE: dict[str, Any] = dict(rtol=1e-3, atol=1e-4)
 # Models are run one at a time: verifying a fusion switches settings of the whole process.
 one_at_a_time = threading.RLock()
 # Facts that each form states for itself, and those of each form that both may state.
-_OF_ONE_FORM = ('form', 'name', 'repo', 'sibling', 'metrics', 'profile', 'fusion', 'logit_difference')
+_NOT_SHARED = ('form', 'name', 'repo', 'sibling', 'metrics', 'profile', 'fusion', 'logit_difference')
 # Entries of a card's front matter that state facts.
 _FACTS = ('base_model', 'base_model_relation', 'license', 'license_name', 'license_link', 'datasets', 'model-index')
 _LONGEST_FRONT_MATTER = 2**16
@@ -105,9 +107,10 @@ class VerifyReport:
         """Note whether a check went well, and go on."""
         try:
             yield
-        except ReparamError as error:
+        except Exception as error:  # files from elsewhere may hold anything
             self.checks[name] = False
-            self.problems.append(one_line(error))
+            kind = '' if isinstance(error, ReparamError) else f'{name}: cannot be read: {type(error).__name__}: '
+            self.problems.append(f'{kind}{one_line(error)[:2000]}')
         else:
             self.checks[name] = True
 
@@ -121,7 +124,7 @@ def verify_pair(
     folder: str | Path,
     fused_folder: str | Path | None = None,
 ) -> VerifyReport:
-    """Verify that two folders are the two forms of one model, and say nothing else, cheapest first.
+    """Verify that two folders are the two forms of one model and state nothing else; cheap checks first.
 
     Of each form: its configuration against the header of its weights (names, shapes, number of classes, cost of running
     it), before anything is built; and what the front matter of its card states against its other files. Of the pair:
@@ -147,7 +150,7 @@ def verify_pair(
     if report.problems:
         return report
     with report.check(f'{folders[0].name}: configurations'):
-        check_same_use(*folders)
+        check_agreement(*folders)
     hashes = [sha256_of(one / WEIGHTS_NAME) for one in folders]
     for one, sha256 in zip(folders, hashes):
         with report.check(f'{one.name}: card'):
@@ -170,7 +173,7 @@ def verify_pair(
         num_layers = len(report.fusion.layers)
         for one in folders:
             stated = ((read_facts(one) or {}).get('fusion') or {}).get('num_layers')
-            if stated not in (None, num_layers):
+            if stated not in (None, 0, num_layers):  # 0: by an older version, not layer by layer
                 raise ReparamError(
                     f'{one.name}/{FACTS_NAME}: fusion.num_layers: expected {num_layers}, got {stated}; save it again'
                 )
@@ -271,7 +274,7 @@ def front_matter(card: str, place: str) -> dict[str, Any]:
     return entries
 
 
-def check_same_use(folder: Path, fused: Path) -> None:
+def check_agreement(folder: Path, fused: Path) -> None:
     """Check that two forms say the same of a model, in their configurations and in their facts.
 
     Args:
@@ -291,7 +294,7 @@ def check_same_use(folder: Path, fused: Path) -> None:
 
     def compare(place: str, expected: Any, found: Any) -> None:
         if expected != found:
-            differences.append(f'{place}: expected {expected!r}, got {found!r}')
+            differences.append(f'{place}: expected {expected!r:.200}, got {found!r:.200}')
 
     def compare_entries(place: str, left_out: Collection[str], expected: Any, found: Any) -> None:
         for key in sorted((expected.keys() | found.keys()) - set(left_out)):
@@ -318,7 +321,8 @@ def check_same_use(folder: Path, fused: Path) -> None:
             compare(f'{one.name}/{CONFIG_NAME}: pretrained_cfg.license', stated_license(known), license)
     if all(facts):
         place = f'{fused.name}/{FACTS_NAME}: '
-        compare_entries(place, _OF_ONE_FORM, *facts)
+        for key in sorted((facts[0].keys() & facts[1].keys()) - set(_NOT_SHARED)):
+            compare(f'{place}{key}', facts[0][key], facts[1][key])
         for key, form in itertools.product(('metrics', 'profile'), FORMS):
             stated = [(known.get(key) or {}).get(form) for known in facts]
             if None not in stated:
@@ -368,7 +372,7 @@ def check_self_check(model: nn.Module, content: bytes) -> None:
     lacking = sorted({'input', 'output', 'features', 'pre_logits'} - tensors.keys())
     size = tuple(timm.data.resolve_data_config(model=model)['input_size'])
     image = tensors.get('input')
-    if lacking or image is None or tuple(image.shape[1:]) != size or len(image) > 64:
+    if lacking or image is None or tuple(image.shape[1:]) != size or not 1 <= len(image) <= 4:
         raise ReparamError(f'{CHECK_NAME}: expected an input of {size} with its outputs; missing: {lacking}; {remedy}')
     dtype = next(model.parameters()).dtype
     for name, found in _outputs(model, image.to(dtype)).items():

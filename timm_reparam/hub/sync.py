@@ -18,8 +18,18 @@ from torch import nn
 
 from ..convert import VARIANTS
 from ..errors import ReparamError
-from .client import CLIENT_ERRORS, Conflict, HubClient, RepoState, check_repo_id, one_line
-from .facts import CONFIG_NAME, FACTS_NAME, FILES, WEIGHTS_NAME, missing_license, read_config, read_facts
+from .client import Conflict, HubClient, RepoState, check_repo_id, one_line
+from .facts import (
+    CARD_NAME,
+    CONFIG_NAME,
+    FACTS_NAME,
+    FILES,
+    WEIGHTS_NAME,
+    is_published_id,
+    missing_license,
+    read_config,
+    read_facts,
+)
 from .folder import FUSED_SUFFIX, copy_checkpoints, fused_path, load_checked, save_pair, stage, train_time_path
 from .gate import CHECK_NAME, VerifyReport, one_at_a_time, self_check, verify_pair
 
@@ -27,7 +37,7 @@ __all__ = ['RepoResult', 'SyncReport', 'publish', 'pull', 'sync', 'verify']
 
 _TAG = 'timm-reparam'
 _PICKLES = ('.bin', '.pt', '.pth', '.tar', '.ckpt', '.pkl', '.pickle')
-_LARGEST_TEXT = 16 * 2**20
+_MOST_BYTES = {**dict.fromkeys((CARD_NAME, CONFIG_NAME, FACTS_NAME), 2**24), CHECK_NAME: 2**28}
 
 
 class Refused(ReparamError):
@@ -44,7 +54,7 @@ class RepoResult:
     Attributes:
         repo_id: The repo.
         status: 'sent' (or fetched), 'planned' (it would be sent), 'skipped' (it is equal already), 'refused' (the pair
-            is not fit), 'conflict' (somebody else changed the repo meanwhile) or 'failed'.
+            is not fit, or cannot be fetched), 'conflict' (somebody else changed the repo meanwhile) or 'failed'.
         why: Why, in one line.
         commit: Id of the commit that is there now, if known.
         pull_request: Address of the pull request, if the commit is proposed as one.
@@ -230,9 +240,14 @@ def sync(
     client, report = HubClient(token=token, endpoint=endpoint), SyncReport()
 
     def sync_one(folder: Path) -> list[RepoResult]:
-        pair = _Pair(client, folder, namespace)
         if _is_stock(folder):
-            return [RepoResult(pair.results[0].repo_id, 'skipped', 'a stock model, no pair')]
+            return [RepoResult(f'{namespace}/{folder.name}', 'skipped', 'a stock model, no pair')]
+        try:
+            pair = _Pair(client, folder, namespace)
+        except ReparamError as error:
+            return [
+                RepoResult(f'{namespace}/{one.name}', 'refused', str(error)) for one in (folder, fused_path(folder))
+            ]
         try:
             pair.publish(license, private, dry_run, revision=revision)
         except Exception:  # one bad model does not stop the rest; its results say what was wrong
@@ -282,7 +297,7 @@ def pull(
     """
     client, zoo = HubClient(token=token, endpoint=endpoint), Path(zoo).absolute()
     if '/' in source:
-        return SyncReport(_pull_pair(client, check_repo_id(source), zoo, revision))
+        return SyncReport(_pull_pair(client, source, zoo, revision))
     check_repo_id(f'{source}/model')
     report = SyncReport()
     for repo_id in _published(client, source):
@@ -309,7 +324,7 @@ def verify(
     models make of their image.
 
     Args:
-        repo_or_folder: Repo of either form, ``NAMESPACE/NAME``, or a folder on disk, which goes first.
+        repo_or_folder: Repo of either form, ``NAMESPACE/NAME``, or a folder on disk, which takes precedence.
         revision: Branch, tag or commit of a repo; main by default.
         token: Access token; the stored one or HF_TOKEN by default.
         endpoint: Address of the Hub.
@@ -324,7 +339,7 @@ def verify(
         raise ReparamError("verify: expected a repo, NAMESPACE/NAME, or a folder, got ''")
     if Path(repo_or_folder).is_dir():
         return replace(verify_pair(repo_or_folder), target=str(repo_or_folder))
-    client, repo_ids = HubClient(token=token, endpoint=endpoint), _both(check_repo_id(str(repo_or_folder)))
+    client, repo_ids = HubClient(token=token, endpoint=endpoint), _both(str(repo_or_folder))
     with tempfile.TemporaryDirectory(prefix='verify-') as scratch:
         states = [client.read(repo_id, revision) for repo_id in repo_ids]
         folders = _fetch(client, repo_ids, states, Path(scratch))
@@ -348,7 +363,7 @@ class _Pair:
         self.results = [RepoResult(check_repo_id(f'{namespace}/{one.name}')) for one in self.folders]
 
     def publish(self, license: str | None, private: bool, dry_run: bool, **options: Any) -> None:
-        """Bring both repos up to date; see :func:`publish`. After an error, too, the results say what is there."""
+        """Bring both repos up to date; see :func:`publish`. The results say what is there, also after an error."""
         try:
             with tempfile.TemporaryDirectory(prefix='to-publish-') as scratch:
                 with self._refusing():
@@ -380,7 +395,7 @@ class _Pair:
         try:
             yield
         except ReparamError as error:
-            raise Refused(f'{self.folders[0].name}: not published: {error}') from error
+            raise Refused(f'{self.folders[0].name}: not published: {error}') from error.__cause__
 
     def _stage(self, place: Path, license: str | None) -> list['_Form']:
         """Describe both forms as they will be published: with the licence, and with the repo they go to."""
@@ -433,9 +448,9 @@ class _Pair:
                 report = verify_pair(*_fetch(self.client, repo_ids, states, Path(scratch)))
             if not report.passed:
                 raise ReparamError(f'{repo_ids[0]}: what was fetched back is not verified: {report.problems[0]}')
-        except ReparamError as error:
+        except Exception as error:  # what is not known to be right is reported as failed
             for result in self._of('sent'):
-                result.status, result.why = 'failed', one_line(error)
+                result.status, result.why = 'failed', one_line(error) or type(error).__name__
             raise
 
 
@@ -472,7 +487,7 @@ class _Form:
 
 def _facts_to_publish(folder: Path) -> dict[str, Any]:
     """The facts of a folder that is complete and has the name that they state."""
-    lacking = [name for name in FILES if not (folder / name).is_file()]
+    lacking = [name for name in (FACTS_NAME, *FILES) if not (folder / name).is_file()]
     if lacking:
         raise ReparamError(f'{folder / lacking[0]}: not found; expected a pair of folders as save_pair writes them')
     facts = read_facts(folder) or {}
@@ -509,20 +524,16 @@ def _is_stock(folder: Path) -> bool:
 
 def _both(repo_id: str) -> list[str]:
     """The repos of both forms, given one of them."""
-    repo_id = repo_id.removesuffix(FUSED_SUFFIX)
+    repo_id = check_repo_id(check_repo_id(repo_id).removesuffix(FUSED_SUFFIX))
     return [repo_id, repo_id + FUSED_SUFFIX]
 
 
 def _published(client: HubClient, namespace: str) -> list[str]:
     """The train-time repos of a namespace, also where only the fused one is there."""
-    try:
-        models = [
-            model for model in client.api.list_models(author=namespace, filter=_TAG) if _TAG in (model.tags or ())
-        ]
-    except CLIENT_ERRORS as error:
-        raise client.failure(f'{namespace}: its models', error) from None
-    ids = {_both(check_repo_id(model.id))[0] for model in models if _TAG in (model.tags or ())}
-    return sorted(repo_id for repo_id in ids if repo_id.partition('/')[0] == namespace)
+    wanted = f'{namespace}: its models'
+    models = client.repeat(wanted, lambda: list(client.api.list_models(author=namespace, filter=_TAG)))
+    ids = {model.id.removesuffix(FUSED_SUFFIX) for model in models if _TAG in (model.tags or ())}
+    return sorted(repo_id for repo_id in ids if is_published_id(repo_id) and repo_id.partition('/')[0] == namespace)
 
 
 def _fetch(client: HubClient, repo_ids: Sequence[str], states: Sequence[RepoState], place: Path) -> list[Path]:
@@ -537,10 +548,10 @@ def _fetch(client: HubClient, repo_ids: Sequence[str], states: Sequence[RepoStat
         for name in (WEIGHTS_NAME, CONFIG_NAME, CHECK_NAME):
             if name not in state.files:
                 raise ReparamError(f'{repo_id}: has no {name}; expected a checkpoint, as publish sends it')
-        for name in FILES:
+        for name, most in _MOST_BYTES.items():
             size = state.files[name].size if name in state.files else 0
-            if name != WEIGHTS_NAME and (size is None or size > _LARGEST_TEXT):
-                raise ReparamError(f'{repo_id}: {name}: expected {_LARGEST_TEXT} bytes at most, got {size}')
+            if not isinstance(size, int) or size > most:
+                raise ReparamError(f'{repo_id}: {name}: expected {most} bytes at most, got {size!r:.80}')
     folders = [place / repo_id.partition('/')[2] for repo_id in repo_ids]
     for repo_id, state, folder in zip(repo_ids, states, folders):
         client.download(repo_id, [name for name in (*FILES, CHECK_NAME) if name in state.files], state, folder)
@@ -572,8 +583,8 @@ def _pull_pair(client: HubClient, repo_id: str, zoo: Path, revision: str | None)
 def _is_equal(folder: Path, state: RepoState) -> bool:
     here = [name for name in FILES if (folder / name).is_file()]
     there = [name for name in FILES if name in state.files]
-    return (
-        WEIGHTS_NAME in here
-        and here == there
-        and all(state.has(CommitOperationAdd(name, folder / name)) for name in here)
-    )
+    try:
+        equal = all(state.has(CommitOperationAdd(name, folder / name)) for name in here)
+    except OSError as error:
+        raise ReparamError(f'{folder}: cannot be read ({error.strerror})') from error
+    return WEIGHTS_NAME in here and here == there and equal
