@@ -274,13 +274,16 @@ def test_explicit_token(hub: HubServer, owner: str, pair: tuple[Path, Path], mon
 
 
 @pytest.mark.filterwarnings('ignore:.*without pretrained weights')  # a RefConv from random weights
-@pytest.mark.parametrize('variant', ['acconv', 'dyconv', 'refconv'])
+@pytest.mark.parametrize(
+    'variant', ['dyconv', *(pytest.param(variant, marks=pytest.mark.slow) for variant in ('acconv', 'refconv'))]
+)
 def test_every_method(hub: HubServer, owner: str, variant: str):
     model = randomise(timm.create_model(f'resnet10t_{variant}', **TINY), seed=3).eval()
     assert len(publish(model, owner, tag='t', facts=FACTS, data_config=DATA_CONFIG).sent) == 2
     assert timm_reparam.hub.verify(f'{owner}/resnet10t_{variant}.t').passed
 
 
+@pytest.mark.slow
 def test_long_schedule(hub: HubServer, owner: str, tmp_path: Path):
     """As long as a training on ImageNet: longer than any tensor is large."""
     model = timm.create_model('resnet10t_dyconv', conv_options={'temperature_steps': 450_000}, **TINY)
@@ -401,12 +404,19 @@ def test_illegal_namespaces(hub: HubServer, pair: tuple[Path, Path], namespace: 
 @pytest.mark.parametrize(
     'status, path',
     [
-        *(
-            ('429', path)
-            for path in ('repos/create', '/api/models/', '/preupload/', '/commit/', 'lfs/objects', 'resolve')
-        ),
+        ('429', 'repos/create'),
+        ('429', '/commit/'),
+        ('429', 'resolve'),
         ('503', '/api/models/'),
-        ('500', '/commit/'),
+        *(
+            pytest.param(status, path, marks=pytest.mark.slow)
+            for status, path in (
+                ('429', '/api/models/'),
+                ('429', '/preupload/'),
+                ('429', 'lfs/objects'),
+                ('500', '/commit/'),
+            )
+        ),
     ],
 )
 def test_what_passes_is_waited_out(hub: HubServer, owner: str, pair: tuple[Path, Path], status: str, path: str):
@@ -416,7 +426,9 @@ def test_what_passes_is_waited_out(hub: HubServer, owner: str, pair: tuple[Path,
     assert [len(history(hub, f'{owner}/{name}')) for name in NAMES] == [2, 2]
 
 
-@pytest.mark.parametrize('kind', ['drop_before', 'drop_after', 'truncate', '503'])
+@pytest.mark.parametrize(
+    'kind', ['drop_before', 'drop_after', *(pytest.param(kind, marks=pytest.mark.slow) for kind in ('truncate', '503'))]
+)
 def test_commit_without_an_answer_lands_once(hub: HubServer, owner: str, pair: tuple[Path, Path], kind: str):
     options = {'landed': True} if kind == '503' else {}
     fault = hub.faults.add(kind, method='POST', path='/commit/', **options)
@@ -443,6 +455,7 @@ def test_stalled_server(hub: HubServer, owner: str, pair: tuple[Path, Path], tmp
     assert 'no answer from' in errors.splitlines()[-1] and 'Traceback' not in errors
 
 
+@pytest.mark.slow  # as of a pull
 def test_no_network(pair: tuple[Path, Path], owner: str):
     with pytest.raises(ReparamError, match='no answer from http://127.0.0.1:9 .*local folder'):
         publish(pair[0], owner, endpoint='http://127.0.0.1:9')
