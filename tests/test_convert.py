@@ -379,9 +379,7 @@ def test_a_weight_that_a_hook_computes_is_refused(variant: str) -> None:
 def test_state_dicts_of_a_layer_with_two_names(variant: str) -> None:
     stock = Net()
     model = convert_model(Net(), variant, **(dict(skip='up') if variant == 'acconv' else {}))
-    lifted = lift_state_dict(stock.state_dict(), model)
-    assert lifted.keys() == model.state_dict().keys()
-    model.load_state_dict(lifted)
+    model.load_state_dict(lift_state_dict(stock.state_dict(), model))
     if variant == 'dyconv':
         model.load_state_dict(timm_reparam.import_state_dict(timm_reparam.export_state_dict(model), model))
 
@@ -577,4 +575,5 @@ def test_lift_state_dict_keeps_the_given_one() -> None:
     stock = random_model('resnet10t', seed=9, **RESNET_NARROW).state_dict()
     keys = list(stock)
     lifted = lift_state_dict(stock, model)
-    assert list(stock) == keys and lifted.keys() == model.state_dict().keys()
+    assert list(stock) == keys and lifted is not stock
+    model.load_state_dict(lifted)

@@ -310,11 +310,11 @@ def _fold_norms(model: nn.Module) -> nn.Module:
 def lift_state_dict(
     state_dict: dict[str, torch.Tensor], model: nn.Module, not_lifted: ReparamError | None = None
 ) -> dict[str, torch.Tensor]:
-    """Make a checkpoint loadable by a converted model.
+    """Check that a checkpoint is one of a converted model, or of its stock architecture.
 
-    A stock checkpoint lacks only what the method adds, which is taken from the model; a train-time checkpoint is
-    complete. If its stem has another number of input channels it is folded to the stock kernel, which the caller (timm)
-    adapts, and lifted again.
+    The layers take stock entries as a lift while they load; here the keys are compared, because timm drops strictness
+    where the classes differ. If the stem of a train-time checkpoint has another number of input channels it is folded to
+    the stock kernel, which the caller (timm) adapts, and which lifts again.
 
     Args:
         state_dict: A stock or a train-time checkpoint.
@@ -322,7 +322,7 @@ def lift_state_dict(
         not_lifted: Why the model could not be converted with init='lift', if so; raised if a lift is needed.
 
     Returns:
-        A new state dict with the keys of the model, in which what the method adds are the model's own tensors.
+        A new state dict for the model, in which a layer has all of its entries or those of a plain convolution.
 
     Raises:
         ReparamError: keys are missing or unexpected, or shapes differ, the classifier's and the stem's aside.
@@ -343,14 +343,14 @@ def lift_state_dict(
             lifted = {key for key in added if key.startswith(f'{name}.')}
     if lifted and not_lifted is not None:
         raise not_lifted
-    state_dict.update((key, own[key].detach()) for key in lifted)
+    state_dict = {key: value for key, value in state_dict.items() if key not in lifted}
 
     classifiers = tuple(f'{name}.' for name in _names_of(model, 'classifier'))
     free = {key for key in own.keys() | state_dict.keys() if key.startswith(classifiers)} if classifiers else set()
     # absent from checkpoints older than PyTorch 0.4.1, and filled in by BatchNorm itself
     counters = {key for key in own if key.endswith('num_batches_tracked')}
     problems = {
-        'missing': sorted(own.keys() - state_dict.keys() - free - counters),
+        'missing': sorted(own.keys() - state_dict.keys() - lifted - free - counters),
         'unexpected': sorted(state_dict.keys() - own.keys() - free),
         'of another shape': sorted(
             f'{key} (expected {tuple(own[key].shape)}, got {tuple(value.shape)})'
