@@ -176,3 +176,35 @@ def test_where_completeness_is_promised_stock_files_are_refused(tmp_path: Path, 
     save_file(stock().state_dict(), folder / 'model.safetensors', metadata={'format': 'pt'})
     with pytest.raises(ReparamError, match='folder'):
         timm_reparam.hub.load_checkpoint(folder)
+
+
+@pytest.mark.parametrize('prefix', ['model.', 'backbone.encoder.'])
+def test_a_prefix_that_no_key_of_the_model_has_is_named(tmp_path: Path, prefix: str) -> None:
+    path = tmp_path / 'lightning.pth'
+    torch.save({f'{prefix}{name}': value for name, value in stock().state_dict().items()}, path)
+    overlay = dict(file=str(path))
+    with pytest.raises(ReparamError, match=f"all of them start with '{prefix}': take that off") as raised:
+        timm.create_model('resnet10t_doconv', pretrained=True, pretrained_cfg_overlay=overlay, **TINY)
+    assert len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.'])
+def test_official_layouts_under_wrappers(prefix: str) -> None:
+    model = trained('dyconv')
+    official = timm_reparam.export_state_dict(model)
+    wrapped = {f'{prefix}{name}': value for name, value in official.items()}
+    assert list(timm_reparam.import_state_dict(wrapped, model)) == list(timm_reparam.import_state_dict(official, model))
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    state = averaged.state_dict()
+    assert timm_reparam.import_state_dict(state, averaged).keys() == state.keys()
+
+
+def test_what_is_not_recognised_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = trained('dyconv')
+    state = {f'net.{name}': value for name, value in model.state_dict().items()}
+    with caplog.at_level('WARNING'):
+        assert timm_reparam.import_state_dict(state, model) == state
+    assert "all of them start with 'net.'" in caplog.text
+    caplog.clear()
+    timm_reparam.import_state_dict(model.state_dict(), model)
+    assert not caplog.text

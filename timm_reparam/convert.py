@@ -5,8 +5,9 @@ Works on any ``nn.Module``; a timm model also has the names it is saved under ke
 
 import copy
 import logging
+import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, TypeGuard
 
@@ -313,8 +314,8 @@ def lift_state_dict(
     """Check that a checkpoint is one of a converted model, or of its stock architecture.
 
     The layers take stock entries as a lift while they load; here the keys are compared, because timm drops strictness
-    where the classes differ. If the stem of a train-time checkpoint has another number of input channels it is folded to
-    the stock kernel, which the caller (timm) adapts, and which lifts again.
+    where the classes differ. If the stem of a train-time checkpoint has another number of input channels it is folded
+    to the stock kernel, which the caller (timm) adapts, and which lifts again.
 
     Args:
         state_dict: A stock or a train-time checkpoint.
@@ -363,6 +364,8 @@ def lift_state_dict(
     }
     if any(problems.values()):
         architecture = architecture_of(model) or type(model).__name__
+        if not own.keys() & state_dict.keys():
+            raise ReparamError(f'the checkpoint is not one of {architecture}: it has {listed_keys(state_dict, own)}')
         raise ReparamError(
             f'the checkpoint is not one of {architecture}, nor of the stock architecture:\n'
             f'{listed_problems(problems)}\n'
@@ -381,6 +384,21 @@ def entries_by_module(state_dict: dict[str, torch.Tensor], names: Iterable[str])
             if name in entries:
                 entries[name]['.'.join(parts[length:])] = value
     return entries
+
+
+def listed_keys(state_dict: Collection[str], expected: Collection[str]) -> str:
+    """The keys of a checkpoint that shares none with a model, for a message: their number, the first ones, the remedy.
+
+    Args:
+        state_dict: Keys of the checkpoint.
+        expected: Keys of the model.
+    """
+    names = sorted(state_dict)
+    text = f'{len(names)} keys, {names[:3]}, where {sorted(expected)[:3]} are expected'
+    prefix = os.path.commonprefix(names).rpartition('.')[0]
+    if prefix and {name.removeprefix(f'{prefix}.') for name in names} & set(expected):
+        text += f'; all of them start with {prefix + "."!r}: take that off, key.removeprefix({prefix + "."!r})'
+    return text
 
 
 def listed_problems(problems: dict[str, list[str]]) -> str:

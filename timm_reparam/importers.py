@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn as nn
+from timm.models import clean_state_dict
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from .convert import VARIANTS, entries_by_module, fresh_layer, is_variant, listed_problems
+from .convert import VARIANTS, entries_by_module, fresh_layer, is_variant, listed_keys, listed_problems
 from .errors import ReparamError
 from .layers import ReparamLayer
 from .layers.base import Imported, conv_arguments
@@ -36,7 +37,8 @@ def import_state_dict(state_dict: dict[str, torch.Tensor], model: nn.Module) -> 
     them, the block's constant, which that norm removes, is taken from its mean.
 
     Args:
-        state_dict: Any checkpoint with timm's names around the convolutions. Left as it was.
+        state_dict: Any checkpoint with timm's names around the convolutions, those of a wrapper (``module.`` and
+            ``_orig_mod.``) before them or not. Left as it was.
         model: The model it is for: a variant, a stock model or one with ACBlock2d.
 
     Returns:
@@ -45,11 +47,13 @@ def import_state_dict(state_dict: dict[str, torch.Tensor], model: nn.Module) -> 
     Raises:
         ReparamError: entries of a foreign convolution are missing, or the model cannot hold what it computes.
     """
-    translated = dict(state_dict)
+    own = model.state_dict().keys()
+    wrapped = any(key.startswith(('module.', '_orig_mod.')) for key in own)  # the model itself is
+    translated = dict(state_dict) if wrapped else clean_state_dict(state_dict)
     imported: dict[str, Imported] = {}
     missing = []
     convolutions = dict(_convolutions(model))
-    for name, given in entries_by_module(state_dict, convolutions).items():
+    for name, given in entries_by_module(translated, convolutions).items():
         conv, entries = convolutions[name], dict(given)
         method = _method_of(conv, entries)
         if method is None:
@@ -69,6 +73,8 @@ def import_state_dict(state_dict: dict[str, torch.Tensor], model: nn.Module) -> 
             f'the checkpoint lacks entries of the official layers:\n{listed_problems(dict(missing=sorted(missing)))}'
         )
     if not imported:
+        if not own & translated.keys():
+            _logger.warning('nothing is read: the checkpoint has %s', listed_keys(translated, own))
         return translated
     _place_constants(translated, imported, model)
     # What the checkpoint has plain, or as a kernel only, starts as in a lift.

@@ -15,7 +15,7 @@ from torch import nn
 
 from timm_reparam import ReparamError, is_variant
 from timm_reparam.cli import main
-from timm_reparam.hub import fuse_checkpoint, load_checkpoint, verify_checkpoint
+from timm_reparam.hub import convert_checkpoint, fuse_checkpoint, load_checkpoint, verify_checkpoint
 
 TINY = dict(channels=(8, 8, 8, 8), stem_width=4)
 NAME = 'resnet10t_doconv'
@@ -187,3 +187,20 @@ def test_from_the_command_line_to_the_hub(tmp_path: Path, hub: HubServer, owner:
     fused = timm.create_model(f'hf-hub:{owner}/{FUSED}', pretrained=True, cache_dir=tmp_path / 'cache').eval()
     assert not any(map(is_variant, fused.modules()))
     torch.testing.assert_close(fused(images()), built(args)(images()), rtol=1e-4, atol=1e-4)
+
+
+def test_a_pickled_model_and_weights_alone_name_what_to_do(tmp_path: Path) -> None:
+    model = timm.create_model('resnet10t', num_classes=2)
+    torch.save({'state_dict': model.state_dict(), 'model': model}, tmp_path / 'model.pth')
+    torch.save(model.state_dict(), tmp_path / 'weights.pth')
+    torch.save({'state_dict': model.state_dict(), 'epoch': 1}, tmp_path / 'no_args.pth')
+    for name, words in (
+        ('model.pth', 'reading those may run any code; save model.state_dict.. instead'),
+        ('weights.pth', 'weights alone are for timm-reparam convert'),
+        ('no_args.pth', 'timm-reparam convert takes weights of a model that you name'),
+    ):
+        with pytest.raises(ReparamError, match=words) as raised:
+            fuse_checkpoint(tmp_path / name, tmp_path / 'out_fused')
+        assert '\x1b' not in str(raised.value) and '\n' not in str(raised.value) and len(str(raised.value)) < 500
+    with pytest.raises(ReparamError, match='may run any code'):
+        convert_checkpoint(tmp_path / 'model.pth', tmp_path / 'out', 'resnet10t_doconv')

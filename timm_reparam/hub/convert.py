@@ -26,7 +26,7 @@ from .folder import (
     save_pair,
     write_all,
 )
-from .training import load_training
+from .training import load_training, why_unreadable
 from .untrusted import build_on_meta, check_folder
 
 __all__ = ['convert_checkpoint', 'fuse_checkpoint']
@@ -168,7 +168,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
         state = load_state_dict(str(path), weights_only=True)
     except Exception as error:  # whatever a damaged or an unsafe file makes of it
-        raise ReparamError(f'{path}: cannot be read ({error})') from error
+        raise ReparamError(f'{path}: cannot be read ({why_unreadable(error)})') from error
     strays = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if strays or not state:
         raise ReparamError(f'{path}: expected a state dict of tensors, got other values under {strays[:5]}')

@@ -21,7 +21,7 @@ from .client import one_line
 from .facts import WEIGHTS_NAME
 from .untrusted import build_for_shapes, check_arguments, check_cost, check_size
 
-__all__ = ['base_model_facts', 'load_training', 'read_training', 'told_settings']
+__all__ = ['base_model_facts', 'load_training', 'read_training', 'told_settings', 'why_unreadable']
 
 # The settings of timm's train script, and of train.py, that a recipe tells: how the model was made, how it was trained
 # and how its images were made. Others tell of a machine, its folders or an account.
@@ -111,10 +111,12 @@ def read_training(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ReparamError(f'{path}: no such file') from error
     except Exception as error:  # whatever a damaged pickle makes of it
-        text = f'{type(error).__name__}: {one_line(error)[:200]}'
-        raise ReparamError(f'{path}: not a readable checkpoint ({text})') from error
+        raise ReparamError(f'{path}: not a readable checkpoint ({why_unreadable(error)})') from error
     if not isinstance(checkpoint, dict) or 'state_dict' not in checkpoint:
-        raise ReparamError(f'{path}: not a training checkpoint; weights alone are for --initial-checkpoint of train.py')
+        raise ReparamError(
+            f'{path}: not a training checkpoint; weights alone are for timm-reparam convert, and for '
+            '--initial-checkpoint of train.py'
+        )
     for key, kinds in _ENTRIES.items():
         value = checkpoint.get(key)
         if not (value is None and key != 'state_dict') and (not isinstance(value, kinds) or isinstance(value, bool)):
@@ -133,6 +135,16 @@ def read_training(path: str | Path, mmap: bool = False) -> dict[str, Any]:
                 f'{path}: {key}: expected tensors of at most {largest} bytes, got {size}: they share their memory'
             )
     return checkpoint
+
+
+def why_unreadable(error: Exception) -> str:
+    """Why torch does not read a file, in plain words."""
+    if 'weights_only' in str(error):  # of torch, or of timm around it
+        return (
+            'it holds other Python objects than tensors, a whole model perhaps, and reading those may run any code; '
+            'save model.state_dict() instead'
+        )
+    return f'{type(error).__name__}: {one_line(error)[:200]}'
 
 
 def _check_archive(path: str | Path) -> None:
@@ -197,7 +209,10 @@ def load_training(path: str | Path) -> tuple[nn.Module, dict[str, Any], dict[str
     # train.py says which model its flags made, and with which arguments; timm says the flags only
     name = checkpoint.get('arch') if checkpoint.get('model_args') is not None else settings.get('model')
     if name is None:
-        raise ReparamError(f"{path}: expected the settings of the run ('args') beside the weights, found none")
+        raise ReparamError(
+            f"{path}: expected the settings of the run ('args') beside the weights, found none; timm-reparam convert "
+            'takes weights of a model that you name'
+        )
     arguments = check_arguments(name, checkpoint.get('model_args') or _model_arguments(settings, path), str(path))
     weights = clean_state_dict(checkpoint.get('state_dict_ema') or checkpoint['state_dict'])
     # norms that --split-bn adds for the augmented images, and that only training uses
