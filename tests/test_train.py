@@ -617,6 +617,27 @@ def test_temperature_is_annealed_in_forward_passes(flags):
     assert layer.temperature_steps == 7
 
 
+def test_accumulation_makes_updates_of_whole_groups(flags, monkeypatch):
+    """Each batch counts by its share of its group, of which the last one may be smaller; each group is one update."""
+    run = prepare(flags('--epochs', '1', '-b', '4', '--grad-accum-steps', '4'))
+    scaled, plain, steps = [], [], []
+    backward, update, step = train.backward, run.losses.update, run.optimizer.step
+
+    def noted(run: train.Run, loss: torch.Tensor, is_last: bool) -> None:
+        scaled.append(loss.item())
+        backward(run, loss, is_last)
+
+    monkeypatch.setattr(train, 'backward', noted)
+    monkeypatch.setattr(run.losses, 'update', lambda value, n: (plain.append(value), update(value, n)))
+    monkeypatch.setattr(run.optimizer, 'step', lambda *args, **kw: (steps.append(len(scaled)), step(*args, **kw)))
+    train.train_epoch(run)
+    batches = len(run.train_loader)
+    last = batches % 4
+    assert batches > 4 and last and steps == [*range(4, batches, 4), batches]
+    groups = [4.0] * (batches - last) + [float(last)] * last
+    assert [value / loss for value, loss in zip(plain, scaled)] == pytest.approx(groups, rel=1e-5)
+
+
 def test_resuming_keeps_the_temperature(flags, tmp_path):
     first = flags('--epochs', '3', '--val-interval', '1', model='resnet18_dyconv')
     run = prepare(first)
