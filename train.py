@@ -1080,15 +1080,15 @@ def passed_on_warnings(args: argparse.Namespace) -> Iterator[None]:
 
 
 def load_initial_checkpoint(model: nn.Module, path: str) -> None:
-    """Load a checkpoint of exactly this architecture."""
+    """Load a checkpoint of exactly this architecture, or of the stock one, which its layers take as a lift."""
     try:
         load_checkpoint(model, path)
     except FileNotFoundError as error:
         raise ReparamError(f'--initial-checkpoint {path}: no such file') from error
     except RuntimeError as error:
         raise ReparamError(
-            f'--initial-checkpoint {path}: not of {architecture_of(model)}; stock weights are lifted by '
-            f'--pretrained-path. {error}'
+            f'--initial-checkpoint {path}: not of {architecture_of(model)}, nor of its stock architecture; weights for '
+            f'another number of classes are for --pretrained-path. {error}'
         ) from error
 
 
@@ -1662,7 +1662,7 @@ def load_whole(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -
     if weights.keys() != expected:
         lacking, strange = sorted(expected - weights.keys()), sorted(weights.keys() - expected)
         raise ReparamError(
-            f'--resume {path}: state_dict: expected the keys of this model, missing: {lacking[:3]}, unexpected: '
+            f'--resume {path}: state_dict: does not fit this model, missing: {lacking[:3]}, unexpected: '
             f'{strange[:3]}; weights alone, stock ones too, are for --initial-checkpoint'
         )
     model.load_state_dict(weights)

@@ -567,9 +567,15 @@ def test_a_stock_model_gives_one_folder_that_refconv_starts_from(flags, tmp_path
     assert torch.equal(run.model.layer1[0].conv1.weight, stock.layer1[0].conv1.weight)
     assert run.model.layer1[0].conv1.map_weight.any()
 
-    # a stock checkpoint that is loaded without lifting
-    message = refusal(flags('--initial-checkpoint', str(tmp_path / 'output/run/last.pth.tar'), experiment='x'), capsys)
-    assert '--initial-checkpoint' in message and '--pretrained-path' in message
+    # a file of the stock model is taken as a lift, too, but not as a run to go on with
+    last = str(tmp_path / 'output/run/last.pth.tar')
+    run = prepare(flags('--initial-checkpoint', last, model='resnet18_doconv', experiment='initial'))
+    assert torch.equal(run.model.layer1[0].conv1.weight, torch.load(last)['state_dict']['layer1.0.conv1.weight'])
+    assert not run.model.layer1[0].conv1.depthwise_weight.any()
+    resumed = torch.load(last, weights_only=True) | {'arch': 'resnet18_doconv'}
+    torch.save(resumed, tmp_path / 'as_variant.pth.tar')
+    message = refusal(flags('--resume', str(tmp_path / 'as_variant.pth.tar'), experiment='x'), capsys)
+    assert 'does not fit this model, missing' in message and '--initial-checkpoint' in message
 
 
 def test_published_weights_are_lifted_and_named_in_the_facts(flags, hub, tmp_path, caplog):
