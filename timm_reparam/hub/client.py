@@ -216,7 +216,7 @@ class HubClient:
                 raise
             except Exception as error:  # an answer may hold anything
                 status = _status(error)
-                if base is not None and options.get('create_pr') and _passes(error):
+                if base is not None and options.get('create_pr') and _passes(error) and status != 429:
                     remedy = 'look at its pull requests, and publish again if it is not there'
                     raise ReparamError(f'{self.failure(f"{repo_id}: commit", error)}; {remedy}') from None
                 if base is not None and (status is None or status >= 500 or status in (*_BUSY, 409, 412)):
