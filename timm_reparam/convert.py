@@ -364,8 +364,8 @@ def lift_state_dict(
     }
     if any(problems.values()):
         architecture = architecture_of(model) or type(model).__name__
-        if not own.keys() & state_dict.keys():
-            raise ReparamError(f'the checkpoint is not one of {architecture}: it has {listed_keys(state_dict, own)}')
+        if not own.keys() & state_dict.keys() and 'take that off' in (text := listed_keys(state_dict, own)):
+            raise ReparamError(f'the checkpoint is not one of {architecture}: it has {text}')
         raise ReparamError(
             f'the checkpoint is not one of {architecture}, nor of the stock architecture:\n'
             f'{listed_problems(problems)}\n'

@@ -445,13 +445,16 @@ def test_pull_request_without_an_answer(hub: HubServer, owner: str, pair: tuple[
     assert len(hub.repos[f'{owner}/{NAMES[0]}'].pulls) == 1
 
 
-def test_stalled_server(hub: HubServer, owner: str, pair: tuple[Path, Path], tmp_path: Path):
-    """A server that says nothing is given up: by the command, where the client would wait for ever."""
-    hub.faults.add('slow', method='POST', path='/commit/', seconds=20, times=None)
+def test_stalled_server(pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A server that says nothing is given up: by the command, where the client would wait without a limit."""
     code = 'import sys; from timm_reparam.cli import main; sys.exit(main(sys.argv[1:]))'
-    process = start(code, 'publish', str(pair[0]), owner, '--timeout', '0.5', home=tmp_path)
-    printed, errors = process.communicate(timeout=100)
-    assert process.returncode == 1 and not printed
+    with HubServer(tokens={'hf_me': 'me'}) as stalled:  # which logs what it was asked long after the test
+        fault = stalled.faults.add('slow', method='POST', path='/commit/', seconds=20, times=None)
+        monkeypatch.setenv('HF_ENDPOINT', stalled.endpoint)
+        monkeypatch.setenv('HF_TOKEN', 'hf_me')
+        process = start(code, 'publish', str(pair[0]), 'me', '--timeout', '0.5', home=tmp_path)
+        printed, errors = process.communicate(timeout=100)
+    assert process.returncode == 1 and not printed and fault.hits == 3
     assert 'no answer from' in errors.splitlines()[-1] and 'Traceback' not in errors
 
 
