@@ -364,8 +364,8 @@ def lift_state_dict(
     }
     if any(problems.values()):
         architecture = architecture_of(model) or type(model).__name__
-        if not own.keys() & state_dict.keys() and 'take that off' in (text := listed_keys(state_dict, own)):
-            raise ReparamError(f'the checkpoint is not one of {architecture}: it has {text}')
+        if remedy := prefix_remedy(state_dict, own):
+            raise ReparamError(f'the checkpoint is not one of {architecture}: of its {len(state_dict)} keys {remedy}')
         raise ReparamError(
             f'the checkpoint is not one of {architecture}, nor of the stock architecture:\n'
             f'{listed_problems(problems)}\n'
@@ -386,19 +386,17 @@ def entries_by_module(state_dict: dict[str, torch.Tensor], names: Iterable[str])
     return entries
 
 
-def listed_keys(state_dict: Collection[str], expected: Collection[str]) -> str:
-    """The keys of a checkpoint that shares none with a model, for a message: their number, the first ones, the remedy.
+def prefix_remedy(keys: Collection[str], expected: Collection[str]) -> str:
+    """What to do about a prefix that keeps every key of a checkpoint from being one of the model; '' if none does.
 
     Args:
-        state_dict: Keys of the checkpoint.
+        keys: Keys of the checkpoint.
         expected: Keys of the model.
     """
-    names = sorted(state_dict)
-    text = f'{len(names)} keys, {names[:3]}, where {sorted(expected)[:3]} are expected'
-    prefix = os.path.commonprefix(names).rpartition('.')[0]
-    if prefix and {name.removeprefix(f'{prefix}.') for name in names} & set(expected):
-        text += f'; all of them start with {prefix + "."!r}: take that off, key.removeprefix({prefix + "."!r})'
-    return text
+    prefix = os.path.commonprefix(list(keys)).rpartition('.')[0] + '.'
+    if set(keys) & set(expected) or not {key.removeprefix(prefix) for key in keys} & set(expected):
+        return ''
+    return f'all of them start with {prefix!r}: take that off, key.removeprefix({prefix!r})'
 
 
 def listed_problems(problems: dict[str, list[str]]) -> str:

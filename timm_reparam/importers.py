@@ -14,7 +14,7 @@ from timm.models import clean_state_dict
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from .convert import VARIANTS, entries_by_module, fresh_layer, is_variant, listed_keys, listed_problems
+from .convert import VARIANTS, entries_by_module, fresh_layer, is_variant, listed_problems, prefix_remedy
 from .errors import ReparamError
 from .layers import ReparamLayer
 from .layers.base import Imported, conv_arguments
@@ -74,7 +74,10 @@ def import_state_dict(state_dict: dict[str, torch.Tensor], model: nn.Module) -> 
         )
     if not imported:
         if not own & translated.keys():
-            _logger.warning('nothing is read: the checkpoint has %s', listed_keys(translated, own))
+            remedy = prefix_remedy(translated, own)
+            _logger.warning(
+                'nothing is read: no key of the checkpoint is one of the model; %s', remedy or 'look at both'
+            )
         return translated
     _place_constants(translated, imported, model)
     # What the checkpoint has plain, or as a kernel only, starts as in a lift.

@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -102,8 +102,8 @@ class RepoState:
     """
 
     head: str
-    files: Mapping[str, RemoteFile] = field(default_factory=dict)
-    private: bool = False
+    files: Mapping[str, RemoteFile]
+    private: bool
 
     def has(self, operation: CommitOperationAdd) -> bool:
         """Whether the repo has a file as an operation would put it there."""

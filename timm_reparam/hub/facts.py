@@ -40,6 +40,7 @@ __all__ = [
     'FORMAT',
     'FORMAT_KEY',
     'FORMS',
+    'OF_ONE_FORM',
     'WEIGHTS_NAME',
     'check_facts',
     'is_published_id',
@@ -65,6 +66,8 @@ FILES = (CARD_NAME, CONFIG_NAME, FACTS_NAME, WEIGHTS_NAME)
 FORMAT_KEY = 'reparam_format'
 FORMAT = 2
 FORMS = ('train_time', 'fused')
+# Facts that the two forms of a pair do not share.
+OF_ONE_FORM = ('form', 'name', 'repo', 'sibling')
 
 # The Hub's licence identifiers (https://huggingface.co/docs/hub/repositories-licenses). One that is missing here does
 # no harm: it is then written as 'other' with its name.

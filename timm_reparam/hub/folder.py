@@ -46,6 +46,7 @@ from .facts import (
     FILES,
     FORMAT,
     FORMAT_KEY,
+    OF_ONE_FORM,
     WEIGHTS_NAME,
     check_facts,
     read_config,
@@ -84,8 +85,6 @@ __all__ = [
 FUSED_SUFFIX = '_fused'
 # Names of devices, which no file on Windows can have, whatever follows behind a dot.
 _RESERVED = re.compile(r'con|prn|aux|nul|(?:com|lpt)[0-9]', re.IGNORECASE)
-# Facts that the two forms of a pair do not share.
-_OF_ONE_FORM = ('form', 'name', 'repo', 'sibling')
 # Parts of a pretrained_cfg that tell of the weights a training started from, not of those it made.
 _STALE_KEYS = ('origin_url', 'paper_ids', 'paper_name', 'description', 'notes')
 
@@ -375,7 +374,7 @@ def add_facts(folder: str | Path, facts: Mapping[str, Any]) -> Path:
     copies = [_Copy(folder, folder, facts)]
     other = fused_path(folder) if train_time_path(folder) == folder else train_time_path(folder)
     if ((read_facts(other) or {}).get('sibling') or {}).get('name') == folder.name:
-        shared = {key: value for key, value in facts.items() if key not in _OF_ONE_FORM}
+        shared = {key: value for key, value in facts.items() if key not in OF_ONE_FORM}
         copies.append(_Copy(other, other, shared))
     write_all(copies)
     return folder
@@ -462,13 +461,8 @@ class _Copy:
     def write_model(self, folder: Path, link: bool = False) -> None:
         """Copy the configuration, and copy the weights or link to them."""
         shutil.copyfile(self.source / CONFIG_NAME, folder / CONFIG_NAME)
-        try:
-            if not link:
-                raise OSError
-            # a save never writes into a file that is there, so a hard link keeps what it holds now
-            os.link(self.source / WEIGHTS_NAME, folder / WEIGHTS_NAME)
-        except OSError:  # on another disk, too
-            shutil.copyfile(self.source / WEIGHTS_NAME, folder / WEIGHTS_NAME)
+        place = _link_or_copy if link else shutil.copyfile
+        place(self.source / WEIGHTS_NAME, folder / WEIGHTS_NAME)
         if self.facts is not None and {'license', 'base_model'} & self.facts.keys():
             config = read_config(folder)
             state_license(config, {**(read_facts(self.source) or {}), **self.facts})
@@ -485,6 +479,14 @@ class _Copy:
             _write_facts(folder, {**(read_facts(folder) or {}), **self.facts})
             if renders:
                 _write_text(card, render_card(folder))
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, which keeps what it holds now: a save never writes into a file that is there."""
+    try:
+        os.link(source, target)
+    except OSError:  # on another disk, for instance
+        shutil.copyfile(source, target)
 
 
 def architecture_of(model: nn.Module) -> str:

@@ -31,6 +31,7 @@ from .facts import (
     FACTS_NAME,
     FORMAT_KEY,
     FORMS,
+    OF_ONE_FORM,
     WEIGHTS_NAME,
     read_config,
     read_facts,
@@ -58,8 +59,8 @@ CHECK_NAME = 'test/rand_tensors.safetensors'
 _TOLERANCE: dict[str, Any] = dict(rtol=1e-3, atol=1e-4)
 # Models are run one at a time: verifying a fusion switches settings of the whole process.
 one_at_a_time = threading.RLock()
-# Facts that each form states for itself, and those of each form that both may state.
-_NOT_SHARED = ('form', 'name', 'repo', 'sibling', 'metrics', 'profile', 'fusion', 'logit_difference')
+# Facts that are not compared as a whole.
+_NOT_SHARED = (*OF_ONE_FORM, 'metrics', 'profile', 'fusion', 'logit_difference')
 # Entries of a card's front matter that state facts.
 _FACTS = ('base_model', 'base_model_relation', 'license', 'license_name', 'license_link', 'datasets', 'model-index')
 _LONGEST_FRONT_MATTER = 2**16
@@ -120,10 +121,7 @@ class VerifyReport:
             raise ReparamError(self.problems[0])
 
 
-def verify_pair(
-    folder: str | Path,
-    fused_folder: str | Path | None = None,
-) -> VerifyReport:
+def verify_pair(folder: str | Path, fused_folder: str | Path | None = None) -> VerifyReport:
     """Verify that two folders are the two forms of one model and state nothing else; cheap checks first.
 
     Of each form: its configuration against the header of its weights (names, shapes, number of classes, cost of running

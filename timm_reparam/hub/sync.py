@@ -381,10 +381,9 @@ class _Pair:
                     self._fetch_back(forms)
         except Exception as error:
             status, why = _STATUSES.get(type(error), 'failed'), one_line(error) or type(error).__name__
-            for result in self._of(''):
-                result.status, result.why = status, why
-                if status != 'refused' and not why.startswith('not tried'):
-                    why = f'not tried: {why}'
+            for index, result in enumerate(self._of('')):  # a pair is refused as a whole
+                result.status = status
+                result.why = f'not tried: {why}' if index and status != 'refused' else why
             raise
 
     def _of(self, status: str) -> list[RepoResult]:
