@@ -260,7 +260,6 @@ def test_maps_have_a_learning_rate_of_their_own(channels: int, groups: int) -> N
     assert group['lr_scale'] * group['weight_decay'] == pytest.approx(settings.weight_decay)
 
 
-@pytest.mark.filterwarnings('ignore:.*without pretrained weights')
 @pytest.mark.parametrize('map_lr', [0.0, 1.0])
 def test_every_parameter_is_in_one_group(map_lr: float) -> None:
     """Biases and norms are not decayed."""

@@ -109,7 +109,6 @@ CHANGES = [
 ]
 TINY = dict(channels=(4, 4, 8, 8), stem_width=4, num_classes=3)
 
-pytestmark = pytest.mark.filterwarnings('ignore:.*without pretrained weights')
 ChangeDefaults = Callable[[str, dict[str, Any]], None]
 
 

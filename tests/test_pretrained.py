@@ -77,10 +77,9 @@ def trained(session_hub: HubServer, tmp_path_factory) -> Callable[..., tuple[nn.
 
     def get(name: str) -> tuple[nn.Module, Path]:
         if name not in kept:
+            model = random_model(name)
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore', UserWarning)  # RefConv without pretrained weights
-                model = random_model(name)
-            with torch.no_grad():
                 model.train()(images())  # moves what training moves: statistics, the temperature's schedule
             folder = tmp_path_factory.mktemp(name)
             save_for_hf(model.eval(), folder, safe_serialization=True)
@@ -531,18 +530,31 @@ def test_options_that_cannot_be(options):
         timm.create_model(f'{RESNET}_doconv', conv_options=options)
 
 
-def test_refconv_without_pretrained_weights_warns():
-    with pytest.warns(UserWarning, match='(?i)pretrained'):
-        timm.create_model(f'{RESNET}_refconv')
+def test_training_refconv_without_pretrained_weights_warns_once():
+    model = timm.create_model(f'{RESNET}_refconv')
+    model.eval()(images())
+    with pytest.warns(UserWarning, match='without pretrained weights') as seen:
+        model.train()(images())
+    assert len(seen) == 1
+    model(images())  # warnings are errors here
 
 
-def test_refconv_with_pretrained_weights_does_not_warn(stock, trained, cache_dir):
+def test_training_refconv_with_weights_does_not_warn(stock, trained, cache_dir, tmp_path):
     stock(RESNET)
     _, folder = trained(f'{RESNET}_refconv')
+    weights = timm.create_model(RESNET).state_dict()
+    torch.save(weights, tmp_path / 'stock.pth')
+    loaded = timm.create_model(f'{RESNET}_refconv')
+    loaded.load_state_dict(weights)
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
-        create(f'{RESNET}_refconv', cache_dir)
-        create(f'local-dir:{folder}')
+        for model in (
+            loaded,
+            create(f'{RESNET}_refconv', cache_dir),
+            create(f'local-dir:{folder}'),
+            timm.create_model(f'{RESNET}_refconv', checkpoint_path=tmp_path / 'stock.pth'),
+        ):
+            model.train()(images())
 
 
 # Wrong checkpoints ---------------------------------------------------------------------------------------------------

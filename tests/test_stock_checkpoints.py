@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import loading_faults
 import pytest
 import timm
 import torch
@@ -16,8 +17,6 @@ from timm_reparam.convert import VARIANTS
 from timm_reparam.layers.base import ReparamLayer
 
 TINY: dict[str, Any] = dict(num_classes=4, channels=(8, 8, 8, 8), stem_width=4)
-WARNING = 'ignore:.*without pretrained weights'  # of RefConv; the weights come later here
-pytestmark = pytest.mark.filterwarnings(WARNING)
 
 
 def stock() -> nn.Module:
@@ -208,3 +207,16 @@ def test_what_is_not_recognised_is_said(caplog: pytest.LogCaptureFixture) -> Non
     caplog.clear()
     timm_reparam.import_state_dict(model.state_dict(), model)
     assert not caplog.text
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_loading_is_right(variant: str) -> None:
+    assert loading_faults.problems(variant) == []
+
+
+@pytest.mark.parametrize(
+    'fault, variant',
+    [(fault, variant) for fault, (variants, _) in loading_faults.LOADING_FAULTS.items() for variant in variants],
+)
+def test_a_planted_fault_in_loading_is_found(fault: str, variant: str) -> None:
+    assert loading_faults.found(fault, variant)

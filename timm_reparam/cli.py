@@ -6,7 +6,6 @@ import os
 import runpy
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from timm.utils import ParseKwargs
 from torch import nn
 
 from ._files import check_folder, write_whole
-from .convert import VARIANTS, fuse_model, stock_architecture, variant_of
+from .convert import VARIANTS, fuse_model, is_variant, stock_architecture, variant_of
 from .errors import ReparamError
 from .hub import convert_checkpoint, fuse_checkpoint, load_checkpoint, publish, pull, sync, verify, verify_pair
 from .hub.client import limit_requests, one_line, without_secrets
@@ -349,9 +348,10 @@ def load_model(source: str, **model_args: Any) -> Any:
         model.pretrained_cfg = {**model.pretrained_cfg, 'input_size': data_config['input_size']}
         return model
     if ensure_registered(source):
-        with warnings.catch_warnings():
-            warnings.filterwarnings('ignore', '.*without pretrained weights')  # it is measured or drawn, not trained
-            return timm.create_model(source, **model_args)
+        model = timm.create_model(source, **model_args)
+        for layer in filter(is_variant, model.modules()):
+            layer.training_warning = ''  # it is measured or drawn, not trained
+        return model
     raise ReparamError(
         f'{source}: neither an architecture that timm knows nor a folder nor a file; see timm-reparam list'
     )

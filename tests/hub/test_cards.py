@@ -476,7 +476,6 @@ def test_costs_measured_under_different_conditions(copies: tuple[Path, Path]):
     assert '| Latency, median (batch of 1, cpu) | 4.25 ms |  |' in render_card(copies[0])
 
 
-@pytest.mark.filterwarnings('ignore:.*without pretrained weights')
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, variant: str):
     """What a card tells to run runs, in both forms, from the place where the folders lie."""
@@ -517,7 +516,6 @@ def test_snippets_register_what_no_import_does(tmp_path: Path, variant: str):
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.filterwarnings('ignore:.*without pretrained weights')
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_every_method(tmp_path: Path, variant: str):
     folders = save_pair(

@@ -71,10 +71,6 @@ def small_model(name: str = SMALL, **options) -> nn.Module:
     return randomise(timm.create_model(name, **{**TINY, **options}), seed=1).eval()
 
 
-# a RefConv from random weights is warned about: that is not the method
-pytestmark = pytest.mark.filterwarnings('ignore:.*without pretrained weights')
-
-
 @pytest.fixture(scope='module')
 def model() -> nn.Module:
     """A small train-time model; tests leave it as it is."""
@@ -798,8 +794,7 @@ def test_train_time_folder_stays_what_it_is(tmp_path: Path, images: torch.Tensor
     """In mid-schedule, with a temperature of its own."""
     options = dict(num_kernels=3, temperature=10.0, temperature_steps=8)
     model = small_model('resnet10t_dyconv', conv_options=options).train()
-    with torch.no_grad():
-        model(images)
+    model(images)
     source = save_checkpoint(model.eval(), tmp_path / 'source', data_config=DATA_CONFIG)
     again = load_checkpoint(convert_checkpoint(source, tmp_path / 'again', 'resnet10t_dyconv')[0])
     assert 1 < again.layer1[0].conv1.current_temperature() < 10

@@ -42,8 +42,6 @@ from timm_reparam.hub import (
     verify_pair,
 )
 
-pytestmark = pytest.mark.filterwarnings('ignore:.*without pretrained weights')
-
 RESNET, CONVNEXT = 'resnet10t', 'convnext_atto'
 OPTIONS: dict[str, dict[str, Any]] = {
     RESNET: dict(channels=(8, 8, 8, 8), stem_width=4),

@@ -273,7 +273,6 @@ def test_explicit_token(hub: HubServer, owner: str, pair: tuple[Path, Path], mon
     assert 'hf_nobody' not in str(raised.value)
 
 
-@pytest.mark.filterwarnings('ignore:.*without pretrained weights')  # a RefConv from random weights
 @pytest.mark.parametrize(
     'variant', ['dyconv', *(pytest.param(variant, marks=pytest.mark.slow) for variant in ('acconv', 'refconv'))]
 )

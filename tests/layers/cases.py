@@ -323,7 +323,8 @@ def randomise(layer: nn.Module, rng: torch.Generator, keep: tuple[str, ...] = ST
         elif name.endswith('temperature_position'):
             tensor.copy_(layer.get_buffer(name.removesuffix('position') + 'steps') // 2)
         else:
-            assert name.endswith(('temperature_steps', 'num_batches_tracked')), f'{name}: unknown state'
+            known = ('temperature_steps', 'temperature_pending', 'num_batches_tracked')
+            assert name.endswith(known), f'{name}: unknown state'
 
 
 def randomised(method: Method, case: Any, dtype: torch.dtype = torch.float64, seed: int = 2) -> nn.Module:

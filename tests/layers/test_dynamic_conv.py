@@ -183,7 +183,7 @@ def test_parameters(num_kernels: int, in_channels: int, reduction: int, hidden: 
             assert ('residual_bias' in shapes) == ('bias' in shapes) == bias
             if bias:
                 assert shapes['residual_bias'] == ((num_kernels - 1) * 6,)
-            buffers = dict(layer.named_buffers())
+            buffers = {name: value for name, value in layer.state_dict().items() if name not in shapes}
             assert set(buffers) == {'temperature_position', 'temperature_steps'}
             assert {buffer.dtype for buffer in buffers.values()} == {torch.int64}
             assert int(buffers['temperature_position']) == 0
@@ -282,7 +282,8 @@ def test_forward_uses_the_temperature_before_it_advances() -> None:
 def test_only_training_passes_count() -> None:
     layer, x = scheduled(100), BIASED.input()
     layer(x)
-    with torch.no_grad():
+    layer(x)
+    with torch.no_grad():  # as update_bn does
         layer(x)
     assert int(layer.temperature_position) == 2
     layer.eval()
@@ -315,9 +316,8 @@ def test_schedule_counts_past_256_in_bfloat16() -> None:
     layer = DynamicConv2d(4, 4, 1, temperature_steps=600).bfloat16().train()
     assert layer.temperature_position.dtype == layer.temperature_steps.dtype == torch.int64
     x = torch.ones(1, 4, 1, 1, dtype=torch.bfloat16)
-    with torch.no_grad():
-        for _ in range(300):
-            layer(x)
+    for _ in range(300):
+        layer(x)
     assert int(layer.temperature_position) == 300
     assert layer.current_temperature().item() == pytest.approx(15.5, rel=0.01)
     layer.float()
@@ -435,6 +435,30 @@ def test_checkpointing_repeats_the_pass_with_its_own_temperature(use_reentrant: 
     for expected_step, found_step in zip(expected, found, strict=True):
         for name, gradient in expected_step.items():
             assert relative_difference(found_step[name], gradient) <= ALGEBRA, name
+
+
+@pytest.mark.parametrize('use_reentrant', [True, False], ids=['reentrant', 'non_reentrant'])
+def test_a_pass_without_gradients_in_between_changes_nothing(use_reentrant: bool) -> None:
+    """It looks like the first pass of reentrant checkpointing, and no backward pass repeats it."""
+    model = Network(use_reentrant)
+    for step in range(1, 4):
+        with torch.no_grad():
+            model(BIASED.input(seed=90 + step))
+        model(BIASED.input(seed=30 + step).requires_grad_()).square().mean().backward()
+        for segment in model.segments:
+            assert int(segment[0].temperature_position) == step
+
+
+def test_options_name_the_length_of_the_schedule() -> None:
+    layer = scheduled(100)
+    layer.reset_temperature(70)
+    assert layer.options()['temperature_steps'] == 70
+    other = scheduled(5)
+    other.load_state_dict(layer.state_dict())
+    for each in (layer, other):
+        assert each.options()['temperature_steps'] == 70
+        each.reset_parameters()
+        assert (int(each.temperature_position), int(each.temperature_steps)) == (0, 70)
 
 
 def test_a_wrong_temperature_would_be_seen() -> None:

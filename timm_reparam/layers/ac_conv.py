@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .._defaults import DEFAULTS_OF_0_1_0
 from ..errors import ReparamError
+from ._branch_norm import BranchNorm, BranchStatistics
 from .base import (
     Imported,
     Method,
@@ -308,9 +309,11 @@ class ACConv2d(ReparamConv2d):
     method = _METHOD
     if TYPE_CHECKING:  # not for TorchScript, which then would not know whether they are None
         vertical_gamma: torch.Tensor | None
-        horizontal_gamma: torch.Tensor  # None with vertical_gamma, and so are the two below
+        horizontal_gamma: torch.Tensor  # None with vertical_gamma, and so is what follows
         vertical_running_var: torch.Tensor
         horizontal_running_var: torch.Tensor
+        vertical_norm: BranchNorm
+        horizontal_norm: BranchNorm
 
     def __init__(
         self,
@@ -374,8 +377,22 @@ class ACConv2d(ReparamConv2d):
             # 'running_var' in the name is what timm's distribute_bn looks for
             running_var = torch.empty(out_channels, **factory) if normed else None
             self.register_buffer(f'{branch}_running_var', running_var)
+            norm = BranchNorm(self, branch, out_channels, eps, momentum) if normed else None
+            self.register_module(f'{branch}_norm', norm)
         self._complete = True
         self._start('scratch')
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for norm in self.children():
+            if isinstance(norm, BranchStatistics):
+                norm.bind(self)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        norm = self._modules.get(name)
+        if isinstance(norm, BranchStatistics) and module is not None:
+            module = norm.replaced_by(module)
+        super().add_module(name, module)
 
     @classmethod
     def selects(cls, conv: _ConvNd, is_stem: bool) -> bool:
@@ -475,7 +492,9 @@ class ACConv2d(ReparamConv2d):
         if not torch.jit.is_scripting():
             if is_symbolic(x):
                 return fx_leaf(self, x)
-        if not self.training or self.vertical_gamma is None:
+        if self.vertical_gamma is None:
+            return self._convolve(x, self.equivalent_kernel(), self.bias)
+        if not self.vertical_norm.training:
             return self._convolve(x, self.equivalent_kernel(), self.bias)
         y = self._convolve(x, self.weight, self.bias)
         if self.tf_same or self.padding_mode != 'zeros':
@@ -499,10 +518,18 @@ class ACConv2d(ReparamConv2d):
             y = y + change
         count = y.numel() // max(self.out_channels, 1)
         if count > 0:
-            unbiased = (variances * (count / max(count - 1, 1))).to(self.vertical_running_var.dtype)
-            self.vertical_running_var.lerp_(unbiased[0], self.momentum)
-            self.horizontal_running_var.lerp_(unbiased[1], self.momentum)
+            self._update_running_vars((variances * (count / max(count - 1, 1))).to(self.vertical_running_var.dtype))
         return y
+
+    def _update_running_vars(self, variances: torch.Tensor) -> None:
+        shares = [self.momentum, self.momentum]
+        if not torch.jit.is_scripting():
+            norms = (self.vertical_norm, self.horizontal_norm)
+            if not all(norm.track_running_stats for norm in norms):
+                return
+            shares = [norm.share_of_newest() for norm in norms]
+        self.vertical_running_var.lerp_(variances[0], shares[0])
+        self.horizontal_running_var.lerp_(variances[1], shares[1])
 
     def _branches(
         self, x: torch.Tensor, vertical_padding: tuple[int, int], horizontal_padding: tuple[int, int]

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -138,12 +139,14 @@ class ReparamLayer(_ConvNd):
         conv_types: Exact types of convolution that this layer replaces.
         input_dependent: Whether the kernel depends on the input, so that fusing gives a form for inference only.
         needs_trained_weights: Whether the method starts from trained weights and means nothing without.
+        training_warning: What the first forward pass in training mode warns of; loading weights clears it.
     """
 
     method: ClassVar[Method]
     conv_types: ClassVar[tuple[type[_ConvNd], ...]] = ()
     input_dependent: ClassVar[bool] = False
     needs_trained_weights: ClassVar[bool] = False
+    training_warning: str = ''
 
     @classmethod
     @functools.cache
@@ -319,6 +322,19 @@ class ReparamLayer(_ConvNd):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if 'weight' in given:
+            self.training_warning = ''
+        if not self.weight.is_meta:
+            for name in self._non_persistent_buffers_set:  # still without memory after assign=True to a meta model
+                buffer = self._buffers[name]
+                if buffer is not None and buffer.is_meta:
+                    self._buffers[name] = torch.zeros_like(buffer, device=self.weight.device)
+
+    def _warn_of_training(self) -> None:
+        if torch.compiler.is_compiling() or not self.training_warning or not self.training:
+            return
+        warnings.warn(self.training_warning, stacklevel=2)
+        self.training_warning = ''
 
     def _start(self, init: str) -> None:
         # what has no values needs none, and random ones take long there: torch goes through Python
@@ -517,6 +533,7 @@ class ReparamConv2d(ReparamLayer, nn.Conv2d):
         if not torch.jit.is_scripting():
             if is_symbolic(x):
                 return fx_leaf(self, x)
+            self._warn_of_training()
         return self._convolve(x, self.equivalent_kernel(), self.bias)
 
 
@@ -533,6 +550,7 @@ class ReparamConvTranspose2d(ReparamLayer, nn.ConvTranspose2d):
         if not torch.jit.is_scripting():
             if is_symbolic(x):
                 return fx_leaf(self, x, output_size)
+            self._warn_of_training()
         return self._convolve(x, self.equivalent_kernel(), self.bias, output_size)
 
     def _convolve(

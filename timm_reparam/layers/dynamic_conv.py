@@ -68,27 +68,40 @@ def _temperature(position: torch.Tensor, steps: torch.Tensor, start: float) -> t
     return 1 + (start - 1) * (1 - position.float() / steps).clamp(min=0)
 
 
-def _is_repeated() -> bool:
-    """Whether this forward pass runs inside a backward pass: gradient checkpointing repeats one that was counted.
-
-    Grad mode does not tell: reentrant checkpointing runs the first pass without gradients.
-    """
+def _inside_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
+
+
+def _take_step(
+    position: torch.Tensor, pending: torch.Tensor, steps: torch.Tensor, start: float, counts: bool
+) -> torch.Tensor:
+    """Temperature of a training-mode forward pass, which moves the schedule if the pass counts.
+
+    Gradient checkpointing runs a pass twice, the second time inside the backward pass. A first pass with gradients
+    counts at once. One without (reentrant checkpointing) is pending, and the second one counts. So a pass without
+    gradients that no backward pass repeats, as in ``update_bn``, never counts.
+    """
+    if _inside_backward():
+        temperature = _temperature(position - 1 + pending, steps, start)
+        position.add_(pending)
+        pending.zero_()
+        return temperature
+    temperature = _temperature(position, steps, start)
+    if counts:
+        position.add_(1)
+    pending.fill_(not counts)
+    return temperature
 
 
 # One opaque operation for torch.compile: it would otherwise recompute the temperature in the backward pass, from a
 # position that has moved on by then, and could not tell a repeated pass, which only shows at run time.
-@torch.library.custom_op('timm_reparam::next_temperature', mutates_args={'position'})
-def _next_temperature(position: torch.Tensor, steps: torch.Tensor, start: float) -> torch.Tensor:
-    if _is_repeated():
-        return _temperature(position - 1, steps, start)
-    temperature = _temperature(position, steps, start)
-    position.add_(1)
-    return temperature
+_take_step_compiled = torch.library.custom_op(
+    'timm_reparam::take_step', _take_step, mutates_args={'position', 'pending'}
+)
 
 
-@_next_temperature.register_fake
-def _(position: torch.Tensor, steps: torch.Tensor, start: float) -> torch.Tensor:
+@_take_step_compiled.register_fake
+def _(position: torch.Tensor, pending: torch.Tensor, steps: torch.Tensor, start: float, counts: bool) -> torch.Tensor:
     return torch.empty((), device=position.device)
 
 
@@ -154,9 +167,10 @@ class DynamicConv2d(ReparamConv2d):
 
     The temperature falls linearly from `temperature` to 1 over `temperature_steps` training-mode forward passes of this
     layer, in any training loop: position and length are buffers, so the schedule is saved, moved and resumed with the
-    model. A pass that gradient checkpointing repeats does not count, and sees the temperature of the pass it repeats
-    (of the latest one, where a layer runs several times before the backward pass). Evaluation uses the current
-    temperature. With ``temperature=None`` there is no schedule and T = 1: the form for inference.
+    model. A pass that gradient checkpointing repeats counts once, at one temperature (that of the latest one, where a
+    layer runs several times before the backward pass). A pass under ``torch.no_grad``, as in
+    ``torch.optim.swa_utils.update_bn``, does not count. Evaluation uses the current temperature. With
+    ``temperature=None`` there is no schedule and T = 1: the form for inference.
 
     The kernel depends on the input, so there is no equivalent kernel; :meth:`fuse` gives the form for inference.
 
@@ -198,6 +212,7 @@ class DynamicConv2d(ReparamConv2d):
         residual_bias: torch.Tensor | None
         temperature_position: torch.Tensor | None
         temperature_steps: torch.Tensor  # None with temperature_position
+        temperature_pending: torch.Tensor  # likewise
 
     def __init__(
         self,
@@ -248,7 +263,11 @@ class DynamicConv2d(ReparamConv2d):
         scheduled = temperature is not None
         self.register_buffer('temperature_position', torch.zeros((), **schedule) if scheduled else None)
         self.register_buffer('temperature_steps', torch.zeros((), **schedule) if scheduled else None)
-        self._first_length = temperature_steps
+        # whether a pass without gradients waits to be repeated, see _take_step
+        self.register_buffer(
+            'temperature_pending', torch.zeros((), **schedule) if scheduled else None, persistent=False
+        )
+        self._length = temperature_steps
         self._complete = True
         self._start('scratch')
 
@@ -257,7 +276,7 @@ class DynamicConv2d(ReparamConv2d):
         return not is_stem
 
     def options(self) -> dict[str, Any]:
-        return dict(super().options(), temperature_steps=self._first_length)
+        return dict(super().options(), temperature_steps=self._length)
 
     @classmethod
     def is_foreign(cls, entries: dict[str, torch.Tensor]) -> bool:
@@ -310,6 +329,11 @@ class DynamicConv2d(ReparamConv2d):
             'attention.fc2.bias': biases[1],
         }
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if self.temperature_steps is not None and not self.temperature_steps.is_meta:
+            self._length = int(self.temperature_steps)
+
     def _stacks(self) -> dict[str, torch.Tensor]:
         """All K kernels (num_kernels, *weight.shape) as `weight`, all K biases as `bias` if there are any."""
         stacks = {}
@@ -346,7 +370,7 @@ class DynamicConv2d(ReparamConv2d):
         if init == 'scratch':
             self.attention.fc2.reset_parameters()
         if self.temperature is not None:
-            self.reset_temperature(self._first_length)
+            self.reset_temperature(self._length)
         if init == 'lift':
             self._close_gates()
             bound = _LIFT_RESIDUAL / self.weight[0].numel() ** 0.5
@@ -393,7 +417,9 @@ class DynamicConv2d(ReparamConv2d):
         if steps is not None:
             _check_integer('steps', steps, 1)
             self.temperature_steps.fill_(steps)
+            self._length = steps
         self.temperature_position.zero_()
+        self.temperature_pending.zero_()
 
     def current_temperature(self) -> torch.Tensor:
         """The temperature of evaluation and of the next training-mode forward pass, as a 0-dim tensor."""
@@ -405,17 +431,17 @@ class DynamicConv2d(ReparamConv2d):
         return _temperature(position, self.temperature_steps, self.temperature)
 
     def _next_temperature(self) -> torch.Tensor:
-        """Temperature of this forward pass; counts the pass if it is the first of its kind."""
+        """Temperature of this forward pass, which counts if it is one of training."""
         position = self.temperature_position
-        if position is None or not self.training:
+        if position is None or self.temperature is None or not self.training:
             return self._temperature_at(position)
+        counts = torch.is_grad_enabled()
         if not torch.jit.is_scripting():
-            if torch.compiler.is_compiling():
-                return _next_temperature(position, self.temperature_steps, self.temperature)
-            if _is_repeated():
-                return self._temperature_at(position - 1)
+            take_step = _take_step_compiled if torch.compiler.is_compiling() else _take_step
+            return take_step(position, self.temperature_pending, self.temperature_steps, self.temperature, counts)
         temperature = self._temperature_at(position)
-        position.add_(1)
+        if counts:
+            position.add_(1)
         return temperature
 
     def _coefficients(self, x: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:

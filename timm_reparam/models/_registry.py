@@ -6,7 +6,6 @@ architecture is a tag of the variant and points at the stock weights, which are 
 
 import sys
 import types
-import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -25,7 +24,7 @@ from timm.models import (
 from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureHookNet
 
 from .._defaults import with_defaults_of_0_1_0
-from ..convert import VARIANTS, convert_model, layers_of, lift_state_dict, record_options
+from ..convert import convert_model, is_variant, layers_of, lift_state_dict, record_options
 from ..errors import ReparamError
 from ..importers import import_state_dict
 
@@ -158,14 +157,6 @@ def _create(
     options = {**_saved_options(name, kwargs), **(conv_options or {})}
     init = options.pop('init', 'lift' if pretrained else 'scratch')
     loader = _Loader(stock_name, variant)
-    # A model on the meta device has no weights at all: it is built for its shapes.
-    is_for_shapes = torch.get_default_device().type == 'meta'
-    if not pretrained and not is_for_shapes and any(layer.needs_trained_weights for layer in VARIANTS[variant]):
-        warnings.warn(
-            f'{name} without pretrained weights: its base kernels are frozen at their random start, which is not the '
-            'method. Start from trained weights: pretrained=True, or load a checkpoint.',
-            stacklevel=4,
-        )
 
     def converted(**model_kwargs: Any) -> nn.Module:
         model = model_entrypoint(stock_name)(pretrained=False, **model_kwargs)
@@ -191,6 +182,12 @@ def _create(
         kwargs.update(_feature_options(stock_name, kwargs))
     model: Any = build_model_with_cfg(model_cls, name, pretrained, pretrained_filter_fn=loader, **kwargs)
     model._conv_options = loader.conv_options  # of a wrapper of features, too
+    needing = [module for module in model.modules() if is_variant(module) and module.needs_trained_weights]
+    if needing and not pretrained:
+        needing[0].training_warning = (
+            f'{name} is trained without pretrained weights: its base kernels are frozen at their random start, which '
+            'is not the method. Start from trained weights: pretrained=True, or load a checkpoint.'
+        )
     if conv_options:
         model.register_state_dict_pre_hook(record_options)
     return model
