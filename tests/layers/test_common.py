@@ -8,8 +8,11 @@ import pickle
 
 import pytest
 import torch
+import torch.fx.experimental.optimization
 import torch.nn as nn
 from timm.layers import Conv2dSame, create_feature_extractor
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from timm_reparam import ReparamError
 from timm_reparam.layers import ACConv2d, DynamicConv2d, RefConv2d
@@ -699,3 +702,83 @@ def test_a_weight_that_is_no_parameter_is_refused(method: Method) -> None:
         conv.register_buffer(name, value)
         with pytest.raises(ReparamError, match=f'expected {name} to be a parameter, got a buffer; leave it out'):
             method.cls.from_conv(conv)
+
+
+@pytest.mark.parametrize('method', [*METHODS, *TRANSPOSED_METHODS], ids=lambda method: method.cls.__name__)
+def test_a_norm_folded_into_part_of_the_kernel_is_refused(method: Method) -> None:
+    transposed = method in TRANSPOSED_METHODS
+    case = next(case for case in (TRANSPOSED_CASES if transposed else CASES) if case.name == '3x3')
+    layer = randomised(method, case)
+    before = state(layer)
+    with pytest.raises(ReparamError, match=f'{method.cls.__name__}: got a bias, .*fuse_model') as error:
+        fuse_conv_bn_eval(layer, a_norm(case.out_channels), transpose=transposed)
+    assert 'fold_bn=True' in str(error.value)
+    assert_same_state(layer, before)
+
+
+def a_norm(channels: int) -> nn.Module:
+    """A BatchNorm in evaluation, its scale and statistics away from where they start."""
+    norm = nn.BatchNorm2d(channels, dtype=torch.float64).eval()
+    randomise(norm, generator(5), keep=())
+    return norm
+
+
+@every_static_layer
+def test_a_norm_is_folded_into_the_fused_convolution_by_torch(method: Method) -> None:
+    case = Case('3x3', 3, padding=1)
+    layer, norm, x = randomised(method, case), a_norm(case.out_channels), case.input()
+    with torch.no_grad():
+        assert relative_difference(fuse_conv_bn_eval(layer.fuse(), norm)(x), norm(layer(x))) <= ALGEBRA
+
+
+@every_layer
+def test_torch_fx_leaves_the_norm_behind_a_layer(method: Method) -> None:
+    case = Case('3x3', 3, padding=1)
+    model = nn.Sequential(randomised(method, case), a_norm(case.out_channels)).eval()
+    folded, x = torch.fx.experimental.optimization.fuse(model), case.input()
+    assert [type(module) for module in folded.children()] == [method.cls, nn.BatchNorm2d]
+    with torch.no_grad():
+        assert torch.equal(folded(x), model(x))
+
+
+def replace(layer: nn.Module) -> None:
+    for name, parameter in list(layer.named_parameters(recurse=False)):
+        setattr(layer, name, nn.Parameter(parameter.detach().clone()))
+
+
+def prune_nothing(layer: nn.Module) -> None:
+    for name, _ in list(layer.named_parameters(recurse=False)):
+        prune.identity(layer, name)
+        prune.remove(layer, name)
+
+
+def parametrise(layer: nn.Module) -> None:
+    for name, parameter in list(layer.named_parameters(recurse=False)):
+        if parameter.dim() > 1:
+            parametrizations.weight_norm(layer, name)
+            parametrize.remove_parametrizations(layer, name)
+        else:
+            parametrize.register_parametrization(layer, name, nn.Identity())
+            parametrize.remove_parametrizations(layer, name)
+
+
+@every_layer
+@pytest.mark.parametrize('with_bias', [False, True], ids=['plain', 'bias'])
+@pytest.mark.parametrize(
+    'change',
+    [
+        replace,
+        prune_nothing,
+        parametrise,
+        lambda layer: layer.register_parameter('bias', layer.bias),
+        lambda layer: layer.load_state_dict(state(layer), assign=True),
+    ],
+    ids=['replaced', 'pruned', 'parametrised', 'registered', 'assigned'],
+)
+def test_parameters_are_replaced_as_in_any_module(method: Method, with_bias: bool, change) -> None:
+    case = BIASED if with_bias else Case('plain', 3, padding=1)
+    layer, x = randomised(method, case), case.input()
+    with torch.no_grad():
+        expected = layer(x)
+        change(layer)
+        assert relative_difference(layer(x), expected) <= ALGEBRA

@@ -341,6 +341,23 @@ class ReparamLayer(_ConvNd):
         if not self.weight.is_meta:
             self._init_variant(init)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register as torch does, which an assignment does, too; refuse a bias where the layer has none.
+
+        Code that folds a BatchNorm into a convolution gives it one (``torch.nn.utils.fusion.fuse_conv_bn_eval``). The
+        BatchNorm's scale would reach `weight` only, which is one part of the kernel.
+
+        Raises:
+            ReparamError: the layer was built without a bias.
+        """
+        if name == 'bias' and param is not None and self._parameters.get(name, param) is None:
+            raise ReparamError(
+                f'{type(self).__name__}: got a bias, but was built with bias=False; a BatchNorm cannot be folded into '
+                'its weight, which is only one part of its kernel: use fuse_model(), with fold_bn=True if norms are to '
+                'be folded'
+            )
+        super().register_parameter(name, param)
+
     def reset_parameters(self) -> None:
         """Draw a new start, as the constructor does: torch's for `weight` and `bias`, the method's for the rest."""
         if not self.weight.numel():

@@ -679,7 +679,7 @@ class DynamicConv2d(ReparamConv2d):
         scales = scale.repeat(residuals)
         self.residual_bias = new(residual_bias * scales)
         self.residual_weight = new(self.residual_weight.to(scale) * scales[:, None, None, None])
-        self.bias = new(mean_bias * scale + shift)
+        self._parameters['bias'] = new(mean_bias * scale + shift)  # where there was none, too
         self.weight = new(self.weight.to(scale) * scale[:, None, None, None])
 
     def extra_repr(self) -> str:
