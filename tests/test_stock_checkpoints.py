@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from stand_in import disturbed, images, randomise
 from torch import nn
 
-import timm_reparam
+import timm_reparam.hub
 from timm_reparam import ReparamError, convert_model, fuse_model, verify_fusion
 from timm_reparam.convert import VARIANTS
 from timm_reparam.layers.base import ReparamLayer
@@ -100,6 +100,16 @@ def test_assigned_and_from_the_meta_device(variant: str) -> None:
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
+def test_parameters_that_are_assigned(variant: str) -> None:
+    """A frozen kernel stays one."""
+    model, reference = trained(variant), stock()
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    model.load_state_dict(reference.state_dict(keep_vars=True), assign=True)
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trainable
+    assert_same_function(model, reference)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
 def test_train_time_checkpoints_load_as_they_are(variant: str) -> None:
     model, other = trained(variant), timm.create_model(f'resnet10t_{variant}', **TINY)
     other.load_state_dict(model.state_dict())
@@ -185,6 +195,15 @@ def test_a_prefix_that_no_key_of_the_model_has_is_named(tmp_path: Path, prefix: 
     with pytest.raises(ReparamError, match=f"all of them start with '{prefix}': take that off") as raised:
         timm.create_model('resnet10t_doconv', pretrained=True, pretrained_cfg_overlay=overlay, **TINY)
     assert len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize('num_classes', [None, 4])
+def test_convert_names_such_a_prefix(tmp_path: Path, num_classes: int | None) -> None:
+    path = tmp_path / 'last.ckpt'
+    torch.save({f'model.{name}': value for name, value in stock().state_dict().items()}, path)
+    arguments = dict(TINY, num_classes=num_classes)
+    with pytest.raises(ReparamError, match="last.ckpt: no checkpoint of .*all of them start with 'model.'"):
+        timm_reparam.hub.convert_checkpoint(path, tmp_path / 'out', 'resnet10t_doconv', **arguments)
 
 
 @pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.'])

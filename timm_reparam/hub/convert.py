@@ -10,7 +10,7 @@ from timm.models import load_state_dict
 from timm.models._hub import load_model_config_from_path
 from torch import nn
 
-from ..convert import fuse_model, stock_architecture, variant_of
+from ..convert import fuse_model, prefix_remedy, stock_architecture, variant_of
 from ..errors import ReparamError
 from ..models._registry import cfg_with_weights, ensure_registered, is_variant_name, saved_arguments
 from ..verify import FusionReport, verify_fusion
@@ -114,6 +114,8 @@ def convert_checkpoint(
         cfg, model_args, facts = _described_by(source, model_name, model_args)
     state = _read_weights(source / WEIGHTS_NAME if source.is_dir() else source)
     skeleton: Any = build_on_meta(model_name, model_args, str(source))
+    if remedy := prefix_remedy(state, skeleton.state_dict()):
+        raise ReparamError(f'{source}: no checkpoint of {model_name}: of its {len(state)} keys {remedy}')
     cfg = {**cfg_with_weights(skeleton.pretrained_cfg if cfg is None else cfg, state), 'architecture': model_name}
     classifiers = cfg.get('classifier') or skeleton.pretrained_cfg.get('classifier') or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers

@@ -65,6 +65,13 @@ class _Refocusing(ReparamLayer):
         del self.weight
         self.register_buffer('weight', weight)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == 'weight' and getattr(self, '_complete', False) and param is not None:
+            # assigned by load_state_dict(assign=True) with the parameters of a model: it stays frozen
+            self.register_buffer(name, param.detach())
+            return
+        super().register_parameter(name, param)
+
     def _adopt(self, conv: _ConvNd, init: str) -> None:
         super()._adopt(conv, init)
         self._freeze_base()
