@@ -238,7 +238,7 @@ class LayerCheck:
         if self.problems:
             return
         kwargs = dict(kwargs)
-        x = args[0] if args else kwargs.pop('x' if 'x' in kwargs else 'input')  # as torch's convolutions call it
+        x = args[0] if args else kwargs.pop('input')
         if len(args) > 1:
             kwargs['output_size'] = args[1]
         if x.dim() == 3:

@@ -11,8 +11,8 @@ import torch
 import torch.nn as nn
 from timm.layers import Conv2dSame, create_feature_extractor
 
-from timm_reparam import ReparamError
-from timm_reparam.layers import ACConv2d, DynamicConv2d, RefConv2d
+from timm_reparam import ReparamError, verify_fusion
+from timm_reparam.layers import ACBlock2d, ACConv2d, DynamicConv2d, RefConv2d
 
 from . import oracles
 from .cases import (
@@ -171,6 +171,44 @@ def test_constructed_layer_takes_the_state_of_a_lifted_one(method: Method, case:
         x = case.input()
         assert torch.equal(constructed(x), lifted(x))
     assert repr(constructed).startswith(method.cls.__name__)
+
+
+EVERY_BIASED = [(method, BIASED) for method in METHODS]
+TRANSPOSED_BIASED = next(case for case in TRANSPOSED_CASES if case.name == '4x4_stride_bias')
+EVERY_BIASED += [(method, TRANSPOSED_BIASED) for method in TRANSPOSED_METHODS]
+# every layer on one convolution
+every_layer_of_both_kinds = pytest.mark.parametrize('method, case', EVERY_BIASED, ids=identifier)
+
+
+class ByKeyword(nn.Module):
+    """A layer that is called as torch's documentation of convolutions writes it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(input=x)
+
+
+@every_layer_of_both_kinds
+def test_forward_takes_the_arguments_of_the_plain_convolution(method: Method, case: Case) -> None:
+    stock, x = inspect.signature(case.conv().forward), case.input()
+    model = ByKeyword(randomised(method, case)).eval()
+    found = inspect.signature(model.layer.forward)
+    assert [(p.name, p.default) for p in found.parameters.values()] == [
+        (p.name, p.default) for p in stock.parameters.values()
+    ]
+    expected = model.layer(x)
+    exported = torch.export.export(model, (x,)).module()
+    for form in (model, torch.jit.script(copy.deepcopy(model)), exported, torch.fx.symbolic_trace(model)):
+        assert relative_difference(form(x), expected) <= 1e-14
+    assert verify_fusion(model, inputs=x).layers[0].num_inputs == len(x)
+
+
+def test_forward_of_the_block_takes_the_argument_of_the_plain_convolution() -> None:
+    block, x = ACBlock2d(4, 6, 3).eval(), torch.randn(2, 4, 9, 8)
+    assert torch.equal(block(input=x), block(x))
 
 
 @every_layer

@@ -470,11 +470,12 @@ class ACConv2d(ReparamConv2d):
         scaled_horizontal = horizontal_scale.view(-1, 1, 1, 1) * horizontal
         return _add_skeleton(self.weight, scaled_vertical, scaled_horizontal, self.kernel_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Convolve (batch, in_channels, height, width)."""
         if not torch.jit.is_scripting():
-            if is_symbolic(x):
-                return fx_leaf(self, x)
+            if is_symbolic(input):
+                return fx_leaf(self, input)
+        x = input
         if not self.training or self.vertical_gamma is None:
             return self._convolve(x, self.equivalent_kernel(), self.bias)
         y = self._convolve(x, self.weight, self.bias)
@@ -639,9 +640,9 @@ class ACBlock2d(nn.Module):
             for thin_norm in (self.ver_bn, self.hor_bn):
                 nn.init.constant_(thin_norm.weight, thin_start)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Sum of the three normalised branches of (batch, in_channels, height, width)."""
-        conv = self.square_conv
+        conv, x = self.square_conv, input
         y = self.square_bn(conv(x))
         # left and right, top and bottom are equal: sides are odd
         padding = (conv._reversed_padding_repeated_twice[2], conv._reversed_padding_repeated_twice[0])

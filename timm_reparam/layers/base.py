@@ -512,12 +512,12 @@ class ReparamConv2d(ReparamLayer, nn.Conv2d):
             return F.conv2d(x, kernel, bias, self.stride, (0, 0), self.dilation, self.groups)
         return self._conv_forward(x, kernel, bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Convolve (batch, in_channels, height, width) with the equivalent kernel."""
         if not torch.jit.is_scripting():
-            if is_symbolic(x):
-                return fx_leaf(self, x)
-        return self._convolve(x, self.equivalent_kernel(), self.bias)
+            if is_symbolic(input):
+                return fx_leaf(self, input)
+        return self._convolve(input, self.equivalent_kernel(), self.bias)
 
 
 @register_notrace_module
@@ -528,12 +528,12 @@ class ReparamConvTranspose2d(ReparamLayer, nn.ConvTranspose2d):
     if TYPE_CHECKING:
         padding: tuple[int, int]  # never a text
 
-    def forward(self, x: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
         """Transposed convolution of (batch, in_channels, height, width) with the equivalent kernel."""
         if not torch.jit.is_scripting():
-            if is_symbolic(x):
-                return fx_leaf(self, x, output_size)
-        return self._convolve(x, self.equivalent_kernel(), self.bias, output_size)
+            if is_symbolic(input):
+                return fx_leaf(self, input, output_size)
+        return self._convolve(input, self.equivalent_kernel(), self.bias, output_size)
 
     def _convolve(
         self,

@@ -475,11 +475,12 @@ class DynamicConv2d(ReparamConv2d):
             'for the kernels of a batch, or fuse() for the form for inference'
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Convolve each sample of (batch, in_channels, height, width) with its own kernel."""
         if not torch.jit.is_scripting():
-            if is_symbolic(x):
-                return fx_leaf(self, x)
+            if is_symbolic(input):
+                return fx_leaf(self, input)
+        x = input
         unbatched = x.dim() == 3
         if unbatched:
             x = x.unsqueeze(0)
