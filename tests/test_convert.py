@@ -212,6 +212,44 @@ def test_skip_takes_names_patterns_and_types() -> None:
         assert list(again.state_dict()) == list(model.state_dict())
 
 
+class Named(nn.Module):
+    """Modules whose names are patterns, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ('a[0]', 'a0', 'b*', 'bc', 'c?', 'cd'):
+            self.add_module(name, nn.Conv2d(3, 3, 3))
+
+
+@pytest.mark.parametrize(
+    'skip, left_out',
+    [
+        ('a[0]', {'a[0]'}),
+        ('b*', {'b*'}),
+        (['c?', 'a0'], {'c?', 'a0'}),
+        ('[ab]*', {'a[0]', 'a0', 'b*', 'bc'}),
+        ('a[[]0]', {'a[0]'}),
+        ('a[0-1]', {'a0'}),
+    ],
+)
+def test_a_name_comes_before_a_pattern(skip, left_out: set[str]) -> None:
+    plan = timm_reparam.plan_conversion(Named(), 'doconv', skip=skip)
+    assert {name for name, why in plan.items() if why == 'left out by skip'} == left_out
+    model = Named()
+    model.pretrained_cfg = dict(architecture='named')
+    convert_model(model, 'doconv', skip=skip)
+    assert {name for name, m in model.named_children() if not is_variant(m)} == left_out
+    assert timm_reparam.plan_conversion(Named(), 'doconv', skip=model._conv_options['skip']) == plan
+
+
+def test_the_names_of_a_type_are_no_patterns() -> None:
+    model = Named()
+    model.add_module('a[1]', nn.Sequential(nn.Conv2d(3, 3, 3)))
+    model.add_module('a1', nn.Conv2d(3, 3, 3))
+    plan = timm_reparam.plan_conversion(model, 'doconv', skip=nn.Sequential)
+    assert {name for name, why in plan.items() if why} == {'a[1].0'}
+
+
 def test_blocks_that_fold_themselves_are_left_alone() -> None:
     model = nn.Sequential(Folding(), nn.Conv2d(3, 3, 3))
     convert_model(model, 'doconv')

@@ -110,7 +110,8 @@ def convert_model(model: nn.Module, variant: str, *, skip: Skip = (), init: str 
     Args:
         model: Any module; one that is wrapped (DistributedDataParallel, torch.compile) is converted before wrapping.
         variant: 'acconv', 'doconv', 'dyconv' or 'refconv'.
-        skip: What stays plain: names of modules (with everything inside), fnmatch patterns of names, or types.
+        skip: What stays plain: names of modules (with everything inside), fnmatch patterns of names, or types. An entry
+            that is the name of a module is no pattern.
         init: 'lift' starts as exactly the same function; 'scratch' is the method's own random start.
         **options: The layer's options, such as ``depth_multiplier`` or ``branch_norm``.
 
@@ -510,12 +511,12 @@ def layers_of(variant: str) -> dict[type[nn.Module], type[ReparamLayer]]:
 def _skip_names(model: nn.Module, skip: Skip) -> list[str]:
     """The entries of `skip` as names and patterns, a type as the names of its modules; each matches something."""
     names: list[str] = []
-    named = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
+    modules = dict(model.named_modules(remove_duplicate=False))
     for entry in _as_tuple(skip):
         if isinstance(entry, str):
-            matches = [entry] if any(fnmatchcase(name, entry) for name, _ in named) else []
+            matches = [entry] if _matching(modules, entry) else []
         elif isinstance(entry, type):
-            matches = [name for name, module in named if isinstance(module, entry)]
+            matches = [name for name, module in modules.items() if name and isinstance(module, entry)]
         else:
             raise ReparamError(f'skip: expected a module name, a pattern or a type, got {entry!r}')
         if not matches:
@@ -526,13 +527,20 @@ def _skip_names(model: nn.Module, skip: Skip) -> list[str]:
     return names
 
 
+def _matching(names: Collection[str], entry: str) -> set[str]:
+    """The module that has this name, or else those whose names match it as a pattern; never the model itself."""
+    return ({entry} if entry in names else {name for name in names if fnmatchcase(name, entry)}) - {''}
+
+
 def _plain_modules(model: nn.Module, skip_names: list[str]) -> dict[int, str]:
     """Modules that stay plain whatever they are, by id, and why."""
     plain: dict[int, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    modules = dict(model.named_modules(remove_duplicate=False))
+    skipped = {name for entry in skip_names for name in _matching(modules, entry)}
+    for name, module in modules.items():
         if not name:
             continue
-        if any(fnmatchcase(name, pattern) for pattern in skip_names):
+        if name in skipped:
             why = 'left out by skip'
         elif not is_variant(module) and any(callable(getattr(type(module), method, None)) for method in _SELF_FOLDING):
             why = f'inside {type(module).__name__}, which re-parameterises itself'
