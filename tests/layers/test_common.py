@@ -259,15 +259,19 @@ def test_reset_parameters_draws_a_new_start_in_place(method: Method) -> None:
             assert tensor.abs().max() < 4 * start[name].abs().max(), name
 
 
-@every_static_layer
-def test_scratch_start_reuses_the_parameters(method: Method) -> None:
-    conv = BIASED.conv()
+@every_layer_of_both_kinds
+@pytest.mark.parametrize('init', ['lift', 'scratch'])
+def test_either_start_reuses_the_parameters(method: Method, case: Case, init: str) -> None:
+    conv, tied = case.conv(), case.conv()
+    tied.weight, tied.bias = conv.weight, conv.bias
     before = state(conv)
-    layer = method.cls.from_conv(conv, init='scratch', **method.options(BIASED))
-    assert layer.bias is conv.bias
-    assert method.cls is RefConv2d or layer.weight is conv.weight
+    layer, other = (method.cls.from_conv(each, init=init, **method.options(case)) for each in (conv, tied))
+    assert layer.bias is conv.bias and other.bias is conv.bias
+    if isinstance(layer.weight, nn.Parameter):  # RefConv's base is frozen: a copy
+        assert layer.weight is conv.weight and other.weight is conv.weight
     assert_same_state(conv, before)
-    assert torch.equal(layer.weight, before['weight'])
+    for each in (layer, other):
+        assert torch.equal(each.weight, before['weight']) and torch.equal(each.bias, before['bias'])
 
 
 # The function of a randomised layer -----------------------------------------------------------------------------------

@@ -219,11 +219,13 @@ class ReparamLayer(_ConvNd):
         """Build the layer from a plain convolution, which is left as it was.
 
         The Parameter objects of `conv` are reused wherever they stay parameters, so that ties, device, dtype and
-        ``requires_grad`` survive; what the method adds is frozen if the convolution's weight is.
+        ``requires_grad`` survive; their values are those of `conv` with either start. What the method adds is frozen if
+        the convolution's weight is.
 
         Args:
             conv: The convolution, of one of `conv_types` exactly.
-            init: 'lift' starts as exactly the same function; 'scratch' is the method's own random start.
+            init: 'lift' starts as exactly the same function; 'scratch' is the method's own random start of what it
+                adds.
             **options: The method's own options, as in the constructor.
 
         Returns:
@@ -258,7 +260,7 @@ class ReparamLayer(_ConvNd):
             cls.check_lift(**options)
         # Built on meta, then given memory: nothing is drawn for the weight that is replaced.
         layer = cls(**conv_arguments(conv), device='meta', dtype=conv.weight.dtype, **options)
-        layer._adopt(conv, init)
+        layer._adopt(conv)
         give_memory(layer, conv.weight.device)
         layer._start(init)
         for parameter_name, parameter in layer.named_parameters():
@@ -266,7 +268,7 @@ class ReparamLayer(_ConvNd):
                 parameter.requires_grad_(conv.weight.requires_grad)
         return layer.train(conv.training)
 
-    def _adopt(self, conv: _ConvNd, init: str) -> None:
+    def _adopt(self, conv: _ConvNd) -> None:
         """Take over the stock parameters themselves."""
         self.weight = conv.weight
         self.bias = conv.bias
@@ -492,8 +494,8 @@ class ReparamConv2d(ReparamLayer, nn.Conv2d):
         stride: tuple[int, int]
         dilation: tuple[int, int]
 
-    def _adopt(self, conv: _ConvNd, init: str) -> None:
-        super()._adopt(conv, init)
+    def _adopt(self, conv: _ConvNd) -> None:
+        super()._adopt(conv)
         self.tf_same = isinstance(conv, Conv2dSame)
 
     def _pad(self, x: torch.Tensor) -> torch.Tensor:

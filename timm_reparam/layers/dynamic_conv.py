@@ -354,13 +354,12 @@ class DynamicConv2d(ReparamConv2d):
             if self.residual_bias is not None:
                 draw_small(self.residual_bias, bound)
             return
-        for parameter, residual in ((self.weight, self.residual_weight), (self.bias, self.residual_bias)):
-            if parameter is not None and residual is not None:
-                # K independent draws of the parameter's own scale
-                draws = torch.randn_like(parameter.expand(self.num_kernels, *parameter.shape))
-                draws = draws * parameter.square().mean().sqrt()
-                parameter.copy_(draws.mean(0))
-                residual.copy_((draws[:-1] - parameter).flatten(0, 1))
+        for mean, residual in ((self.weight, self.residual_weight), (self.bias, self.residual_bias)):
+            if mean is not None and residual is not None:
+                # kernels that differ from each other as independent draws of the mean's own scale do
+                draws = torch.randn_like(mean.expand(self.num_kernels, *mean.shape))
+                draws = draws * mean.square().mean().sqrt()
+                residual.copy_((draws[:-1] - draws.mean(0)).flatten(0, 1))
 
     @torch.no_grad()
     def _close_gates(self) -> None:
@@ -368,14 +367,6 @@ class DynamicConv2d(ReparamConv2d):
         nn.init.zeros_(self.attention.fc2.bias)
         if self.temperature is not None:
             self.reset_temperature()
-
-    def _adopt(self, conv: _ConvNd, init: str) -> None:
-        super()._adopt(conv, init)
-        if init == 'scratch':
-            # about to be drawn anew, which must not reach the given convolution
-            for name in ('weight', 'bias'):
-                if (given := getattr(self, name)) is not None:
-                    setattr(self, name, nn.Parameter(given.detach().clone(), requires_grad=given.requires_grad))
 
     def reset_temperature(self, steps: int | None = None) -> None:
         """Start the temperature's schedule again.

@@ -65,8 +65,8 @@ class _Refocusing(ReparamLayer):
         del self.weight
         self.register_buffer('weight', weight)
 
-    def _adopt(self, conv: _ConvNd, init: str) -> None:
-        super()._adopt(conv, init)
+    def _adopt(self, conv: _ConvNd) -> None:
+        super()._adopt(conv)
         self._freeze_base()
 
     @torch.no_grad()
