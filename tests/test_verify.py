@@ -277,6 +277,22 @@ def test_a_norm_that_could_not_be_folded_is_missed() -> None:
 # --- outputs -------------------------------------------------------------------------------------------------------
 
 
+def test_nobody_is_told_to_pass_what_was_made_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = around(lambda y: y), images(2, 5, 8, 8)
+    wrong = fuse_model(model)
+    wrong.function = lambda y: y[:, :1]
+    with pytest.raises(ReparamError, match=r'got \[\(2, 1, 6, 6\)\] from the fused one; pass what fuse_model\(\) made'):
+        verify_fusion(model, wrong, inputs=x)
+    monkeypatch.setattr(verify, 'fuse_model', lambda model: wrong)
+    with pytest.raises(
+        ReparamError, match=r'got \[\(2, 1, 6, 6\)\] from the fused one. What differs:\n  the model: func'
+    ):
+        verify_fusion(model, inputs=x)
+    monkeypatch.setattr(verify, 'fuse_model', copy.deepcopy)
+    with pytest.raises(ReparamError, match='conv: expected a fused layer, got DOConv2d$'):
+        verify_fusion(model, inputs=x)
+
+
 def test_complex_outputs_are_compared() -> None:
     model = around(lambda y: torch.fft.fft2(y))
     x = images(2, 5, 8, 8)

@@ -5,13 +5,14 @@ import inspect
 import io
 import itertools
 import pickle
+from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn as nn
 from timm.layers import Conv2dSame, create_feature_extractor
 
-from timm_reparam import ReparamError, verify_fusion
+from timm_reparam import ReparamError, fuse_model, verify_fusion
 from timm_reparam.layers import ACBlock2d, ACConv2d, DynamicConv2d, RefConv2d
 
 from . import oracles
@@ -723,21 +724,137 @@ def test_the_branch_form_is_the_layer_in_evaluation(
         assert relative_difference(layer.branch_form()(x), expected) <= 1e-12
 
 
-@every_layer
-def test_a_convolution_without_channels_is_refused(method: Method) -> None:
+@every_layer_of_both_kinds
+def test_a_convolution_without_channels_is_refused(method: Method, case: Case) -> None:
     for channels in ((0, 4), (4, 0)):
-        with pytest.raises(ReparamError, match=f'{method.cls.__name__}: expected at least one .*channel'):
-            method.cls(*channels, 3)
-    with pytest.raises(ReparamError, match='expected at least one'):
-        method.cls.from_conv(nn.Conv2d(0, 4, 3))
+        for device in ('cpu', 'meta'):
+            with pytest.raises(ReparamError, match=f'{method.cls.__name__}: expected at least one .*channel'):
+                method.cls(*channels, 3, device=device)
+            with pytest.raises(ReparamError, match=f'{method.cls.__name__}: expected at least one .*channel'):
+                method.cls.from_conv(type(case.conv())(*channels, 3, device=device))
 
 
-@every_layer
-def test_a_weight_that_is_no_parameter_is_refused(method: Method) -> None:
-    for name in ('weight', 'bias'):
-        conv = nn.Conv2d(4, 6, 3)
+@every_layer_of_both_kinds
+def test_a_weight_that_is_no_parameter_is_refused(method: Method, case: Case) -> None:
+    for name, found in itertools.product(STOCK_NAMES, ('buffer', 'Tensor')):
+        conv = case.conv()
         value = getattr(conv, name).detach()
         delattr(conv, name)
-        conv.register_buffer(name, value)
-        with pytest.raises(ReparamError, match=f'expected {name} to be a parameter, got a buffer; leave it out'):
-            method.cls.from_conv(conv)
+        if found == 'buffer':
+            conv.register_buffer(name, value)
+        else:
+            setattr(conv, name, value)
+        with pytest.raises(ReparamError, match=f'expected {name} to be a parameter, got a {found}; leave it out'):
+            method.cls.from_conv(conv, **method.options(case))
+    for weight_norm in (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal):
+        conv = weight_norm(case.conv())
+        with pytest.raises(ReparamError, match=f'{method.cls.__name__} replaces .*, got Parametrized'):
+            method.cls.from_conv(conv, **method.options(case))
+
+
+# What somebody has set on a convolution or a layer -------------------------------------------------------------------
+
+
+@every_layer_of_both_kinds
+@pytest.mark.parametrize('init', ['lift', 'scratch'])
+def test_attributes_that_somebody_has_set_are_carried_over(method: Method, case: Case, init: str) -> None:
+    conv = case.conv()
+    stock = set(vars(conv))
+    conv._is_hf_initialized, conv.role, conv.notes = True, 'stem', ['a note']
+    layer = method.cls.from_conv(conv, init=init, **method.options(case))
+    assert layer._is_hf_initialized is True and layer.role == 'stem' and layer.notes is conv.notes
+    layer.role, layer.later = 'body', (1, 2)
+    layer.forward = lambda input: input
+    for changed in (layer, copy.deepcopy(layer), method.cls.from_conv(case.conv(), **method.options(case))):
+        fused = changed.fuse()
+        added = {'_is_hf_initialized': True, 'role': 'body', 'notes': ['a note'], 'later': (1, 2)}
+        if 'role' not in vars(changed):
+            added = {}
+        assert {name: value for name, value in vars(fused).items() if name in added} == added
+        if not method.dynamic:
+            assert set(vars(fused)) == stock | added.keys(), 'nothing of the layer'
+        else:
+            assert set(vars(fused)) == set(vars(method.cls(4, 6, 3))) | {'tf_same'} | added.keys()
+
+
+CONTENTS = [
+    (lambda conv: conv.register_parameter('gain', nn.Parameter(torch.ones(6))), 'holds gain, too'),
+    (lambda conv: conv.register_buffer('mask', torch.ones(6)), 'holds mask, too'),
+    (lambda conv: setattr(conv, 'act', nn.ReLU()), 'holds act, too'),
+    (lambda conv: setattr(conv, '_conv_forward', lambda *args: None), 'or a _conv_forward of its own'),
+    (lambda conv: conv.register_state_dict_post_hook(lambda *args: None), 'carries hooks'),
+    (lambda conv: conv.register_load_state_dict_pre_hook(lambda *args: None), 'carries hooks'),
+]
+
+
+@every_layer
+@pytest.mark.parametrize('add, message', CONTENTS)
+def test_what_would_be_lost_is_refused(method: Method, add, message: str) -> None:
+    conv = BIASED.conv()
+    add(conv)
+    with pytest.raises(ReparamError, match=f'{method.cls.__name__}: .*{message}.* skip='):
+        method.cls.from_conv(conv, **method.options(BIASED))
+
+
+@every_layer
+def test_an_attribute_of_the_name_of_one_of_the_layer_is_refused(method: Method) -> None:
+    for name in (method.cls.option_names()[0], 'tf_same', 'equivalent_kernel'):
+        conv = BIASED.conv()
+        setattr(conv, name, 2)
+        with pytest.raises(ReparamError, match=f'{method.cls.__name__}: .*got a convolution with {name} set on it'):
+            method.cls.from_conv(conv, **method.options(BIASED))
+
+
+# Parametrised layers --------------------------------------------------------------------------------------------------
+
+PARAMETRISATIONS = {
+    name: getattr(nn.utils.parametrizations, name) for name in ('weight_norm', 'spectral_norm', 'orthogonal')
+}
+
+
+def parametrised(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Copies of a layer, each with another tensor under another parametrisation of torch."""
+    names = dict.fromkeys(['weight', *(name for name, _ in layer.named_parameters())])
+    for name, (kind, parametrise) in itertools.product(names, PARAMETRISATIONS.items()):
+        other = copy.deepcopy(layer)
+        owner, _, leaf = name.rpartition('.')
+        try:
+            parametrise(other.get_submodule(owner), leaf)
+        except (ValueError, IndexError):  # vectors have no spectral norm of a transposed layer, nor are they orthogonal
+            assert layer.state_dict()[name].dim() == 1
+            continue
+        yield f'{kind} of {name}', other
+
+
+@pytest.mark.parametrize(
+    'method, case',
+    [pytest.param(method, case, marks=[] if method.is_default else pytest.mark.slow) for method, case in EVERY_BIASED],
+    ids=identifier,
+)
+def test_a_parametrised_layer_fuses_to_what_it_computes(method: Method, case: Case) -> None:
+    layer, x = randomised(method, case, torch.float32), case.input(torch.float32)
+    found = 0
+    for what, other in parametrised(layer):
+        found += 1
+        model = nn.Sequential(other, nn.BatchNorm2d(case.out_channels))
+        randomise(model[1], generator(5), keep=())
+        # a spectral norm is one that changes as it is read in training
+        for training, fold_bn in ((False, True), (True, bool(found % 2))):
+            before = state(model.train(training))
+            fused = fuse_model(model, fold_bn=fold_bn)
+            assert type(fused[0]) is type(layer.fuse()), what
+            assert_same_state(model, before)
+            exact = in_float64(model).eval()(x.double())
+            assert relative_difference(in_float64(fused).eval()(x.double()), exact) <= 1e-6, what
+        report = verify_fusion(model, fused, inputs=x)
+        assert report.passed, f'{what}: {report}'
+        assert_same_state(model, before)
+        model.eval()
+        assert torch.equal(copy.deepcopy(model)(x), model(x)), what
+        assert (
+            relative_difference(in_float64(other).branch_form()(x.double()), in_float64(other)(x.double())) <= ALGEBRA
+        )
+    assert found >= 5
+    with torch.no_grad():
+        fused[0].weight[0, 0, 0, 0] += 0.1
+    assert not verify_fusion(model, fused, inputs=x).passed

@@ -31,7 +31,6 @@ from .base import (
     autocast_disabled,
     conv_arguments,
     draw_small,
-    exact,
     exact_copy,
     fx_leaf,
     give_memory,
@@ -599,25 +598,27 @@ class DynamicConv2d(ReparamConv2d):
         Returns:
             A fresh DynamicConv2d without a schedule, with the same device, dtype and mode.
         """
+        # from a copy, because a parametrisation computes some of it, and changes perhaps as it is read in training
+        source, like = exact_copy(self).eval(), next(self.parameters())
         layer = type_before_parametrizations(self)(
-            **conv_arguments(self),
+            **conv_arguments(source),
             device='meta',
-            dtype=self.weight.dtype,
+            dtype=like.dtype,
             num_kernels=self.num_kernels,
             reduction=self.reduction,
             temperature=None,
         )
-        give_memory(layer, self.weight.device)
+        vars(layer).update(self.added_attributes())
+        give_memory(layer, like.device)
         layer.tf_same = self.tf_same
         layer.exportable = self.exportable
         parameters = dict(self.named_parameters())
         trainable = any(parameter.requires_grad for parameter in parameters.values())
         for name, new in layer.named_parameters():
             owner, _, part = name.rpartition('.')
-            value = getattr(self.get_submodule(owner), part)  # no entry of the state dict, where it is parametrised
+            value = getattr(source.get_submodule(owner), part)  # no entry of the state dict, where it is parametrised
             if owner == 'attention.fc2':  # all that changes
-                value = exact(value)
-                value = value / self.current_temperature().to(value.device)
+                value = value / source.current_temperature()
             new.copy_(value)
             new.requires_grad_(parameters[name].requires_grad if name in parameters else trainable)
         return layer.train(self.training)
