@@ -446,11 +446,13 @@ def test_fuse_takes_wrappers_off_and_refuses_what_it_cannot_fuse() -> None:
 def test_hooks_of_the_layers_come_along(variant: str, fold_bn: bool) -> None:
     options = dict(features_only=True, feature_cls='hook')
     model = convert_model(timm.create_model('resnet10t', **RESNET_NARROW), variant).eval()
-    seen: list[nn.Module] = []
+    seen: list = []
     model.layer1[0].conv1.register_forward_hook(lambda module, inputs, output: seen.append(module))
+    model.layer1[0].conv1.register_full_backward_hook(lambda module, *gradients: seen.append((module, *gradients)))
     fused = fuse_model(model, fold_bn=fold_bn)
-    fused(torch.randn(1, 3, 32, 32))
-    assert seen == [fused.layer1[0].conv1]
+    fused(torch.randn(1, 3, 32, 32)).sum().backward()
+    assert seen[0] is fused.layer1[0].conv1 is seen[1][0] and len(seen) == 2
+    assert seen[1][1][0].shape == (1, 8, 8, 8), 'the gradient of its input, not of its bias'
 
     features = convert_model(timm.create_model('mobilenetv2_035', **options), variant)
     features = randomise(features, seed=1).eval()

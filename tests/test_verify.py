@@ -581,6 +581,24 @@ def test_inputs_by_keyword_and_without_a_batch() -> None:
     assert {layer.name: layer.num_inputs for layer in report.layers} == {'up': 3, 'conv': 3}
 
 
+def test_a_norm_that_was_folded_may_take_its_input_by_keyword() -> None:
+    class Calls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(input=self.conv(input=x))
+
+    model = disturbed(convert_model(Calls(), 'refconv')).eval()
+    fused = fuse_model(model, fold_bn=True)
+    assert verify_fusion(model, fused, inputs=images(3, 3, 8, 8)).passed
+    with torch.no_grad():
+        fused.conv.bias[0] += 1
+    assert not verify_fusion(model, fused, inputs=images(3, 3, 8, 8)).passed
+
+
 def test_a_class_has_to_say_what_its_method_computes() -> None:
     class Nothing(ReparamConv2d):
         """A method that says only what its kernel is."""

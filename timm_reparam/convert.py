@@ -296,7 +296,9 @@ def _copy_around(
     modes = {name: module.training for name, module in model.named_modules()}
     new = copy.deepcopy(model, copied)
     for number, layer in layers.items():
-        kept = {hooks: getattr(layer, hooks) for hooks in HOOKS if getattr(layer, hooks)}
+        # the flag says of which kind the backward hooks are
+        names = (*HOOKS, '_is_full_backward_hook')
+        kept = {name: getattr(layer, name) for name in names if getattr(layer, name)}
         vars(fused[number]).update(copy.deepcopy({**kept, **layer.added_attributes()}, copied))
     for name, module in new.named_modules():
         module.training = modes.get(name, module.training)  # torch.fx's copies of graphs are in training mode

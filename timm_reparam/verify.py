@@ -329,10 +329,11 @@ class _Verification:
             return hook
 
         def note_input(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-                reference, version, maker = made.get(id(args[0]), (None, 0, ''))
+            def hook(module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+                x = args[0] if args else next(iter(kwargs.values()))
+                reference, version, maker = made.get(id(x), (None, 0, ''))
                 # the same tensor, and nothing was done to it in place
-                is_same = reference is not None and reference() is args[0] and args[0]._version == version
+                is_same = reference is not None and reference() is x and x._version == version
                 taken.setdefault(name, []).append(maker if is_same else '')
 
             return hook
@@ -340,7 +341,10 @@ class _Verification:
         convs = {check.names[0] for check in self.checks} | {names[0] for names, *_ in self.convs.values()}
         modules = self.modules[-1]
         handles = [modules[name].register_forward_hook(note_output(name)) for name in convs]
-        handles += [modules[name].register_forward_pre_hook(note_input(name)) for name, _ in self.folded.values()]
+        handles += [
+            modules[name].register_forward_pre_hook(note_input(name), with_kwargs=True)
+            for name, _ in self.folded.values()
+        ]
         with _removed_afterwards(handles):
             self._run(self.own, batch)
         pairs = {name: makers[0] for name, makers in taken.items() if makers == [makers[0]] * calls[makers[0]]}
