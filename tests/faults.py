@@ -22,7 +22,7 @@ from stand_in import disturbed, images
 from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import nn
 
-from timm_reparam import ReparamError, convert_model, fuse_model, verify_fusion
+from timm_reparam import ACBlock2d, ReparamError, convert_model, fuse_model, verify_fusion
 from timm_reparam.convert import VARIANTS
 
 STATIC = tuple(name for name, layers in VARIANTS.items() if not layers[0].input_dependent)
@@ -56,6 +56,7 @@ class Net(nn.Module):
         self.stem = nn.Conv2d(3, CHANNELS, 3, padding=1)
         self.bn = nn.BatchNorm2d(CHANNELS)
         self.blocks = nn.Sequential(Block(), Block())
+        self.block = ACBlock2d(CHANNELS, CHANNELS, 3, padding=1, groups=2, last_norm=True)
         self.again = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False)
         self.same = Conv2dSame(CHANNELS, CHANNELS, 3, stride=2)
         self.norm_act = BatchNormAct2d(CHANNELS, act_layer=nn.SiLU)
@@ -70,7 +71,7 @@ class Net(nn.Module):
         self.head = nn.Linear(CHANNELS, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.blocks(self.bn(self.stem(x)))
+        x = self.block(self.blocks(self.bn(self.stem(x))))
         x = self.again(self.again(x)) * self.scale
         x = self.reflect(self.up(self.norm_act(self.same(x))))
         x = self.group_norm(self.pools(self.pool(self.point(x))))
@@ -299,6 +300,22 @@ def at_temperature_1(layer: Any, of_model: Any) -> Any:
     return layer
 
 
+def fused_after(change: Callable[[Any], Any]) -> Callable[..., nn.Module]:
+    """A fault that puts the fusion of a changed block into the place of that of the right one."""
+
+    def how(module: nn.Module, fused: nn.Module, of_model: Any) -> nn.Module:
+        block = copy.deepcopy(of_model)
+        change(block)
+        return block.fuse()
+
+    return how
+
+
+def in_block(name: str, change: Callable[[Any], Any]) -> Callable[[type[nn.Module]], AbstractContextManager[Any]]:
+    """ACNet's block with a method whose result is changed."""
+    return lambda layer: wrapped(name, lambda block, result: change(result))(ACBlock2d)
+
+
 CONV1, CONV2, BN1, BN2 = '{block}.conv1', '{block}.conv2', '{block}.bn1', '{block}.bn2'
 TRANSPOSED = ('doconv', 'refconv')
 FAULTS = (
@@ -457,6 +474,21 @@ FAULTS = (
         broken=wrapped('_compose', lambda self, kernel: kernel - self.weight),
     ),
     Fault('a layer that is not what its method says', broken=wrapped('forward', lambda self, y: 1.5 * y)),
+    # a block that is fused, whatever the variant of the layers around it
+    Fault('a tap of a block', 'block', set_values('weight', at((5, 0, 2, 2), two_units))),
+    Fault('a bias of a block', 'block', set_values('bias', at((1,), lambda value: value + 0.25))),
+    Fault('no bias of a block', 'block', set_attributes(bias=None)),
+    Fault('a branch of a block dropped', 'block', fused_after(lambda block: block.ver_conv.weight.zero_())),
+    Fault('a norm of a block dropped', 'block', fused_after(lambda block: block.hor_bn.reset_parameters())),
+    Fault('the last norm of a block dropped', 'block', fused_after(lambda block: setattr(block, 'last_bn', None))),
+    Fault('another number of groups of a block', 'block', set_attributes(groups=1)),
+    Fault('a block that is not fused', 'block', lambda module, fused, block: copy.deepcopy(block)),
+    Fault('fuse forgets the bias of a block', 'block', broken=in_block('fuse', lambda conv: without_bias(conv))),
+    Fault(
+        'the kernel of a block is composed 1e-7 too large',
+        'block',
+        broken=in_block('_fold', lambda folded: (folded[0] * (1 + 1e-7), folded[1])),
+    ),
     # dynamic convolution
     Fault('a temperature that is not folded in', CONV1, not_divided, DYNAMIC),
     Fault('residual kernels of zeros', CONV1, set_values('residual_weight', torch.zeros_like), DYNAMIC),

@@ -19,9 +19,9 @@ from torch import nn
 from torch.nn.utils import prune
 
 import timm_reparam
-from timm_reparam import ReparamError, convert_model, fuse_model, is_variant, verify_fusion
+from timm_reparam import ACBlock2d, ReparamError, convert_model, fuse_model, is_variant, verify_fusion
 from timm_reparam._measure import cpu_allocations
-from timm_reparam.convert import VARIANTS, lift_state_dict
+from timm_reparam.convert import VARIANTS, lift_state_dict, record_options
 
 STATIC = ('acconv', 'doconv', 'refconv')
 # the smallest backbone of each family
@@ -212,6 +212,102 @@ def test_skip_takes_names_patterns_and_types() -> None:
         assert list(again.state_dict()) == list(model.state_dict())
 
 
+@pytest.mark.parametrize('init', ['lift', 'scratch'])
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_tied_parameters_stay_tied_and_as_they_are(variant: str, init: str) -> None:
+    model = Net()
+    weight, values = model.tied.weight, model.tied.weight.detach().clone()
+    convert_model(model, variant, init=init, **(dict(skip='up') if variant == 'acconv' else {}))
+    assert torch.equal(weight, values) and torch.equal(model.tied.weight, values)
+    if variant != 'refconv':  # whose base is frozen: a copy
+        assert model.again.weight is weight and model.tied.weight is weight
+
+
+class Named(nn.Module):
+    """Modules whose names are patterns, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ('a[0]', 'a0', 'b*', 'bc', 'c?', 'cd'):
+            self.add_module(name, nn.Conv2d(3, 3, 3))
+
+
+@pytest.mark.parametrize(
+    'skip, left_out',
+    [
+        ('a[0]', {'a[0]'}),
+        ('b*', {'b*'}),
+        (['c?', 'a0'], {'c?', 'a0'}),
+        ('[ab]*', {'a[0]', 'a0', 'b*', 'bc'}),
+        ('a[[]0]', {'a[0]'}),
+        ('a[0-1]', {'a0'}),
+    ],
+)
+def test_a_name_comes_before_a_pattern(skip, left_out: set[str]) -> None:
+    plan = timm_reparam.plan_conversion(Named(), 'doconv', skip=skip)
+    assert {name for name, why in plan.items() if why == 'left out by skip'} == left_out
+    model = Named()
+    model.pretrained_cfg = dict(architecture='named')
+    convert_model(model, 'doconv', skip=skip)
+    assert {name for name, m in model.named_children() if not is_variant(m)} == left_out
+    assert timm_reparam.plan_conversion(Named(), 'doconv', skip=model._conv_options['skip']) == plan
+
+
+def test_the_names_of_a_type_are_no_patterns() -> None:
+    model = Named()
+    model.add_module('a[1]', nn.Sequential(nn.Conv2d(3, 3, 3)))
+    model.add_module('a1', nn.Conv2d(3, 3, 3))
+    plan = timm_reparam.plan_conversion(model, 'doconv', skip=nn.Sequential)
+    assert {name for name, why in plan.items() if why} == {'a[1].0'}
+
+
+class Composed(nn.Module):
+    """A network of somebody's own, with ACNet's block, convolutions and norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3))
+        self.block = ACBlock2d(8, 8, 3, stride=2, padding=1, groups=2)
+        self.norm = nn.BatchNorm2d(8)
+        self.last = ACBlock2d(8, 6, (3, 5), padding=(1, 2), padding_mode='reflect', last_norm=True)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.last(self.norm(self.block(self.stem(x))).relu())
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize('variant', [None, *VARIANTS])
+def test_blocks_in_a_network_are_fused_to_convolutions(variant: str | None) -> None:
+    model = Composed()
+    if variant:
+        convert_model(model, variant)
+        assert all(type(conv) is nn.Conv2d for conv in (model.block.square_conv, model.last.hor_conv))
+    disturbed(model).eval()
+    model.block.role = 'body'
+    seen: list[nn.Module] = []
+    model.block.register_forward_hook(lambda module, args, output: seen.append(module))
+    x, before = images(2, 3, 15, 16), state(model)
+    with torch.no_grad():
+        expected = model(x)
+        for fold_bn in (False, True):
+            fused = fuse_model(model, fold_bn=fold_bn)
+            seen.clear()
+            assert torch.allclose(fused(x), expected, rtol=1e-4, atol=1e-5)
+            assert seen == [fused.block] and fused.block.role == 'body'
+            for conv in (fused.block, fused.last):
+                assert type(conv) is nn.Conv2d and conv.bias is not None and not conv.training
+            report = verify_fusion(model, fused, inputs=x)
+            assert report.passed, report
+            assert {'block', 'last'} <= {layer.name.partition(' ')[0] for layer in report.layers}
+    assert_same_state(model, before)
+    with pytest.raises(ReparamError, match='block: expected a fused layer, got ACBlock2d; pass what fuse_model'):
+        unfused = fuse_model(model)
+        unfused.block = copy.deepcopy(model.block)
+        verify_fusion(model, unfused, inputs=x)
+    assert type(fuse_model(model.block)) is nn.Conv2d and verify_fusion(model.block, inputs=images(2, 8, 7, 7)).passed
+
+
 def test_blocks_that_fold_themselves_are_left_alone() -> None:
     model = nn.Sequential(Folding(), nn.Conv2d(3, 3, 3))
     convert_model(model, 'doconv')
@@ -296,7 +392,16 @@ REFUSED = [
     (lambda: (ModelEmaV3(Net()), 'doconv'), {}, 'got a ModelEmaV3'),
     (lambda: (torch.compile(Net()), 'doconv'), {}, 'got a OptimizedModule'),
     (lambda: (torch.jit.script(Folding()), 'doconv'), {}, 'scripted model'),
-    (lambda: (convert_model(Net(), 'doconv'), 'refconv'), {}, 'stem: already a variant .*doconv'),
+    (
+        lambda: (convert_model(Net(), 'doconv'), 'refconv'),
+        {},
+        r'stem: already a variant .*doconv\); convert a stock model, or fuse_model\(\) this one first$',
+    ),
+    (
+        lambda: (fuse_model(convert_model(Net(), 'dyconv')), 'refconv'),
+        {},
+        r'body.0: already a variant .*dyconv\); convert a stock model$',
+    ),
     (
         lambda: (nn.Sequential(nn.Conv2d(3, 3, 3), nn.utils.weight_norm(nn.Conv2d(3, 3, 3))), 'doconv'),
         {},
@@ -322,6 +427,9 @@ def test_fuse_takes_wrappers_off_and_refuses_what_it_cannot_fuse() -> None:
         assert_same_state(fuse_model(wrapped), expected)
     with pytest.raises(ReparamError, match='Net holds no over-parameterised convolution'):
         fuse_model(Net())
+    for fused in (3, 'resnet18'):
+        with pytest.raises(ReparamError, match='verify_fusion: fused: expected a torch.nn.Module, got a (int|str)'):
+            verify_fusion(model, fused)
     single = timm_reparam.DOConv2d(3, 4, 3)
     assert type(fuse_model(single)) is nn.Conv2d
 
@@ -338,11 +446,13 @@ def test_fuse_takes_wrappers_off_and_refuses_what_it_cannot_fuse() -> None:
 def test_hooks_of_the_layers_come_along(variant: str, fold_bn: bool) -> None:
     options = dict(features_only=True, feature_cls='hook')
     model = convert_model(timm.create_model('resnet10t', **RESNET_NARROW), variant).eval()
-    seen: list[nn.Module] = []
+    seen: list = []
     model.layer1[0].conv1.register_forward_hook(lambda module, inputs, output: seen.append(module))
+    model.layer1[0].conv1.register_full_backward_hook(lambda module, *gradients: seen.append((module, *gradients)))
     fused = fuse_model(model, fold_bn=fold_bn)
-    fused(torch.randn(1, 3, 32, 32))
-    assert seen == [fused.layer1[0].conv1]
+    fused(torch.randn(1, 3, 32, 32)).sum().backward()
+    assert seen[0] is fused.layer1[0].conv1 is seen[1][0] and len(seen) == 2
+    assert seen[1][1][0].shape == (1, 8, 8, 8), 'the gradient of its input, not of its bias'
 
     features = convert_model(timm.create_model('mobilenetv2_035', **options), variant)
     features = randomise(features, seed=1).eval()
@@ -351,6 +461,51 @@ def test_hooks_of_the_layers_come_along(variant: str, fold_bn: bool) -> None:
     for found, expected in zip(fused_features(x), features(x), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     pickle.dumps(fused_features)
+
+
+def noted(kind: str, notes: list[tuple[str, nn.Module]]):
+    """A hook of a state dict that notes its module."""
+    return lambda module, *args: notes.append((kind, module))
+
+
+STATE_DICT_HOOKS = (
+    *('register_state_dict_pre_hook', 'register_state_dict_post_hook'),
+    *('register_load_state_dict_pre_hook', 'register_load_state_dict_post_hook'),
+)
+
+
+@pytest.mark.parametrize('fold_bn', [False, True])
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_state_dict_hooks_come_along(variant: str, fold_bn: bool) -> None:
+    model = convert_model(timm.create_model('resnet10t', **RESNET_NARROW), variant).eval()
+    model.register_state_dict_pre_hook(record_options)  # as models made by name have
+    notes: list[tuple[str, nn.Module]] = []
+    names = ('', 'layer1.0', 'layer1.0.conv1')
+    for name, kind in itertools.product(names, STATE_DICT_HOOKS):
+        getattr(model.get_submodule(name), kind)(noted(kind, notes))
+    fused = fuse_model(model, fold_bn=fold_bn)
+    assert not notes, 'fusing runs none'
+    fused.load_state_dict(fused.state_dict())
+    assert sorted((kind, id(module)) for kind, module in notes) == sorted(
+        (kind, id(fused.get_submodule(name))) for name in names for kind in STATE_DICT_HOOKS
+    )
+    own = [hook for module in fused.modules() for hook in module._state_dict_pre_hooks.values()]
+    assert (record_options in own) == (variant == 'dyconv'), 'that of a stock model is gone'
+
+
+@pytest.mark.parametrize('fold_bn', [False, True])
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_attributes_of_the_convolutions_come_along(variant: str, fold_bn: bool) -> None:
+    model = Net()
+    model.again._is_hf_initialized = True
+    model.again.notes = {'body': model.body, 'conv': model.again}
+    convert_model(model, variant, **(dict(skip='up') if variant == 'acconv' else {}))
+    assert is_variant(model.again) and model.again._is_hf_initialized
+    model.again.notes['conv'] = model.again
+    fused = fuse_model(model, fold_bn=fold_bn)
+    assert fused.again._is_hf_initialized and model.again.notes['conv'] is model.again
+    assert fused.again.notes == {'body': fused.body, 'conv': fused.again}, 'a copy, as the hooks are'
+    assert verify_fusion(model, fused, inputs=images(2, 3, 9, 11)).passed
 
 
 def test_modes_survive_a_copy_of_a_traced_model() -> None:
@@ -372,6 +527,11 @@ def test_a_weight_that_a_hook_computes_is_refused(variant: str) -> None:
     with pytest.raises(ReparamError, match=f'layer1.0.conv1: its {name} is computed by a hook'):
         fuse_model(model)
     prune.remove(model.layer1[0].conv1, name)
+    if variant == 'dyconv':
+        prune.l1_unstructured(model.layer1[0].conv1.attention.fc1, 'weight', 0.5)
+        with pytest.raises(ReparamError, match='layer1.0.conv1.attention.fc1: its weight is computed by a hook'):
+            fuse_model(model)
+        prune.remove(model.layer1[0].conv1.attention.fc1, 'weight')
     assert verify_fusion(model, inputs=torch.randn(16, 3, 32, 32)).passed
 
 

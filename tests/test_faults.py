@@ -34,7 +34,7 @@ def test_the_right_fusion_is_verified(variant: str, dtype: torch.dtype) -> None:
     report = verify_fusion(model, fused, inputs=x)
     assert report.passed, report
     names = {layer.name: layer for layer in report.layers}
-    assert {'blocks.1.conv1', 'again', 'spare', 'reflect', 'same'} <= names.keys()
+    assert {'blocks.1.conv1', 'block', 'again', 'spare', 'reflect', 'same'} <= names.keys()
     assert not names['spare'].num_inputs and all(names[name].num_inputs for name in names.keys() - {'spare'})
     assert names['again'].num_inputs == 2 * len(x), 'both calls'
     assert ('up' in names) == (variant in ('doconv', 'refconv'))

@@ -277,6 +277,22 @@ def test_a_norm_that_could_not_be_folded_is_missed() -> None:
 # --- outputs -------------------------------------------------------------------------------------------------------
 
 
+def test_nobody_is_told_to_pass_what_was_made_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = around(lambda y: y), images(2, 5, 8, 8)
+    wrong = fuse_model(model)
+    wrong.function = lambda y: y[:, :1]
+    with pytest.raises(ReparamError, match=r'got \[\(2, 1, 6, 6\)\] from the fused one; pass what fuse_model\(\) made'):
+        verify_fusion(model, wrong, inputs=x)
+    monkeypatch.setattr(verify, 'fuse_model', lambda model: wrong)
+    with pytest.raises(
+        ReparamError, match=r'got \[\(2, 1, 6, 6\)\] from the fused one. What differs:\n  the model: func'
+    ):
+        verify_fusion(model, inputs=x)
+    monkeypatch.setattr(verify, 'fuse_model', copy.deepcopy)
+    with pytest.raises(ReparamError, match='conv: expected a fused layer, got DOConv2d$'):
+        verify_fusion(model, inputs=x)
+
+
 def test_complex_outputs_are_compared() -> None:
     model = around(lambda y: torch.fft.fft2(y))
     x = images(2, 5, 8, 8)
@@ -563,6 +579,24 @@ def test_inputs_by_keyword_and_without_a_batch() -> None:
     report = verify_fusion(model, inputs=images(3, 3, 8, 8))
     assert report.passed, report
     assert {layer.name: layer.num_inputs for layer in report.layers} == {'up': 3, 'conv': 3}
+
+
+def test_a_norm_that_was_folded_may_take_its_input_by_keyword() -> None:
+    class Calls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(input=self.conv(input=x))
+
+    model = disturbed(convert_model(Calls(), 'refconv')).eval()
+    fused = fuse_model(model, fold_bn=True)
+    assert verify_fusion(model, fused, inputs=images(3, 3, 8, 8)).passed
+    with torch.no_grad():
+        fused.conv.bias[0] += 1
+    assert not verify_fusion(model, fused, inputs=images(3, 3, 8, 8)).passed
 
 
 def test_a_class_has_to_say_what_its_method_computes() -> None:

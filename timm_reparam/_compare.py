@@ -13,7 +13,7 @@ from timm.layers import DropBlock2d, DropPath, PatchDropout
 from torchvision.ops import StochasticDepth
 
 from .fold import CONVOLUTIONS, NORMS
-from .layers import ReparamLayer
+from .layers.base import Fusible
 
 __all__ = ['Comparison', 'differing_settings']
 
@@ -43,7 +43,7 @@ class Comparison:
 
     Attributes:
         problems: What differs beside the layers below, as sentences that begin with the name of the module.
-        layers: The variant layers and what stands in their place, by their ids: (names, layer, counterpart).
+        layers: What is fused and what stands in its place, by their ids: (names, layer, counterpart).
         convs: The plain convolutions whose tensors differ, likewise, and how: right only where a norm was folded in.
         folded: The norms of the model in whose place is only what follows them, by id, with their names.
         dtypes: To what the floating-point tensors of each dtype were cast.
@@ -51,7 +51,7 @@ class Comparison:
 
     def __init__(self, model: nn.Module, fused: nn.Module) -> None:
         self.problems: list[str] = []
-        self.layers: dict[tuple[int, int], tuple[list[str], ReparamLayer, nn.Module]] = {}
+        self.layers: dict[tuple[int, int], tuple[list[str], Fusible, nn.Module]] = {}
         self.convs: dict[tuple[int, int], tuple[list[str], nn.Module, nn.Module, list[str]]] = {}
         self.folded: dict[int, tuple[str, nn.Module]] = {}
         self.dtypes: dict[torch.dtype, torch.dtype] = {}
@@ -60,7 +60,7 @@ class Comparison:
 
     def _compare(self, name: str, module: nn.Module, other: nn.Module) -> None:
         place = (id(module), id(other))
-        if isinstance(module, ReparamLayer):
+        if isinstance(module, Fusible):
             if place not in self.layers:
                 self._note_dtypes(name, module, other)
             self.layers.setdefault(place, ([], module, other))[0].append(name)
@@ -171,7 +171,7 @@ class Comparison:
         return self.dtypes.setdefault(ours.dtype, theirs.dtype)
 
     def _note_dtypes(self, name: str, layer: nn.Module, other: nn.Module) -> None:
-        ours, theirs = (getattr(module, 'weight', None) for module in (layer, other))
+        ours, theirs = next(layer.parameters(), None), getattr(other, 'weight', None)
         if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
             expected = self._dtype_of(ours, theirs)
             if theirs.dtype not in (expected, ours.dtype):

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.modules.conv import _ConvNd
 
 from ._compare import differing_settings
 from .convert import is_variant
 from .fold import norm_scale_shift, scale_outputs
-from .layers.base import CALL_HOOKS, exact, exact_copy
+from .layers.base import CALL_HOOKS, Fusible, exact, exact_copy
 
 __all__ = [
     'ALGEBRA_BOUND',
@@ -52,7 +53,7 @@ class LayerReport:
         name: Name of the module; all of its names where it has several, and that of a norm that was folded into it.
         kernel: Largest difference of an entry of the fused layer's kernel, bias or other parameter from the exact one,
             in units in the last place of its dtype; at most 1.
-        algebra: Between the train-time layer in its branch form (:meth:`ReparamLayer.branch_form`) and its fusion
+        algebra: Between the train-time layer in its branch form (:meth:`Fusible.branch_form`) and its fusion
             before rounding, and its own evaluation, all in float64; at most 1e-10 when the algebra is right.
         stored: Between the train-time layer in its branch form and the fused layer as it is stored, both computed in
             float64.
@@ -149,7 +150,7 @@ class LayerCheck:
     def expected(self) -> Any:
         """The fusion in float64, before rounding."""
         layer, expected = self.exact, self.exact_fused
-        if not is_variant(layer):
+        if not isinstance(self.exact, Fusible):
             expected = layer
         elif layer.input_dependent and not is_variant(self.counterpart):
             # beside a plain convolution: right if its attention leaves the mean kernel
@@ -180,7 +181,8 @@ class LayerCheck:
         """Compare the function on seeded noise, which no dead channel and no empty map hides anything from."""
         if self.problems:
             return
-        x = self._noise().to(self.own.weight.device, self.own.weight.dtype)
+        like = next(self.own.parameters())
+        x = self._noise().to(like.device, like.dtype)
         self._compare('noise', x, self.own.forward(x), {})
 
     def settle(self) -> None:
@@ -205,15 +207,16 @@ class LayerCheck:
 
     def _noise(self) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
-        size = (_NOISE_SAMPLES, self.exact.in_channels, *self._noise_size())
+        layer = next(module for module in self.exact.modules() if isinstance(module, _ConvNd))
+        size = (_NOISE_SAMPLES, layer.in_channels, *self._noise_size(layer))
         x = torch.randn(size, generator=generator, device='cpu')
         # samples that differ in their means, for what depends on those
         return x + torch.randn(*size[:2], 1, 1, generator=generator, device='cpu')
 
-    def _noise_size(self) -> list[int]:
+    @staticmethod
+    def _noise_size(layer: Any) -> list[int]:
         """Height and width with several places for the kernel, and more than any padding."""
-        layer: Any = self.exact
-        if isinstance(self.exact, nn.ConvTranspose2d):  # whose padding crops the output
+        if layer.transposed:  # whose padding crops the output
             return [2 * pad // stride + 4 + axis for axis, (pad, stride) in enumerate(zip(layer.padding, layer.stride))]
         pads = layer._reversed_padding_repeated_twice
         sides = zip(layer.kernel_size, layer.stride, layer.dilation, (max(pads[2:]), max(pads[:2])))
@@ -238,7 +241,7 @@ class LayerCheck:
         if self.problems:
             return
         kwargs = dict(kwargs)
-        x = args[0] if args else kwargs.pop('x' if 'x' in kwargs else 'input')  # as torch's convolutions call it
+        x = args[0] if args else kwargs.pop('input')
         if len(args) > 1:
             kwargs['output_size'] = args[1]
         if x.dim() == 3:
@@ -252,7 +255,7 @@ class LayerCheck:
     def _compare(self, kind: str, x: torch.Tensor, own: torch.Tensor, kwargs: dict[str, Any]) -> None:
         """Compare outputs for inputs (batch, channels, height, width), of which the layer made `own` in its dtype."""
         expected = self.expected()
-        function = self.exact.branch_form() if is_variant(self.exact) else self.exact.forward
+        function = self.exact.branch_form() if isinstance(self.exact, Fusible) else self.exact.forward
         stored = _exact_without_hooks(self.counterpart).to(expected.weight.device)
         largest = self.largest[kind]
         at_once = max(1, _ELEMENTS_AT_ONCE // max(x[0].numel(), 1))

@@ -27,7 +27,7 @@ from .layers import (
     RefConvTranspose2d,
     ReparamLayer,
 )
-from .layers.base import CALL_HOOKS, check_init, conv_arguments, exact_copy
+from .layers.base import HOOKS, Fusible, check_init, conv_arguments, exact_copy
 
 __all__ = [
     'VARIANTS',
@@ -110,7 +110,8 @@ def convert_model(model: nn.Module, variant: str, *, skip: Skip = (), init: str 
     Args:
         model: Any module; one that is wrapped (DistributedDataParallel, torch.compile) is converted before wrapping.
         variant: 'acconv', 'doconv', 'dyconv' or 'refconv'.
-        skip: What stays plain: names of modules (with everything inside), fnmatch patterns of names, or types.
+        skip: What stays plain: names of modules (with everything inside), fnmatch patterns of names, or types. An entry
+            that is the name of a module is no pattern.
         init: 'lift' starts as exactly the same function; 'scratch' is the method's own random start.
         **options: The layer's options, such as ``depth_multiplier`` or ``branch_norm``.
 
@@ -129,11 +130,14 @@ def convert_model(model: nn.Module, variant: str, *, skip: Skip = (), init: str 
             f'the model is itself a convolution, which cannot be replaced in place; use {layers[type(model)].__name__}'
             '.from_conv(model)'
         )
-    converted = [name for name, module in model.named_modules() if is_variant(module)]
+    converted = {name: module for name, module in model.named_modules() if is_variant(module)}
     if converted:
+        # those stay variants when they are fused
+        dynamic = any(module.input_dependent for module in converted.values())
+        remedy = '' if dynamic else ', or fuse_model() this one first'
         raise ReparamError(
-            f'{converted[0] or "the model"}: already a variant ({len(converted)} in all, {variant_of(model)}); convert '
-            'a stock model, or fuse_model() this one first'
+            f'{next(iter(converted)) or "the model"}: already a variant ({len(converted)} in all, '
+            f'{variant_of(model)}); convert a stock model{remedy}'
         )
     skip_names = _skip_names(model, skip)
     plan = _plan(model, layers, skip_names)
@@ -216,6 +220,9 @@ def _plan(model: nn.Module, layers: dict[type[nn.Module], type[ReparamLayer]], s
 def fuse_model(model: nn.Module, *, fold_bn: bool = False) -> nn.Module:
     """Fold a converted model into the stock architecture.
 
+    Blocks such as `ACBlock2d`, in a network of one's own, become convolutions with bias. Hooks, and attributes that
+    somebody has set on the layers, come along.
+
     With `fold_bn` each BatchNorm that alone takes the output of one convolution is folded into it, too, dynamic ones
     included: faster, the same function in evaluation, and for inference only. Where the norms were, identities are
     left, or their activations, and the convolutions have biases, so the keys are not the stock ones: it is no form to
@@ -224,8 +231,8 @@ def fuse_model(model: nn.Module, *, fold_bn: bool = False) -> nn.Module:
     them, before or after.
 
     Args:
-        model: A converted model, left as it was. DistributedDataParallel, torch.compile and weight-averaging wrappers
-            are taken off.
+        model: A model that holds variant layers or blocks, left as it was. DistributedDataParallel, torch.compile and
+            weight-averaging wrappers are taken off.
         fold_bn: Whether to fold the BatchNorms, for deployment.
 
     Returns:
@@ -234,11 +241,11 @@ def fuse_model(model: nn.Module, *, fold_bn: bool = False) -> nn.Module:
         With `fold_bn` it is in evaluation mode, and of the same module classes otherwise.
 
     Raises:
-        ReparamError: the model holds no variant layer, or is scripted; or its norms are to be folded and torch.fx
+        ReparamError: the model holds nothing to fuse, or is scripted; or its norms are to be folded and torch.fx
             cannot trace it.
     """
     model = unwrap_converted(model)
-    if is_variant(model):
+    if isinstance(model, Fusible):
         layer = with_fused_layers(model)
         return layer.eval() if fold_bn else layer
     fused: Any = _fold_norms(model) if fold_bn else with_fused_layers(model)
@@ -252,43 +259,47 @@ def fuse_model(model: nn.Module, *, fold_bn: bool = False) -> nn.Module:
 
 
 def with_fused_layers(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
-    """A deep copy of a model with its variant layers fused; what is in the memo is not copied."""
+    """A deep copy of a model with its layers fused; what is in the memo is not copied."""
     layers = _fusible(model)
     fused = {number: layer.fuse() for number, layer in layers.items()}
     return _copy_around(model, layers, fused, memo)
 
 
-def _fusible(model: nn.Module) -> dict[int, ReparamLayer]:
-    """The variant layers by id; ReparamError if a hook of torch.nn.utils computes a parameter of one."""
+def _fusible(model: nn.Module) -> dict[int, Fusible]:
+    """What is to be fused, by id; ReparamError if a hook of torch.nn.utils computes a parameter of it."""
     layers = {}
     for name, module in model.named_modules():
-        if is_variant(module):
-            for key in vars(module):  # pruning and spectral norm keep its origin as _orig, weight norm as _g
-                if module._parameters.keys() & {f'{key}_orig', f'{key}_g'}:
+        if not isinstance(module, Fusible):
+            continue
+        for part_name, part in module.named_modules(prefix=name):
+            for key in vars(part):  # pruning and spectral norm keep its origin as _orig, weight norm as _g
+                if part._parameters.keys() & {f'{key}_orig', f'{key}_g'}:
                     raise ReparamError(
-                        f'{name or "the model"}: its {key} is computed by a hook (pruning, weight norm), which cannot '
-                        'be fused; make it permanent first, with torch.nn.utils.prune.remove or remove_weight_norm'
+                        f'{part_name or "the model"}: its {key} is computed by a hook (pruning, weight norm), which '
+                        'cannot be fused; make it permanent first, with torch.nn.utils.prune.remove or '
+                        'remove_weight_norm'
                     )
-            layers[id(module)] = module
+        layers[id(module)] = module
     return layers
 
 
 def _copy_around(
     model: nn.Module,
-    layers: Mapping[int, nn.Module],
+    layers: Mapping[int, Fusible],
     fused: Mapping[int, nn.Module],
     memo: Mapping[int, Any] | None = None,
 ) -> nn.Module:
-    """A deep copy of a model with fused layers in the place of its own, hooks and modes as they were."""
+    """A deep copy of a model with fused layers in the place of its own; hooks, attributes and modes as they were."""
     # Deep-copying with the fused layers already in the memo puts them wherever the model refers to the old ones, so
     # what was shared stays shared, and nothing else is special.
     copied: dict[int, Any] = {**(memo or {}), **fused}
     modes = {name: module.training for name, module in model.named_modules()}
     new = copy.deepcopy(model, copied)
     for number, layer in layers.items():
-        for hooks in CALL_HOOKS:
-            if getattr(layer, hooks):
-                setattr(fused[number], hooks, copy.deepcopy(getattr(layer, hooks), copied))
+        # the flag says of which kind the backward hooks are
+        names = (*HOOKS, '_is_full_backward_hook')
+        kept = {name: getattr(layer, name) for name in names if getattr(layer, name)}
+        vars(fused[number]).update(copy.deepcopy({**kept, **layer.added_attributes()}, copied))
     for name, module in new.named_modules():
         module.training = modes.get(name, module.training)  # torch.fx's copies of graphs are in training mode
     return new
@@ -302,7 +313,8 @@ def _fold_norms(model: nn.Module) -> nn.Module:
     folded: Any = _copy_around(model, layers, fused).eval()
     count = fold_norms(folded, keep=_plain_modules(folded, []).keys())
     for number, layer in layers.items():
-        fused[number].to(layer.weight.device, layer.weight.dtype)
+        like = next(layer.parameters())
+        fused[number].to(like.device, like.dtype)
     _logger.info('%d BatchNorms are folded into the convolutions before them', count)
     folded.folded_norms = getattr(model, 'folded_norms', 0) + count
     return folded
@@ -495,7 +507,7 @@ def unwrap(model: nn.Module, caller: str = 'fuse_model') -> nn.Module:
 def unwrap_converted(model: nn.Module, caller: str = 'fuse_model') -> nn.Module:
     """The same of a model that has to hold variant layers."""
     model = unwrap(model, caller)
-    if variant_of(model) is None:
+    if not any(isinstance(module, Fusible) for module in model.modules()):
         raise ReparamError(f'{type(model).__name__} holds no over-parameterised convolution: there is nothing to fuse')
     return model
 
@@ -510,12 +522,12 @@ def layers_of(variant: str) -> dict[type[nn.Module], type[ReparamLayer]]:
 def _skip_names(model: nn.Module, skip: Skip) -> list[str]:
     """The entries of `skip` as names and patterns, a type as the names of its modules; each matches something."""
     names: list[str] = []
-    named = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
+    modules = dict(model.named_modules(remove_duplicate=False))
     for entry in _as_tuple(skip):
         if isinstance(entry, str):
-            matches = [entry] if any(fnmatchcase(name, entry) for name, _ in named) else []
+            matches = [entry] if _matching(modules, entry) else []
         elif isinstance(entry, type):
-            matches = [name for name, module in named if isinstance(module, entry)]
+            matches = [name for name, module in modules.items() if name and isinstance(module, entry)]
         else:
             raise ReparamError(f'skip: expected a module name, a pattern or a type, got {entry!r}')
         if not matches:
@@ -526,13 +538,20 @@ def _skip_names(model: nn.Module, skip: Skip) -> list[str]:
     return names
 
 
+def _matching(names: Collection[str], entry: str) -> set[str]:
+    """The module that has this name, or else those whose names match it as a pattern; never the model itself."""
+    return ({entry} if entry in names else {name for name in names if fnmatchcase(name, entry)}) - {''}
+
+
 def _plain_modules(model: nn.Module, skip_names: list[str]) -> dict[int, str]:
     """Modules that stay plain whatever they are, by id, and why."""
     plain: dict[int, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    modules = dict(model.named_modules(remove_duplicate=False))
+    skipped = {name for entry in skip_names for name in _matching(modules, entry)}
+    for name, module in modules.items():
         if not name:
             continue
-        if any(fnmatchcase(name, pattern) for pattern in skip_names):
+        if name in skipped:
             why = 'left out by skip'
         elif not is_variant(module) and any(callable(getattr(type(module), method, None)) for method in _SELF_FOLDING):
             why = f'inside {type(module).__name__}, which re-parameterises itself'

@@ -29,9 +29,9 @@ from ._layer_check import (
     sizes,
     worst_ratio,
 )
-from .convert import architecture_of, fuse_model, is_variant, unwrap, unwrap_converted, with_fused_layers
+from .convert import architecture_of, fuse_model, unwrap, unwrap_converted, with_fused_layers
 from .errors import ReparamError
-from .layers.base import autocast_disabled, exact_copy, kept_tensors
+from .layers.base import Fusible, autocast_disabled, exact_copy, kept_tensors
 
 __all__ = ['FusionReport', 'LayerReport', 'verify_fusion']
 
@@ -137,8 +137,8 @@ def verify_fusion(
 ) -> FusionReport:
     """Compare a converted model with its fusion, layer by layer and then as a whole.
 
-    Every layer that was fused (under all of its names, in each of its calls, a BatchNorm that was folded into it
-    included) is compared with what stands in its place: type and settings; every tap of the kernel, composed in
+    Every layer or `ACBlock2d` that was fused (under all of its names, in each of its calls, a BatchNorm that was folded
+    into it included) is compared with what stands in its place: type and settings; every tap of the kernel, composed in
     float64; and its function, computed branch by branch in float64, on the inputs that reach it and on seeded noise.
     All other tensors, norms, activations and settings of the two models have to be equal, after a cast to the fused
     dtype; modules that do nothing in evaluation are left out. Then the outputs of both models are compared.
@@ -157,14 +157,16 @@ def verify_fusion(
         The figures; whether they are good enough is the report's `passed`.
 
     Raises:
-        ReparamError: the model holds no variant layer; `fused` is the model itself, or still holds a layer that should
+        ReparamError: the model holds nothing to fuse; `fused` is the model itself, or still holds a layer that should
             have been fused; no input size is known, there are no inputs or they are no tensors; one of the models
             cannot run; or there are no outputs to compare, others than the model's, or a number of them that depends on
             rounding.
     """
     model = unwrap_converted(model, 'verify_fusion')
+    # no advice to those who passed nothing
+    remedy = '' if fused is None else '; pass what fuse_model() made of the model'
     fused = fuse_model(model) if fused is None else unwrap(fused, 'verify_fusion: fused')
-    _check_fused(model, fused)
+    _check_fused(model, fused, remedy)
     device = next(model.parameters()).device
     batches = seeded_images(_input_size(model)) if inputs is None else inputs
     if isinstance(batches, torch.Tensor):
@@ -175,10 +177,15 @@ def verify_fusion(
             'pass a tensor'
         )
     with _evaluation(model, fused, device=device):
-        return _Verification(model, fused).run(batches)
+        return _Verification(model, fused, remedy).run(batches)
 
 
-def _check_fused(model: nn.Module, fused: nn.Module) -> None:
+def _holds_layers(module: nn.Module) -> bool:
+    """Whether there is something in a module that is fused."""
+    return any(isinstance(part, Fusible) for part in module.modules())
+
+
+def _check_fused(model: nn.Module, fused: nn.Module, remedy: str) -> None:
     if fused is model:
         raise ReparamError(
             'verify_fusion: got the model itself as its fusion, which shows nothing; pass what fuse_model() made of it'
@@ -189,18 +196,23 @@ def _check_fused(model: nn.Module, fused: nn.Module) -> None:
                 f'verify_fusion: expected weights with values, got {type(each).__name__} on the meta device; load them'
             )
     for name, module in fused.named_modules():
-        if is_variant(module) and not module.input_dependent:
+        if isinstance(module, Fusible) and not module.input_dependent:
             raise ReparamError(
-                f'verify_fusion: {name or "fused"}: expected a fused layer, got {type(module).__name__}; pass what '
-                'fuse_model() made of the model'
+                f'verify_fusion: {name or "fused"}: expected a fused layer, got {type(module).__name__}{remedy}'
             )
 
 
 class _Verification:
-    """One comparison of two models, in evaluation mode."""
+    """One comparison of two models, in evaluation mode.
 
-    def __init__(self, model: nn.Module, fused: nn.Module) -> None:
-        self.model, self.fused = model, fused
+    Args:
+        model: The train-time model.
+        fused: What is to be its fusion.
+        remedy: What to do if it is none, as the end of a sentence; empty if it was made here.
+    """
+
+    def __init__(self, model: nn.Module, fused: nn.Module, remedy: str) -> None:
+        self.model, self.fused, self.remedy = model, fused, remedy
         comparison = Comparison(model, fused)
         self.problems = comparison.problems
         self.folded, self.convs = comparison.folded, comparison.convs
@@ -317,10 +329,11 @@ class _Verification:
             return hook
 
         def note_input(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-                reference, version, maker = made.get(id(args[0]), (None, 0, ''))
+            def hook(module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+                x = args[0] if args else next(iter(kwargs.values()))
+                reference, version, maker = made.get(id(x), (None, 0, ''))
                 # the same tensor, and nothing was done to it in place
-                is_same = reference is not None and reference() is args[0] and args[0]._version == version
+                is_same = reference is not None and reference() is x and x._version == version
                 taken.setdefault(name, []).append(maker if is_same else '')
 
             return hook
@@ -328,7 +341,10 @@ class _Verification:
         convs = {check.names[0] for check in self.checks} | {names[0] for names, *_ in self.convs.values()}
         modules = self.modules[-1]
         handles = [modules[name].register_forward_hook(note_output(name)) for name in convs]
-        handles += [modules[name].register_forward_pre_hook(note_input(name)) for name, _ in self.folded.values()]
+        handles += [
+            modules[name].register_forward_pre_hook(note_input(name), with_kwargs=True)
+            for name, _ in self.folded.values()
+        ]
         with _removed_afterwards(handles):
             self._run(self.own, batch)
         pairs = {name: makers[0] for name, makers in taken.items() if makers == [makers[0]] * calls[makers[0]]}
@@ -389,9 +405,8 @@ class _Verification:
         if rounds is None and found['stored'] != expected and not self.problems and not self._layers_off():
             rounds = 'stored'  # nothing else differs
         if rounds is not None:
-            part = next(
-                (path for path, child in self.model.named_children() if any(map(is_variant, child.modules()))), ''
-            )
+            children = self.model.named_children()
+            part = next((path for path, child in children if _holds_layers(child)), '')
             remedy = f'verify_fusion(model.{part}, fused.{part})' if part else 'a module whose outputs are of one shape'
             raise ReparamError(
                 f'verify_fusion: {name}: expected outputs whose number does not depend on rounding, got {expected} and '
@@ -400,7 +415,7 @@ class _Verification:
         if found['stored'] != expected:
             raise ReparamError(
                 f'verify_fusion: expected the outputs of the model, {expected}, got {found["stored"]} from the fused '
-                f'one; pass what fuse_model() made of the model{self._found_so_far()}'
+                f'one{self.remedy}{self._found_so_far()}'
             )
 
     def _layers_off(self) -> list[LayerReport]:
@@ -478,11 +493,11 @@ def _cast_copy(model: nn.Module, fused: nn.Module) -> nn.Module:
     modules = dict(fused.named_modules(remove_duplicate=False))
     for name, module in model.named_modules():
         counterpart = modules.get(name)
-        for part in module.modules() if is_variant(module) else (module,):
+        for part in module.modules() if isinstance(module, Fusible) else (module,):
             for key, tensor in {**part._parameters, **part._buffers}.items():
                 if tensor is None or not tensor.is_floating_point() or id(tensor) in memo:
                     continue
-                found = getattr(counterpart, 'weight' if is_variant(module) else key, None)
+                found = getattr(counterpart, 'weight' if isinstance(module, Fusible) else key, None)
                 dtype = found.dtype if isinstance(found, torch.Tensor) else default
                 cast = tensor.detach().to(dtype, copy=True)  # its values may be set
                 memo[id(tensor)] = nn.Parameter(cast) if isinstance(tensor, nn.Parameter) else cast

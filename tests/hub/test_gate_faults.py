@@ -155,8 +155,8 @@ SETTINGS = {
     # timm loads every tensor into the dtype of the model: these have the same values there
     *('a bias in another dtype', 'a block in another dtype'),
 }
-# Layers that no timm model here has: one that runs twice, one that is not reached, a transposed one.
-NO_SUCH_LAYER = {'again', 'spare', 'up'}
+# Layers that no timm model here has: one that runs twice, one that is not reached, a transposed one, ACNet's block.
+NO_SUCH_LAYER = {'again', 'spare', 'up', 'block'}
 # Where the others are: for a place in the network of faults.py, those of a timm model that are most like it.
 PLACES = {
     '': ('',),

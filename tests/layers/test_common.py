@@ -5,6 +5,7 @@ import inspect
 import io
 import itertools
 import pickle
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from timm.layers import Conv2dSame, create_feature_extractor
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from timm_reparam import ReparamError
-from timm_reparam.layers import ACConv2d, DynamicConv2d, RefConv2d
+from timm_reparam import ReparamError, fuse_model, verify_fusion
+from timm_reparam.layers import ACBlock2d, ACConv2d, DynamicConv2d, RefConv2d
 
 from . import oracles
 from .cases import (
@@ -176,6 +177,44 @@ def test_constructed_layer_takes_the_state_of_a_lifted_one(method: Method, case:
     assert repr(constructed).startswith(method.cls.__name__)
 
 
+EVERY_BIASED = [(method, BIASED) for method in METHODS]
+TRANSPOSED_BIASED = next(case for case in TRANSPOSED_CASES if case.name == '4x4_stride_bias')
+EVERY_BIASED += [(method, TRANSPOSED_BIASED) for method in TRANSPOSED_METHODS]
+# every layer on one convolution
+every_layer_of_both_kinds = pytest.mark.parametrize('method, case', EVERY_BIASED, ids=identifier)
+
+
+class ByKeyword(nn.Module):
+    """A layer that is called as torch's documentation of convolutions writes it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(input=x)
+
+
+@every_layer_of_both_kinds
+def test_forward_takes_the_arguments_of_the_plain_convolution(method: Method, case: Case) -> None:
+    stock, x = inspect.signature(case.conv().forward), case.input()
+    model = ByKeyword(randomised(method, case)).eval()
+    found = inspect.signature(model.layer.forward)
+    assert [(p.name, p.default) for p in found.parameters.values()] == [
+        (p.name, p.default) for p in stock.parameters.values()
+    ]
+    expected = model.layer(x)
+    exported = torch.export.export(model, (x,)).module()
+    for form in (model, torch.jit.script(copy.deepcopy(model)), exported, torch.fx.symbolic_trace(model)):
+        assert relative_difference(form(x), expected) <= 1e-14
+    assert verify_fusion(model, inputs=x).layers[0].num_inputs == len(x)
+
+
+def test_forward_of_the_block_takes_the_argument_of_the_plain_convolution() -> None:
+    block, x = ACBlock2d(4, 6, 3).eval(), torch.randn(2, 4, 9, 8)
+    assert torch.equal(block(input=x), block(x))
+
+
 @every_layer
 def test_constructor_on_the_meta_device(method: Method) -> None:
     options = method.options(BIASED)
@@ -224,15 +263,19 @@ def test_reset_parameters_draws_a_new_start_in_place(method: Method) -> None:
             assert tensor.abs().max() < 4 * start[name].abs().max(), name
 
 
-@every_static_layer
-def test_scratch_start_reuses_the_parameters(method: Method) -> None:
-    conv = BIASED.conv()
+@every_layer_of_both_kinds
+@pytest.mark.parametrize('init', ['lift', 'scratch'])
+def test_either_start_reuses_the_parameters(method: Method, case: Case, init: str) -> None:
+    conv, tied = case.conv(), case.conv()
+    tied.weight, tied.bias = conv.weight, conv.bias
     before = state(conv)
-    layer = method.cls.from_conv(conv, init='scratch', **method.options(BIASED))
-    assert layer.bias is conv.bias
-    assert method.cls is RefConv2d or layer.weight is conv.weight
+    layer, other = (method.cls.from_conv(each, init=init, **method.options(case)) for each in (conv, tied))
+    assert layer.bias is conv.bias and other.bias is conv.bias
+    if isinstance(layer.weight, nn.Parameter):  # RefConv's base is frozen: a copy
+        assert layer.weight is conv.weight and other.weight is conv.weight
     assert_same_state(conv, before)
-    assert torch.equal(layer.weight, before['weight'])
+    for each in (layer, other):
+        assert torch.equal(each.weight, before['weight']) and torch.equal(each.bias, before['bias'])
 
 
 # The function of a randomised layer -----------------------------------------------------------------------------------
@@ -684,24 +727,32 @@ def test_the_branch_form_is_the_layer_in_evaluation(
         assert relative_difference(layer.branch_form()(x), expected) <= 1e-12
 
 
-@every_layer
-def test_a_convolution_without_channels_is_refused(method: Method) -> None:
+@every_layer_of_both_kinds
+def test_a_convolution_without_channels_is_refused(method: Method, case: Case) -> None:
     for channels in ((0, 4), (4, 0)):
-        with pytest.raises(ReparamError, match=f'{method.cls.__name__}: expected at least one .*channel'):
-            method.cls(*channels, 3)
-    with pytest.raises(ReparamError, match='expected at least one'):
-        method.cls.from_conv(nn.Conv2d(0, 4, 3))
+        for device in ('cpu', 'meta'):
+            with pytest.raises(ReparamError, match=f'{method.cls.__name__}: expected at least one .*channel'):
+                method.cls(*channels, 3, device=device)
+            with pytest.raises(ReparamError, match=f'{method.cls.__name__}: expected at least one .*channel'):
+                method.cls.from_conv(type(case.conv())(*channels, 3, device=device))
 
 
-@every_layer
-def test_a_weight_that_is_no_parameter_is_refused(method: Method) -> None:
-    for name in ('weight', 'bias'):
-        conv = nn.Conv2d(4, 6, 3)
+@every_layer_of_both_kinds
+def test_a_weight_that_is_no_parameter_is_refused(method: Method, case: Case) -> None:
+    for name, found in itertools.product(STOCK_NAMES, ('buffer', 'Tensor')):
+        conv = case.conv()
         value = getattr(conv, name).detach()
         delattr(conv, name)
-        conv.register_buffer(name, value)
-        with pytest.raises(ReparamError, match=f'expected {name} to be a parameter, got a buffer; leave it out'):
-            method.cls.from_conv(conv)
+        if found == 'buffer':
+            conv.register_buffer(name, value)
+        else:
+            setattr(conv, name, value)
+        with pytest.raises(ReparamError, match=f'expected {name} to be a parameter, got a {found}; leave it out'):
+            method.cls.from_conv(conv, **method.options(case))
+    for weight_norm in (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal):
+        conv = weight_norm(case.conv())
+        with pytest.raises(ReparamError, match=f'{method.cls.__name__} replaces .*, got Parametrized'):
+            method.cls.from_conv(conv, **method.options(case))
 
 
 @pytest.mark.parametrize('method', [*METHODS, *TRANSPOSED_METHODS], ids=lambda method: method.cls.__name__)
@@ -782,3 +833,111 @@ def test_parameters_are_replaced_as_in_any_module(method: Method, with_bias: boo
         expected = layer(x)
         change(layer)
         assert relative_difference(layer(x), expected) <= ALGEBRA
+
+
+# What somebody has set on a convolution or a layer -------------------------------------------------------------------
+
+
+@every_layer_of_both_kinds
+@pytest.mark.parametrize('init', ['lift', 'scratch'])
+def test_attributes_that_somebody_has_set_are_carried_over(method: Method, case: Case, init: str) -> None:
+    conv = case.conv()
+    stock = set(vars(conv))
+    conv._is_hf_initialized, conv.role, conv.notes = True, 'stem', ['a note']
+    layer = method.cls.from_conv(conv, init=init, **method.options(case))
+    assert layer._is_hf_initialized is True and layer.role == 'stem' and layer.notes is conv.notes
+    layer.role, layer.later = 'body', (1, 2)
+    layer.forward = lambda input: input
+    for changed in (layer, copy.deepcopy(layer), method.cls.from_conv(case.conv(), **method.options(case))):
+        fused = changed.fuse()
+        added = {'_is_hf_initialized': True, 'role': 'body', 'notes': ['a note'], 'later': (1, 2)}
+        if 'role' not in vars(changed):
+            added = {}
+        assert {name: value for name, value in vars(fused).items() if name in added} == added
+        if not method.dynamic:
+            assert set(vars(fused)) == stock | added.keys(), 'nothing of the layer'
+        else:
+            assert set(vars(fused)) == set(vars(method.cls(4, 6, 3))) | {'tf_same'} | added.keys()
+
+
+CONTENTS = [
+    (lambda conv: conv.register_parameter('gain', nn.Parameter(torch.ones(6))), 'holds gain, too'),
+    (lambda conv: conv.register_buffer('mask', torch.ones(6)), 'holds mask, too'),
+    (lambda conv: setattr(conv, 'act', nn.ReLU()), 'holds act, too'),
+    (lambda conv: setattr(conv, '_conv_forward', lambda *args: None), 'or a _conv_forward of its own'),
+    (lambda conv: conv.register_state_dict_post_hook(lambda *args: None), 'carries hooks'),
+    (lambda conv: conv.register_load_state_dict_pre_hook(lambda *args: None), 'carries hooks'),
+]
+
+
+@every_layer
+@pytest.mark.parametrize('add, message', CONTENTS)
+def test_what_would_be_lost_is_refused(method: Method, add, message: str) -> None:
+    conv = BIASED.conv()
+    add(conv)
+    with pytest.raises(ReparamError, match=f'{method.cls.__name__}: .*{message}.* skip='):
+        method.cls.from_conv(conv, **method.options(BIASED))
+
+
+@every_layer
+def test_an_attribute_of_the_name_of_one_of_the_layer_is_refused(method: Method) -> None:
+    for name in (method.cls.option_names()[0], 'tf_same', 'equivalent_kernel'):
+        conv = BIASED.conv()
+        setattr(conv, name, 2)
+        with pytest.raises(ReparamError, match=f'{method.cls.__name__}: .*got a convolution with {name} set on it'):
+            method.cls.from_conv(conv, **method.options(BIASED))
+
+
+# Parametrised layers --------------------------------------------------------------------------------------------------
+
+PARAMETRISATIONS = {
+    name: getattr(nn.utils.parametrizations, name) for name in ('weight_norm', 'spectral_norm', 'orthogonal')
+}
+
+
+def parametrised(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Copies of a layer, each with another tensor under another parametrisation of torch."""
+    names = dict.fromkeys(['weight', *(name for name, _ in layer.named_parameters())])
+    for name, (kind, parametrise) in itertools.product(names, PARAMETRISATIONS.items()):
+        other = copy.deepcopy(layer)
+        owner, _, leaf = name.rpartition('.')
+        try:
+            parametrise(other.get_submodule(owner), leaf)
+        except (ValueError, IndexError):  # vectors have no spectral norm of a transposed layer, nor are they orthogonal
+            assert layer.state_dict()[name].dim() == 1
+            continue
+        yield f'{kind} of {name}', other
+
+
+@pytest.mark.parametrize(
+    'method, case',
+    [pytest.param(method, case, marks=[] if method.is_default else pytest.mark.slow) for method, case in EVERY_BIASED],
+    ids=identifier,
+)
+def test_a_parametrised_layer_fuses_to_what_it_computes(method: Method, case: Case) -> None:
+    layer, x = randomised(method, case, torch.float32), case.input(torch.float32)
+    found = 0
+    for what, other in parametrised(layer):
+        found += 1
+        model = nn.Sequential(other, nn.BatchNorm2d(case.out_channels))
+        randomise(model[1], generator(5), keep=())
+        # a spectral norm is one that changes as it is read in training
+        for training, fold_bn in ((False, True), (True, bool(found % 2))):
+            before = state(model.train(training))
+            fused = fuse_model(model, fold_bn=fold_bn)
+            assert type(fused[0]) is type(layer.fuse()), what
+            assert_same_state(model, before)
+            exact = in_float64(model).eval()(x.double())
+            assert relative_difference(in_float64(fused).eval()(x.double()), exact) <= 1e-6, what
+        report = verify_fusion(model, fused, inputs=x)
+        assert report.passed, f'{what}: {report}'
+        assert_same_state(model, before)
+        model.eval()
+        assert torch.equal(copy.deepcopy(model)(x), model(x)), what
+        assert (
+            relative_difference(in_float64(other).branch_form()(x.double()), in_float64(other)(x.double())) <= ALGEBRA
+        )
+    assert found >= 5
+    with torch.no_grad():
+        fused[0].weight[0, 0, 0, 0] += 0.1
+    assert not verify_fusion(model, fused, inputs=x).passed

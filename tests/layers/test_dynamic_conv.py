@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import math
 import pickle
 
@@ -203,24 +204,26 @@ def test_lift_starts_with_uniform_attention_and_residuals_apart() -> None:
     assert (layer.attention.fc2.weight.grad != 0).any()
 
 
-def test_scratch_start_is_k_kernels_of_the_usual_spread() -> None:
-    """Each of the K kernels has the spread of a convolution's own start; the mean that is stored has 1/√K of it."""
+def test_scratch_start_is_k_kernels_around_that_of_the_convolution() -> None:
+    """They differ as independent draws of its spread do, and their mean is the kernel of the convolution itself."""
     torch.manual_seed(3)
     conv = nn.Conv2d(16, 32, 3, dtype=torch.float64)
-    spread = conv.weight.std().item()
+    spread, before = conv.weight.std().item(), state(conv)
     for layer in (DynamicConv2d(16, 32, 3, dtype=torch.float64), DynamicConv2d.from_conv(conv, init='scratch')):
         kernels = torch.stack(oracles.stacked(layer.weight, layer.residual_weight))
         biases = torch.stack(oracles.stacked(layer.bias, layer.residual_bias))
-        for kernel in kernels:
-            assert kernel.std().item() == pytest.approx(spread, rel=0.05)
-        assert layer.weight.std().item() == pytest.approx(spread / 2, rel=0.05)
-        assert biases.std() > 0
+        assert layer.weight.std().item() == pytest.approx(spread, rel=0.05)
         for drawn, mean in ((kernels, layer.weight), (biases, layer.bias)):
             assert torch.allclose(drawn.mean(dim=0), mean, rtol=0, atol=1e-12)
-        # Independent draws.
-        correlation = torch.corrcoef(kernels.flatten(1)) - torch.eye(4, dtype=torch.float64)
-        assert correlation.abs().max() < 0.1
-    assert conv.weight.std().item() == spread
+            assert (drawn - mean).std() > 0
+        for one, other in itertools.combinations(kernels, 2):
+            assert (one - other).std().item() == pytest.approx(2**0.5 * spread, rel=0.05)
+        # Independent of the mean; of each other as deviations from it can be.
+        deviations = torch.corrcoef(torch.stack([layer.weight, *(kernels - layer.weight)]).flatten(1))
+        expected = torch.full((5, 5), -1 / 3, dtype=torch.float64)
+        expected[0] = expected[:, 0] = 0
+        assert (deviations - expected.fill_diagonal_(1)).abs().max() < 0.1
+    assert_same_state(conv, before)
 
 
 def test_stem_with_three_channels() -> None:

@@ -10,6 +10,7 @@ Official code: https://github.com/DingXiaoH/ACNet (this is an implementation of 
       w  w  w            .  v  .          .  .  .            w    w+v    w
 """
 
+import copy
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from .._defaults import DEFAULTS_OF_0_1_0
 from ..errors import ReparamError
 from ._branch_norm import BranchNorm, BranchStatistics
 from .base import (
+    Fusible,
     Imported,
     Method,
     PaddingMode,
@@ -487,11 +489,12 @@ class ACConv2d(ReparamConv2d):
         scaled_horizontal = horizontal_scale.view(-1, 1, 1, 1) * horizontal
         return _add_skeleton(self.weight, scaled_vertical, scaled_horizontal, self.kernel_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Convolve (batch, in_channels, height, width)."""
         if not torch.jit.is_scripting():
-            if is_symbolic(x):
-                return fx_leaf(self, x)
+            if is_symbolic(input):
+                return fx_leaf(self, input)
+        x = input
         if self.vertical_gamma is None:
             return self._convolve(x, self.equivalent_kernel(), self.bias)
         if not self.vertical_norm.training:
@@ -575,7 +578,7 @@ class ACConv2d(ReparamConv2d):
         return super().extra_repr() + options
 
 
-class ACBlock2d(nn.Module):
+class ACBlock2d(Fusible):
     """The paper's stand-alone block, ``y = BN_s(W*x) + BN_v(W_v*x) + BN_h(W_h*x)``.
 
     For networks that are composed by hand, and for checkpoints of the official code, whose module names it keeps. It
@@ -666,9 +669,10 @@ class ACBlock2d(nn.Module):
             for thin_norm in (self.ver_bn, self.hor_bn):
                 nn.init.constant_(thin_norm.weight, thin_start)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Sum of the three normalised branches of (batch, in_channels, height, width)."""
         conv = self.square_conv
+        x = input
         y = self.square_bn(conv(x))
         # left and right, top and bottom are equal: sides are odd
         padding = (conv._reversed_padding_repeated_twice[2], conv._reversed_padding_repeated_twice[0])
@@ -713,14 +717,17 @@ class ACBlock2d(nn.Module):
                 kernel, bias = scale.view(-1, 1, 1, 1) * kernel, scale * bias + shift
             return kernel, bias
 
+    def branch_form(self) -> Callable[..., torch.Tensor]:
+        return copy.deepcopy(self).eval().forward
+
     @torch.no_grad()
     def fuse(self) -> nn.Conv2d:
         """Fold the block, in float64 and rounded once, into a fresh convolution with bias; it stays as it was."""
-        kernel, bias = exact_copy(self)._fold()
-        square = self.square_conv
-        conv = nn.Conv2d(**dict(conv_arguments(square), bias=True), device='meta', dtype=square.weight.dtype)
-        like: dict[str, Any] = dict(device=square.weight.device, dtype=square.weight.dtype)
+        kernel, bias = exact_copy(self).eval()._fold()
+        like = next(self.parameters())
+        conv = nn.Conv2d(**dict(conv_arguments(self.square_conv), bias=True), device='meta', dtype=like.dtype)
+        vars(conv).update(self.added_attributes())
         trainable = any(p.requires_grad for p in self.parameters())
-        conv.weight = nn.Parameter(kernel.to(**like), requires_grad=trainable)
-        conv.bias = nn.Parameter(bias.to(**like), requires_grad=trainable)
+        for name, value in (('weight', kernel), ('bias', bias)):
+            setattr(conv, name, nn.Parameter(value.to(like.device, like.dtype), requires_grad=trainable))
         return conv.train(self.training)

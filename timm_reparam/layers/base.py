@@ -22,12 +22,15 @@ from timm.layers import Conv2dSame, register_notrace_module
 from timm.layers.padding import pad_same
 from torch.fx import Proxy
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils._pytree import tree_flatten
 
 from ..errors import ReparamError
 
 __all__ = [
     'CALL_HOOKS',
+    'Fusible',
+    'HOOKS',
     'Imported',
     'Method',
     'PaddingMode',
@@ -50,13 +53,13 @@ __all__ = [
 PaddingMode = Literal['zeros', 'reflect', 'replicate', 'circular']
 _Module = TypeVar('_Module', bound=nn.Module)
 
-# Hooks on the calls of a module, which its fused form keeps.
+# Hooks on the calls of a module.
 CALL_HOOKS = (
     *('_forward_hooks', '_forward_hooks_with_kwargs', '_forward_hooks_always_called'),
     *('_forward_pre_hooks', '_forward_pre_hooks_with_kwargs', '_backward_hooks', '_backward_pre_hooks'),
 )
-# What makes the plain convolution, or its checkpoint, more than its weights: converting would lose it.
-_HOOKS = (
+# All hooks of a module: its fused form keeps them, and a convolution that has any is not converted.
+HOOKS = (
     *CALL_HOOKS,
     *('_state_dict_hooks', '_state_dict_pre_hooks', '_load_state_dict_pre_hooks', '_load_state_dict_post_hooks'),
 )
@@ -131,20 +134,60 @@ class Imported:
     variance: torch.Tensor | None = None
 
 
-class ReparamLayer(_ConvNd):
+class Fusible(nn.Module):
+    """A module that ``fuse_model`` folds into one convolution, and that ``verify_fusion`` compares with it.
+
+    The first convolution in it (which may be the module itself) has the geometry of the fused one.
+
+    Attributes:
+        input_dependent: Whether the kernel depends on the input, so that fusing gives a form for inference only.
+    """
+
+    input_dependent: ClassVar[bool] = False
+
+    def fuse(self) -> nn.Module:
+        """The fused form, a fresh module with the same device, dtype and mode; this one is left as it was."""
+        raise NotImplementedError
+
+    def branch_form(self) -> Callable[..., torch.Tensor]:
+        """The module in evaluation as its method defines it: every branch by itself, with running statistics.
+
+        Verification compares the fused form with this one, so the two must share no step.
+
+        Returns:
+            A function of what `forward` takes, with the parameters that the module has now.
+
+        Raises:
+            ReparamError: the class does not define it.
+        """
+        raise ReparamError(
+            f'{type(self).__name__}: no branch_form to verify its fusion against; define it from the formula of the '
+            'method, without what fuse() uses'
+        )
+
+    def _fresh(self) -> nn.Module:
+        """A module that has the attributes of a new one of this class."""
+        return nn.Module()
+
+    def added_attributes(self) -> dict[str, Any]:
+        """The plain attributes that somebody has set on the module, which its fused form keeps."""
+        # what hides one of the class, such as a forward, is of this class alone
+        own = vars(self._fresh()).keys() | dir(type(self))
+        return {name: value for name, value in vars(self).items() if name not in own}
+
+
+class ReparamLayer(Fusible, _ConvNd):
     """Mixin in front of a torch convolution: ``from_conv``, ``equivalent_kernel`` and ``fuse``.
 
     Attributes:
         method: The method behind the layer.
         conv_types: Exact types of convolution that this layer replaces.
-        input_dependent: Whether the kernel depends on the input, so that fusing gives a form for inference only.
         needs_trained_weights: Whether the method starts from trained weights and means nothing without.
         training_warning: What the first forward pass in training mode warns of; loading weights clears it.
     """
 
     method: ClassVar[Method]
     conv_types: ClassVar[tuple[type[_ConvNd], ...]] = ()
-    input_dependent: ClassVar[bool] = False
     needs_trained_weights: ClassVar[bool] = False
     training_warning: str = ''
 
@@ -222,19 +265,21 @@ class ReparamLayer(_ConvNd):
         """Build the layer from a plain convolution, which is left as it was.
 
         The Parameter objects of `conv` are reused wherever they stay parameters, so that ties, device, dtype and
-        ``requires_grad`` survive; what the method adds is frozen if the convolution's weight is.
+        ``requires_grad`` survive; their values are those of `conv` with either start. What the method adds is frozen if
+        the convolution's weight is. Attributes that somebody has set on `conv` come along.
 
         Args:
             conv: The convolution, of one of `conv_types` exactly.
-            init: 'lift' starts as exactly the same function; 'scratch' is the method's own random start.
+            init: 'lift' starts as exactly the same function; 'scratch' is the method's own random start of what it
+                adds.
             **options: The method's own options, as in the constructor.
 
         Returns:
             The new layer, in the mode (training or evaluation) of `conv`.
 
         Raises:
-            ReparamError: `conv` is of another type, carries hooks or has weights that are not real, or an option is
-                unknown or not possible here.
+            ReparamError: `conv` is of another type, carries hooks, tensors or modules beside its weights, or has
+                weights that are not real, or an option is unknown or not possible here.
         """
         name = cls.__name__
         check_init(name, init)
@@ -243,14 +288,27 @@ class ReparamLayer(_ConvNd):
             raise ReparamError(
                 f'{name} replaces {expected} exactly, got {type(conv).__name__}; leave it out with skip='
             )
-        if any(getattr(conv, hooks, None) for hooks in _HOOKS) or 'forward' in vars(conv):
+        conv_type: Any = type(conv)
+        added = vars(conv).keys() - vars(conv_type(1, 1, 1, device='meta'))
+        hiding = sorted(attribute for attribute in added if hasattr(conv_type, attribute))
+        if any(getattr(conv, hooks, None) for hooks in HOOKS) or hiding:
             raise ReparamError(
-                f'{name}: the convolution carries hooks (a weight or spectral norm, perhaps) or a forward of its own, '
-                'which conversion would lose; remove them first, or leave it out with skip='
+                f'{name}: the convolution carries hooks (a weight or spectral norm, perhaps) or a '
+                f'{", ".join(hiding) or "forward"} of its own, which conversion would lose; remove them first, or '
+                'leave it out with skip='
             )
         for role in ('weight', 'bias'):
-            if role in conv._buffers:
-                raise ReparamError(f'{name}: expected {role} to be a parameter, got a buffer; leave it out with skip=')
+            value = getattr(conv, role, None)
+            if not isinstance(value, nn.Parameter) and (role == 'weight' or value is not None):
+                found = 'buffer' if role in conv._buffers else type(value).__name__
+                raise ReparamError(f'{name}: expected {role} to be a parameter, got a {found}; leave it out with skip=')
+        contents = sorted({*conv._parameters, *conv._buffers, *conv._modules} - {'weight', 'bias'})
+        if contents:
+            raise ReparamError(
+                f'{name}: expected a convolution with weight and bias alone, got one that holds '
+                f'{", ".join(contents)}, too, which conversion would lose; remove them first, or leave it out with '
+                'skip='
+            )
         if not conv.weight.is_floating_point():
             raise ReparamError(f'{name}: expected real weights, got {conv.weight.dtype}; leave it out with skip=')
         unknown = sorted(set(options) - set(cls.option_names()))
@@ -261,7 +319,14 @@ class ReparamLayer(_ConvNd):
             cls.check_lift(**options)
         # Built on meta, then given memory: nothing is drawn for the weight that is replaced.
         layer = cls(**conv_arguments(conv), device='meta', dtype=conv.weight.dtype, **options)
-        layer._adopt(conv, init)
+        taken = sorted(attribute for attribute in added if hasattr(layer, attribute))
+        if taken:
+            raise ReparamError(
+                f'{name}: expected attributes beside those of the layer, got a convolution with {", ".join(taken)} set '
+                'on it; remove them first, or leave it out with skip='
+            )
+        vars(layer).update({attribute: vars(conv)[attribute] for attribute in added})
+        layer._adopt(conv)
         give_memory(layer, conv.weight.device)
         layer._start(init)
         for parameter_name, parameter in layer.named_parameters():
@@ -269,7 +334,7 @@ class ReparamLayer(_ConvNd):
                 parameter.requires_grad_(conv.weight.requires_grad)
         return layer.train(conv.training)
 
-    def _adopt(self, conv: _ConvNd, init: str) -> None:
+    def _adopt(self, conv: _ConvNd) -> None:
         """Take over the stock parameters themselves."""
         self.weight = conv.weight
         self.bias = conv.bias
@@ -304,7 +369,7 @@ class ReparamLayer(_ConvNd):
         bypass this, too.
         """
         given = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        added = self.state_dict().keys() - {'weight', 'bias'}
+        added = self._entries().keys() - {'weight', 'bias'}
         is_stock = 'weight' in given and given.keys() <= {'weight', 'bias'}
         if added and is_stock and given['weight'].shape == self.weight.shape:
             try:
@@ -318,7 +383,7 @@ class ReparamLayer(_ConvNd):
                     give_memory(self.to(given['weight'].dtype), given['weight'].device)
                     self._start('lift')
             # for the layer itself, and for the modules in it, which torch loads next
-            state_dict.update((prefix + key, value) for key, value in self.state_dict().items() if key in added)
+            state_dict.update((prefix + key, value) for key, value in self._entries().items() if key in added)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -335,6 +400,13 @@ class ReparamLayer(_ConvNd):
             return
         warnings.warn(self.training_warning, stacklevel=2)
         self.training_warning = ''
+
+    def _entries(self) -> dict[str, torch.Tensor]:
+        """The layer's own entries of a state dict, without running the hooks that somebody has on it."""
+        entries: dict[str, torch.Tensor] = {}
+        for name, part in self.named_modules():
+            part._save_to_state_dict(entries, name and f'{name}.', keep_vars=False)
+        return entries
 
     def _start(self, init: str) -> None:
         # what has no values needs none, and random ones take long there: torch goes through Python
@@ -371,24 +443,6 @@ class ReparamLayer(_ConvNd):
         if getattr(self, '_complete', False):
             self._start('scratch')
 
-    def branch_form(self) -> Callable[..., torch.Tensor]:
-        """The layer in evaluation as the method defines it: every branch computed by itself, with running statistics.
-
-        In evaluation `forward` is a convolution with the kernel that `fuse` uses, so comparing those two says nothing
-        about the method. Verification compares the fused convolution with this form, which shares no step with
-        `_compose`. It is slower than `forward` and needs several times the memory.
-
-        Returns:
-            A function of what `forward` takes, with the parameters that the layer has now.
-
-        Raises:
-            ReparamError: the class does not define it.
-        """
-        raise ReparamError(
-            f'{type(self).__name__}: no branch_form to verify its fusion against; define it from the formula of the '
-            'method, without _compose'
-        )
-
     def equivalent_kernel(self) -> torch.Tensor:
         """The kernel of the one plain convolution that this layer equals in evaluation mode.
 
@@ -406,13 +460,14 @@ class ReparamLayer(_ConvNd):
     def fuse(self) -> _ConvNd:
         """Fold the layer into a plain convolution; the layer itself is left as it was.
 
-        The kernel is composed in float64 and rounded once.
+        The kernel is composed in float64 and rounded once, and so is a bias that is computed.
 
         Returns:
-            A fresh convolution of the type this layer was built from, with the same device, dtype and mode.
+            A fresh convolution of the type this layer was built from, with the same device, dtype and mode, and the
+            attributes that somebody has set on the layer.
         """
-        kernel = exact_copy(self).equivalent_kernel()
-        return self.plain_conv(kernel, self.bias)
+        exact = exact_copy(self).eval()  # a spectral norm changes as it is read in training
+        return self.plain_conv(exact.equivalent_kernel(), exact.bias)
 
     def plain_conv(self, kernel: torch.Tensor, bias: torch.Tensor | None) -> _ConvNd:
         """A fresh plain convolution of this layer's geometry with these weights."""
@@ -421,13 +476,19 @@ class ReparamLayer(_ConvNd):
         if getattr(self, 'tf_same', False):
             conv_type = Conv2dSame
             arguments.pop('padding_mode')
-        conv = conv_type(**arguments, device='meta', dtype=self.weight.dtype)
+        like = next(self.parameters())
+        conv = conv_type(**arguments, device='meta', dtype=like.dtype)
+        vars(conv).update(self.added_attributes())
         trainable = any(p.requires_grad for name, p in self.named_parameters() if name != 'bias')
-        kernel = kernel.to(device=self.weight.device, dtype=self.weight.dtype, copy=True)
+        kernel = kernel.to(device=like.device, dtype=like.dtype, copy=True)
         conv.weight = nn.Parameter(kernel, requires_grad=trainable)
         if bias is not None:
-            conv.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+            values = bias.detach().to(device=like.device, dtype=like.dtype, copy=True)
+            conv.bias = nn.Parameter(values, requires_grad=bias.requires_grad)
         return conv.train(self.training)
+
+    def _fresh(self) -> nn.Module:
+        return type_before_parametrizations(self)(**conv_arguments(self), device='meta', **self.options())
 
 
 def exact(tensor: torch.Tensor) -> torch.Tensor:
@@ -525,8 +586,8 @@ class ReparamConv2d(ReparamLayer, nn.Conv2d):
         stride: tuple[int, int]
         dilation: tuple[int, int]
 
-    def _adopt(self, conv: _ConvNd, init: str) -> None:
-        super()._adopt(conv, init)
+    def _adopt(self, conv: _ConvNd) -> None:
+        super()._adopt(conv)
         self.tf_same = isinstance(conv, Conv2dSame)
 
     def _pad(self, x: torch.Tensor) -> torch.Tensor:
@@ -545,13 +606,13 @@ class ReparamConv2d(ReparamLayer, nn.Conv2d):
             return F.conv2d(x, kernel, bias, self.stride, (0, 0), self.dilation, self.groups)
         return self._conv_forward(x, kernel, bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Convolve (batch, in_channels, height, width) with the equivalent kernel."""
         if not torch.jit.is_scripting():
-            if is_symbolic(x):
-                return fx_leaf(self, x)
+            if is_symbolic(input):
+                return fx_leaf(self, input)
             self._warn_of_training()
-        return self._convolve(x, self.equivalent_kernel(), self.bias)
+        return self._convolve(input, self.equivalent_kernel(), self.bias)
 
 
 @register_notrace_module
@@ -562,13 +623,13 @@ class ReparamConvTranspose2d(ReparamLayer, nn.ConvTranspose2d):
     if TYPE_CHECKING:
         padding: tuple[int, int]  # never a text
 
-    def forward(self, x: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
         """Transposed convolution of (batch, in_channels, height, width) with the equivalent kernel."""
         if not torch.jit.is_scripting():
-            if is_symbolic(x):
-                return fx_leaf(self, x, output_size)
+            if is_symbolic(input):
+                return fx_leaf(self, input, output_size)
             self._warn_of_training()
-        return self._convolve(x, self.equivalent_kernel(), self.bias, output_size)
+        return self._convolve(input, self.equivalent_kernel(), self.bias, output_size)
 
     def _convolve(
         self,

@@ -31,7 +31,6 @@ from .base import (
     autocast_disabled,
     conv_arguments,
     draw_small,
-    exact,
     exact_copy,
     fx_leaf,
     give_memory,
@@ -378,13 +377,12 @@ class DynamicConv2d(ReparamConv2d):
             if self.residual_bias is not None:
                 draw_small(self.residual_bias, bound)
             return
-        for parameter, residual in ((self.weight, self.residual_weight), (self.bias, self.residual_bias)):
-            if parameter is not None and residual is not None:
-                # K independent draws of the parameter's own scale
-                draws = torch.randn_like(parameter.expand(self.num_kernels, *parameter.shape))
-                draws = draws * parameter.square().mean().sqrt()
-                parameter.copy_(draws.mean(0))
-                residual.copy_((draws[:-1] - parameter).flatten(0, 1))
+        for mean, residual in ((self.weight, self.residual_weight), (self.bias, self.residual_bias)):
+            if mean is not None and residual is not None:
+                # kernels that differ from each other as independent draws of the mean's own scale do
+                draws = torch.randn_like(mean.expand(self.num_kernels, *mean.shape))
+                draws = draws * mean.square().mean().sqrt()
+                residual.copy_((draws[:-1] - draws.mean(0)).flatten(0, 1))
 
     @torch.no_grad()
     def _close_gates(self) -> None:
@@ -392,14 +390,6 @@ class DynamicConv2d(ReparamConv2d):
         nn.init.zeros_(self.attention.fc2.bias)
         if self.temperature is not None:
             self.reset_temperature()
-
-    def _adopt(self, conv: _ConvNd, init: str) -> None:
-        super()._adopt(conv, init)
-        if init == 'scratch':
-            # about to be drawn anew, which must not reach the given convolution
-            for name in ('weight', 'bias'):
-                if (given := getattr(self, name)) is not None:
-                    setattr(self, name, nn.Parameter(given.detach().clone(), requires_grad=given.requires_grad))
 
     def reset_temperature(self, steps: int | None = None) -> None:
         """Start the temperature's schedule again.
@@ -501,11 +491,12 @@ class DynamicConv2d(ReparamConv2d):
             'for the kernels of a batch, or fuse() for the form for inference'
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Convolve each sample of (batch, in_channels, height, width) with its own kernel."""
         if not torch.jit.is_scripting():
-            if is_symbolic(x):
-                return fx_leaf(self, x)
+            if is_symbolic(input):
+                return fx_leaf(self, input)
+        x = input
         unbatched = x.dim() == 3
         if unbatched:
             x = x.unsqueeze(0)
@@ -633,25 +624,27 @@ class DynamicConv2d(ReparamConv2d):
         Returns:
             A fresh DynamicConv2d without a schedule, with the same device, dtype and mode.
         """
+        # from a copy, because a parametrisation computes some of it, and changes perhaps as it is read in training
+        source, like = exact_copy(self).eval(), next(self.parameters())
         layer = type_before_parametrizations(self)(
-            **conv_arguments(self),
+            **conv_arguments(source),
             device='meta',
-            dtype=self.weight.dtype,
+            dtype=like.dtype,
             num_kernels=self.num_kernels,
             reduction=self.reduction,
             temperature=None,
         )
-        give_memory(layer, self.weight.device)
+        vars(layer).update(self.added_attributes())
+        give_memory(layer, like.device)
         layer.tf_same = self.tf_same
         layer.exportable = self.exportable
         parameters = dict(self.named_parameters())
         trainable = any(parameter.requires_grad for parameter in parameters.values())
         for name, new in layer.named_parameters():
             owner, _, part = name.rpartition('.')
-            value = getattr(self.get_submodule(owner), part)  # no entry of the state dict, where it is parametrised
+            value = getattr(source.get_submodule(owner), part)  # no entry of the state dict, where it is parametrised
             if owner == 'attention.fc2':  # all that changes
-                value = exact(value)
-                value = value / self.current_temperature().to(value.device)
+                value = value / source.current_temperature()
             new.copy_(value)
             new.requires_grad_(parameters[name].requires_grad if name in parameters else trainable)
         return layer.train(self.training)

@@ -72,8 +72,8 @@ class _Refocusing(ReparamLayer):
             return
         super().register_parameter(name, param)
 
-    def _adopt(self, conv: _ConvNd, init: str) -> None:
-        super()._adopt(conv, init)
+    def _adopt(self, conv: _ConvNd) -> None:
+        super()._adopt(conv)
         self._freeze_base()
 
     @torch.no_grad()
