@@ -211,7 +211,7 @@ def gradient_of_squared_gradients(p: Problem) -> Tensors:
     for cotangent in p.cotangents:
         for gradient in torch.autograd.grad(y, values, cotangent, create_graph=True):
             total = total + gradient.square().sum()
-    return torch.autograd.grad(total, values)
+    return torch.autograd.grad(total, values, materialize_grads=True)
 
 
 def outputs_of(p: Problem, members: list[Tensors]) -> Tensors:
@@ -344,7 +344,8 @@ def gradient_of_batched_gradients(p: Problem) -> Tensors:
     values = p.needing_gradients()
     y = curved(p, *values)
     gradients = torch.autograd.grad(y, values, p.cotangents, is_grads_batched=True, create_graph=True)
-    return torch.autograd.grad(sum(gradient.square().sum() for gradient in gradients), values)
+    total = sum(gradient.square().sum() for gradient in gradients)
+    return torch.autograd.grad(total, values, materialize_grads=True)
 
 
 def vectorised_jacobian(p: Problem) -> Tensors:
