@@ -38,6 +38,7 @@ from .base import (
     fx_leaf,
     is_recorded,
     is_symbolic,
+    is_transformed,
     scale_shift,
 )
 
@@ -118,7 +119,7 @@ def _add_skeleton(
 ) -> torch.Tensor:
     """Add a kh x 1 and a 1 x kw kernel to the middle column and row of a kh x kw one."""
     down, across = kernel_size[0] // 2, kernel_size[1] // 2
-    if not torch.jit.is_scripting() and not is_recorded():
+    if not torch.jit.is_scripting() and not is_recorded([square, vertical, horizontal]):
         return _AddSkeleton.apply(square, vertical, horizontal)
     vertical = F.pad(vertical, [across, across, 0, 0])
     horizontal = F.pad(horizontal, [0, 0, down, down])
@@ -128,6 +129,8 @@ def _add_skeleton(
 
 class _AddSkeleton(torch.autograd.Function):
     """:func:`_add_skeleton` in one copy of the square kernel, and gradients that are views."""
+
+    generate_vmap_rule = True  # for what checkpointing repeats in a batched backward pass, where nothing is batched
 
     @staticmethod
     def forward(square: torch.Tensor, vertical: torch.Tensor, horizontal: torch.Tensor) -> torch.Tensor:
@@ -173,8 +176,8 @@ def _channel_sums(values: torch.Tensor) -> torch.Tensor:
     """Sum of each channel of (batch, channels, height, width), the batch left out or not."""
     if values.device.type != 'cpu':
         return values.sum(_all_but_channels(values))
-    # one sum over batch and space takes two to four times as long there
-    sums = values.flatten(-2).sum(-1)
+    # One sum over batch and space takes two to four times as long there. Batched gradients do not know flatten.
+    sums = values.sum((-2, -1))
     return sums.sum(0) if values.dim() == 4 else sums
 
 
@@ -210,7 +213,7 @@ def _add_scaled(
     Returns:
         The sum, and the branches' variances (2, channels), through which no gradient flows.
     """
-    if not torch.jit.is_scripting() and not is_recorded():
+    if not torch.jit.is_scripting() and not is_recorded([y, vertical, horizontal, gammas]):
         with torch.no_grad():
             means, variances = _branch_moments(vertical, horizontal)
         return _AddScaled.apply(y, vertical, horizontal, gammas, means, variances, eps), variances
@@ -222,6 +225,8 @@ def _add_scaled(
 
 class _AddScaled(torch.autograd.Function):
     """:func:`_add_scaled` in place, keeping nothing of y's size but the branches, differentiated in few passes."""
+
+    generate_vmap_rule = True  # for what checkpointing repeats in a batched backward pass, where nothing is batched
 
     @staticmethod
     def forward(
@@ -256,9 +261,9 @@ class _AddScaled(torch.autograd.Function):
         scales = gammas * inverses
         slopes = -scales * inverses * for_gammas / _count(gradient)
         for_branches = []
-        for branch, product, scale, slope, shift in zip(wide, products, scales, slopes, -slopes * means):
-            memory = None if torch.is_grad_enabled() else product
-            change = torch.addcmul(_per_channel(shift), _per_channel(slope), branch, out=memory)
+        del products  # whose memory is used again
+        for branch, scale, slope, shift in zip(wide, scales, slopes, -slopes * means):
+            change = torch.addcmul(_per_channel(shift), _per_channel(slope), branch)
             for_branches.append(change.addcmul_(_per_channel(scale), wide_gradient).to(gradient.dtype))
         return gradient, *for_branches, for_gammas.to(gammas.dtype), None, None, None
 
@@ -507,14 +512,16 @@ class ACConv2d(ReparamConv2d):
             # left and right, top and bottom are equal: sides are odd
             padding = (self._reversed_padding_repeated_twice[2], self._reversed_padding_repeated_twice[0])
         vertical_padding, horizontal_padding = _thin_padding(self.kernel_size, padding, self.dilation)
+        weights = (self.vertical_weight, self.horizontal_weight)
         gammas = torch.stack([self.vertical_gamma, self.horizontal_gamma])
-        if torch.jit.is_scripting() or not self.recompute:
-            vertical, horizontal = self._branches(x, vertical_padding, horizontal_padding)
+        # gradients of torch.func cannot be checkpointed
+        if torch.jit.is_scripting() or not self.recompute or is_transformed([x, *weights, gammas]):
+            vertical, horizontal = self._branches(x, weights, vertical_padding, horizontal_padding)
             y, variances = _add_scaled(y, vertical, horizontal, gammas, self.eps)
         else:
             change, variances = checkpoint(
                 self._scaled_branches,
-                *(x, vertical_padding, horizontal_padding, gammas),
+                *(x, weights, vertical_padding, horizontal_padding, gammas),
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
@@ -535,11 +542,15 @@ class ACConv2d(ReparamConv2d):
         self.horizontal_running_var.lerp_(variances[1], shares[1])
 
     def _branches(
-        self, x: torch.Tensor, vertical_padding: tuple[int, int], horizontal_padding: tuple[int, int]
+        self,
+        x: torch.Tensor,
+        weights: tuple[torch.Tensor, torch.Tensor],
+        vertical_padding: tuple[int, int],
+        horizontal_padding: tuple[int, int],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Outputs of the vertical and of the horizontal convolution."""
-        vertical = _thin_conv(x, self.vertical_weight, self.stride, vertical_padding, self.dilation, self.groups)
-        horizontal = _thin_conv(x, self.horizontal_weight, self.stride, horizontal_padding, self.dilation, self.groups)
+        vertical = _thin_conv(x, weights[0], self.stride, vertical_padding, self.dilation, self.groups)
+        horizontal = _thin_conv(x, weights[1], self.stride, horizontal_padding, self.dilation, self.groups)
         return vertical, horizontal
 
     def branch_form(self) -> Callable[..., torch.Tensor]:
@@ -549,7 +560,8 @@ class ACConv2d(ReparamConv2d):
         """The three convolutions of the training mode, each branch over its running standard deviation."""
         y = self._convolve(x, self.weight, None)
         vertical_padding, horizontal_padding = _thin_padding(self.kernel_size, (0, 0), self.dilation)
-        vertical, horizontal = self._branches(self._pad(x), vertical_padding, horizontal_padding)
+        weights = (self.vertical_weight, self.horizontal_weight)
+        vertical, horizontal = self._branches(self._pad(x), weights, vertical_padding, horizontal_padding)
         if self.vertical_gamma is None:
             y = self.scale * (y + vertical + horizontal)
         else:
@@ -564,11 +576,13 @@ class ACConv2d(ReparamConv2d):
     def _scaled_branches(
         self,
         x: torch.Tensor,
+        weights: tuple[torch.Tensor, torch.Tensor],
         vertical_padding: tuple[int, int],
         horizontal_padding: tuple[int, int],
         gammas: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        vertical, horizontal = self._branches(x, vertical_padding, horizontal_padding)
+        # Of no parameter of the layer itself: the second pass comes after torch.func.functional_call has put those back
+        vertical, horizontal = self._branches(x, weights, vertical_padding, horizontal_padding)
         return _add_scaled(torch.zeros_like(vertical), vertical, horizontal, gammas, self.eps)
 
     def extra_repr(self) -> str:

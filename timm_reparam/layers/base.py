@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import Conv2dSame, register_notrace_module
@@ -47,6 +48,7 @@ __all__ = [
     'give_memory',
     'is_recorded',
     'is_symbolic',
+    'is_transformed',
     'scale_shift',
 ]
 
@@ -71,9 +73,24 @@ def autocast_disabled(device_type: str) -> AbstractContextManager:
 
 
 @torch.jit.unused  # scripted code asks for that first
-def is_recorded() -> bool:
-    """Whether operations are traced, compiled, exported or transformed (torch.func): by torch's own, then."""
-    return torch.jit.is_tracing() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+def is_recorded(tensors: list[torch.Tensor]) -> bool:
+    """Whether operations on these tensors are traced, compiled, exported or transformed: by torch's own, then."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling() or is_transformed(tensors)
+
+
+@torch.jit.unused
+def is_transformed(tensors: list[torch.Tensor]) -> bool:
+    """Whether operations on these tensors are transformed, by torch.func or by forward mode.
+
+    A pass that checkpointing repeats has to take the way of the first one: what surrounds the backward pass, the batch
+    of its gradients or forward mode, does not transform it.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return torch._C._current_graph_task_id() == -1
+    in_forward_mode = forward_ad._current_level >= 0
+    return in_forward_mode and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def is_symbolic(x: Any) -> bool:

@@ -36,6 +36,7 @@ from .base import (
     give_memory,
     is_recorded,
     is_symbolic,
+    is_transformed,
 )
 
 __all__ = ['DynamicConv2d', 'KernelAttention']
@@ -131,10 +132,13 @@ class _Mix(torch.autograd.Function):
     The products with coefficients of 1 and 0 are exact in float32 on the CPU, though not in TF32 on a GPU.
     """
 
+    generate_vmap_rule = True  # for what checkpointing repeats in a batched backward pass, where nothing is batched
+
     @staticmethod
-    def is_faster(coefficients: torch.Tensor) -> bool:
+    def is_faster(coefficients: torch.Tensor, mean: torch.Tensor, residuals: torch.Tensor) -> bool:
         """Whether there are enough samples to make up for a copy of the K kernels."""
-        return coefficients.device.type == 'cpu' and not is_recorded() and len(coefficients) >= 8
+        plain = coefficients.device.type == 'cpu' and not is_recorded([coefficients, mean, residuals])
+        return plain and len(coefficients) >= 8
 
     @staticmethod
     def forward(coefficients: torch.Tensor, mean: torch.Tensor, residuals: torch.Tensor) -> torch.Tensor:
@@ -178,7 +182,7 @@ class DynamicConv2d(ReparamConv2d):
     outputs of K convolutions are mixed: K times the arithmetic, but no kernel for each sample, which is less where
     there are few output positions. Built under timm's ``set_exportable(True)``
     (``create_model(..., exportable=True)``), and in any export to ONNX, the layer always mixes outputs, which is a
-    graph of fixed shape.
+    graph of fixed shape; so it does in ``torch.jit.trace``, 1x1 kernels aside.
 
     Paper: `Dynamic Convolution: Attention over Convolution Kernels` - https://arxiv.org/abs/1912.03458
 
@@ -440,14 +444,14 @@ class DynamicConv2d(ReparamConv2d):
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         pooled = x.sum((2, 3), dtype=wide) / (x.shape[2] * x.shape[3])
         logits = self.attention(pooled.to(self.weight.dtype))
-        attention = (logits / temperature).softmax(1)
+        attention = _softmax(logits / temperature)
         others, last = attention.split([self.num_kernels - 1, 1], dim=1)
         return others - last
 
     def _mix(self, coefficients: torch.Tensor, mean: torch.Tensor, residuals: torch.Tensor) -> torch.Tensor:
         """mean + sum_k coefficients_k residuals_k for each sample, (batch, *mean.shape)."""
         flat, residuals = mean.reshape(1, -1), residuals.reshape(self.num_kernels - 1, -1)
-        if torch.jit.is_scripting() or not _Mix.is_faster(coefficients):
+        if torch.jit.is_scripting() or not _Mix.is_faster(coefficients, flat, residuals):
             mixed = flat + torch.matmul(coefficients, residuals)
         else:
             mixed = _Mix.apply(coefficients, flat, residuals)
@@ -510,7 +514,7 @@ class DynamicConv2d(ReparamConv2d):
             y = self._mix_outputs(x, coefficients)
         elif not self._has_few_positions(x):
             y = self._mix_kernels(x, coefficients)
-        elif self.kernel_size == (1, 1) and self._is_unpadded() and self.groups == 1:
+        elif self._is_pointwise() and self.groups == 1:
             y = self._mix_outputs_1x1(x, coefficients)
         else:
             y = self._mix_outputs(x, coefficients)
@@ -520,16 +524,20 @@ class DynamicConv2d(ReparamConv2d):
         """Whether the graph of this forward pass has to be the same for every batch size."""
         if torch.jit.is_scripting():
             return self.exportable
-        return self.exportable or torch.onnx.is_in_onnx_export()
+        # a trace takes the groups of a convolution for constants, and so the samples of a convolution of all samples
+        is_traced = torch.jit.is_tracing() and not self._is_pointwise()
+        return self.exportable or torch.onnx.is_in_onnx_export() or is_traced
 
-    def _is_unpadded(self) -> bool:
-        return max(self._reversed_padding_repeated_twice) == 0
+    def _is_pointwise(self) -> bool:
+        return self.kernel_size == (1, 1) and max(self._reversed_padding_repeated_twice) == 0
 
     def _has_few_positions(self, x: torch.Tensor) -> bool:
         """Whether it takes less time to mix outputs than kernels.
 
         Kernels for each sample cost time for each of their elements, K outputs for each element and output position.
         """
+        if x.shape[0] == 0:  # no convolution has 0 groups
+            return True
         if x.shape[0] == 1 or self.groups == self.in_channels:  # one kernel, or kernels of few elements
             return False
         positions = (x.shape[2] // self.stride[0]) * (x.shape[3] // self.stride[1])
@@ -555,13 +563,14 @@ class DynamicConv2d(ReparamConv2d):
         """The same with matrix products of all positions, for 1x1 kernels without groups."""
         x = x[:, :, :: self.stride[0], :: self.stride[1]]
         batch_size, in_channels, height, width = x.shape
-        x = x.flatten(2).transpose(1, 2).reshape(-1, in_channels)
+        x = x.flatten(2).transpose(1, 2).reshape(batch_size * height * width, in_channels)
         y = F.linear(x, self.weight.flatten(1), self.bias)
         changes = F.linear(x, self.residual_weight.flatten(1), self.residual_bias)
-        changes = changes.view(-1, self.num_kernels - 1, self.out_channels)
+        changes = changes.unflatten(1, (self.num_kernels - 1, self.out_channels))
         coefficients = coefficients.to(y.dtype).repeat_interleave(height * width, dim=0)
         y = torch.baddbmm(y.unsqueeze(1), coefficients.unsqueeze(1), changes)
-        return y.view(batch_size, -1, self.out_channels).transpose(1, 2).reshape(batch_size, -1, height, width)
+        y = y.view(batch_size, height * width, self.out_channels).transpose(1, 2)
+        return y.reshape(batch_size, self.out_channels, height, width)
 
     def _mix_kernels(self, x: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
         """Mix the kernels: one convolution with a kernel for each sample."""
@@ -594,14 +603,12 @@ class DynamicConv2d(ReparamConv2d):
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
             padding = (0, 0)
         batch_size, in_channels, height, width = x.shape
-        if batch_size == 0:
-            return F.conv2d(x, self.weight, None, self.stride, padding, self.dilation, self.groups)
         if self.kernel_size == (1, 1) and padding == (0, 0):  # padded above, if at all
             # a matrix product for each sample, much faster than a convolution of batch * groups groups
             x = x[:, :, :: self.stride[0], :: self.stride[1]]
             height, width = x.shape[2], x.shape[3]
             x = x.reshape(batch_size, self.groups, in_channels // self.groups, height * width)
-            kernels = kernels.reshape(batch_size, self.groups, -1, in_channels // self.groups)
+            kernels = kernels.reshape(batch_size, self.groups, self.out_channels // self.groups, x.shape[2])
             return torch.matmul(kernels, x).view(batch_size, self.out_channels, height, width)
         # the samples side by side as groups of one convolution
         x = x.reshape(1, batch_size * in_channels, height, width)
@@ -679,6 +686,15 @@ class DynamicConv2d(ReparamConv2d):
         schedule = 'None' if self.temperature is None else f'{self.temperature:g}'
         options = f'num_kernels={self.num_kernels}, reduction={self.reduction}, temperature={schedule}'
         return f'{super().extra_repr()}, {options}'
+
+
+def _softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Softmax of the last dimension."""
+    if torch.jit.is_scripting() or not is_transformed([logits]):
+        return logits.softmax(-1)
+    # written out, because no gradient flows back through the forward mode of torch's own
+    exponentials = (logits - logits.amax(-1, keepdim=True).detach()).exp()
+    return exponentials / exponentials.sum(-1, keepdim=True)
 
 
 def _check_integer(name: str, value: Any, at_least: int) -> None:

@@ -101,11 +101,14 @@ class _Refocusing(ReparamLayer):
             # by side in the last dimension, so that each pass is one long loop.
             image = image.permute(1, 2, 0)
             padded = F.pad(image, [0, 0, map_w // 2, map_w // 2, map_h // 2, map_h // 2])
-            change = torch.zeros_like(image, memory_format=torch.contiguous_format)
+            change = image  # for TorchScript; not zeros, to which vmap cannot add in place what is batched
             for row in range(map_h):
                 for column in range(map_w):
                     shifted = padded[row : row + image.shape[0], column : column + image.shape[1]]
-                    change.addcmul_(map_weight[:, 0, row, column], shifted)
+                    if row == column == 0:
+                        change = map_weight[:, 0, row, column] * shifted
+                    else:
+                        change.addcmul_(map_weight[:, 0, row, column], shifted)
             change = change.permute(2, 0, 1)
         else:
             groups = map_weight.shape[0] // map_weight.shape[1]
