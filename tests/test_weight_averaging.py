@@ -3,6 +3,7 @@
 import copy
 import io
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import timm
@@ -148,6 +149,50 @@ def test_norms_in_evaluation_keep_their_statistics(of: type[nn.Module]) -> None:
         if isinstance(module, of):
             module.train()
     assert not torch.allclose(model(x), expected, rtol=1e-3)
+
+
+def a_layer(recompute: bool) -> ACConv2d:
+    torch.manual_seed(0)
+    layer = ACConv2d(4, 6, 3, padding=1, dtype=torch.float64, recompute=recompute)
+    with torch.no_grad():
+        for gamma in (layer.vertical_gamma, layer.horizontal_gamma):
+            gamma.uniform_(-2, 2)
+    return layer
+
+
+def results(layer: ACConv2d, x: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Output, gradients of a weighted sum of it, and the statistics afterwards."""
+    x.requires_grad_()
+    y = layer(x)
+    (y * weights).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    return {'y': y.detach(), 'x': x.grad, **gradients, **dict(layer.named_buffers())}
+
+
+def one_process(rank: int, folder: str, recompute: bool, x: torch.Tensor, weights: torch.Tensor) -> None:
+    torch.distributed.init_process_group('gloo', f'file://{folder}/store', rank=rank, world_size=2)
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(a_layer(recompute)))
+    share = slice(0, 5) if rank == 0 else slice(5, None)
+    torch.save(results(network[0], x[share].clone(), weights[share]), f'{folder}/{rank}.pt')
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize('recompute', [False, True])
+def test_synchronised_branches_see_one_batch(tmp_path: Path, recompute: bool) -> None:
+    """Two processes with five and three images compute what one computes with eight."""
+    x, weights = torch.randn(8, 4, 7, 6, dtype=torch.float64), torch.randn(8, 6, 7, 6, dtype=torch.float64)
+    expected = results(a_layer(recompute), x.clone(), weights)
+    torch.multiprocessing.spawn(one_process, (str(tmp_path), recompute, x, weights), nprocs=2)
+    first, second = (torch.load(tmp_path / f'{rank}.pt') for rank in range(2))
+    for name, value in expected.items():
+        if name in ('y', 'x'):
+            found = torch.cat([first[name], second[name]])
+        elif 'running' in name:
+            assert torch.equal(first[name], second[name])
+            found = first[name]
+        else:
+            found = first[name] + second[name]
+        assert torch.allclose(found, value, rtol=1e-10, atol=1e-12), name
 
 
 def test_frozen_norms_keep_their_statistics() -> None:

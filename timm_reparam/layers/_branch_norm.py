@@ -9,6 +9,7 @@ import weakref
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from timm.layers.norm_act import FrozenBatchNorm2d
 
@@ -88,6 +89,10 @@ class BranchStatistics(nn.Module):
         self._batches += 1
         return 1 / self._batches
 
+    def synchronised_over(self) -> Any:
+        """The process group whose batches make one, or None."""
+        return None
+
     def replaced_by(self, module: nn.Module) -> nn.Module:
         """The norm of this branch that stands for what a tool puts in its place."""
         for replaced, kind in _KINDS.items():
@@ -114,6 +119,12 @@ class _SyncBranchNorm(BranchStatistics, nn.SyncBatchNorm):  # type: ignore[misc]
     """The same with the variance over all processes of a group."""
 
     forward = nn.Module.forward
+
+    def synchronised_over(self) -> Any:
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
+        group = self.process_group or dist.group.WORLD
+        return group if dist.get_world_size(group) > 1 else None
 
 
 class _FrozenBranchNorm(BranchStatistics, FrozenBatchNorm2d):

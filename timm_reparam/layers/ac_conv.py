@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import to_2tuple
@@ -205,22 +206,53 @@ def _branch_moments(vertical: torch.Tensor, horizontal: torch.Tensor) -> tuple[t
     return torch.stack([vertical_mean, horizontal_mean]), torch.stack([vertical_variance, horizontal_variance])
 
 
+def _over_processes(
+    means: torch.Tensor, variances: torch.Tensor, count: int, group: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Means and variances over the batches of all processes of a group, and the numbers of a channel in them."""
+    own = torch.cat([means.flatten(), variances.flatten(), means.new_full((1,), count)])
+    of_all = own.new_zeros(dist.get_world_size(group), len(own))
+    of_all[dist.get_rank(group)] = own
+    dist.all_reduce(of_all, group=group)  # a gather that every backend has
+    counts = of_all[:, -1:, None]
+    all_means, all_variances = of_all[:, :-1].unflatten(1, (2, *means.shape)).unbind(1)
+    total = counts.sum()
+    means = (counts * all_means).sum(0) / total
+    variances = (counts * (all_variances + (all_means - means).square())).sum(0) / total
+    return means, variances, total
+
+
+@torch.compiler.disable
+def _add_synchronised(
+    y: torch.Tensor, vertical: torch.Tensor, horizontal: torch.Tensor, gammas: torch.Tensor, eps: float, group: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`_add_scaled` with the variances of all processes of a group."""
+    with torch.no_grad():
+        moments = _branch_moments(vertical, horizontal)
+        means, variances, count = _over_processes(*moments, _count(vertical) if vertical.numel() else 0, group)
+    y = _AddScaled.apply(y, vertical, horizontal, gammas, means, variances, count, eps, group)
+    return y, variances * (count / (count - 1).clamp(min=1))
+
+
 def _add_scaled(
     y: torch.Tensor, vertical: torch.Tensor, horizontal: torch.Tensor, gammas: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add both branches, each scaled by its gamma over its standard deviation, to y, which may be overwritten.
 
     Returns:
-        The sum, and the branches' variances (2, channels), through which no gradient flows.
+        The sum, and the branches' unbiased variances (2, channels), through which no gradient flows.
     """
+    count = _count(y)
+    unbiasing = count / max(count - 1, 1)
     if not torch.jit.is_scripting() and not is_recorded([y, vertical, horizontal, gammas]):
         with torch.no_grad():
             means, variances = _branch_moments(vertical, horizontal)
-        return _AddScaled.apply(y, vertical, horizontal, gammas, means, variances, eps), variances
+        y = _AddScaled.apply(y, vertical, horizontal, gammas, means, variances, count, eps, None)
+        return y, variances * unbiasing
     _, variances = _branch_moments(vertical, horizontal)
     scales = (gammas * torch.rsqrt(variances + eps)).to(y.dtype)
     y = torch.addcmul(y, _per_channel(scales[0]), vertical)
-    return torch.addcmul(y, _per_channel(scales[1]), horizontal), variances.detach()
+    return torch.addcmul(y, _per_channel(scales[1]), horizontal), variances.detach() * unbiasing
 
 
 class _AddScaled(torch.autograd.Function):
@@ -236,7 +268,9 @@ class _AddScaled(torch.autograd.Function):
         gammas: torch.Tensor,
         means: torch.Tensor,
         variances: torch.Tensor,
+        count: int | torch.Tensor,
         eps: float,
+        group: Any,
     ) -> torch.Tensor:
         scales = (gammas * torch.rsqrt(variances + eps)).to(y.dtype)
         for branch, scale in zip((vertical, horizontal), scales):
@@ -245,7 +279,7 @@ class _AddScaled(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        y, *needed, ctx.eps = inputs
+        y, *needed, ctx.count, ctx.eps, ctx.group = inputs
         ctx.mark_dirty(y)
         ctx.save_for_backward(*needed)
 
@@ -253,19 +287,24 @@ class _AddScaled(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,), (*branches, gammas, means, variances) = gradients, ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
+            if ctx.group is not None:
+                raise ReparamError('ACConv2d: synchronised variances are differentiated once, as SyncBatchNorm is')
             means, variances = _branch_moments(*branches)
         wide_gradient, wide = _widened(gradient), [_widened(branch) for branch in branches]
         inverses = torch.rsqrt(variances + ctx.eps)
         products = [wide_gradient * branch for branch in wide]
-        for_gammas = inverses * torch.stack([_channel_sums(product) for product in products])
+        for_gammas = for_variances = inverses * torch.stack([_channel_sums(product) for product in products])
+        if ctx.group is not None:
+            for_variances = for_gammas.clone()
+            dist.all_reduce(for_variances, group=ctx.group)
         scales = gammas * inverses
-        slopes = -scales * inverses * for_gammas / _count(gradient)
+        slopes = -scales * inverses * for_variances / ctx.count
         for_branches = []
         del products  # whose memory is used again
         for branch, scale, slope, shift in zip(wide, scales, slopes, -slopes * means):
             change = torch.addcmul(_per_channel(shift), _per_channel(slope), branch)
             for_branches.append(change.addcmul_(_per_channel(scale), wide_gradient).to(gradient.dtype))
-        return gradient, *for_branches, for_gammas.to(gammas.dtype), None, None, None
+        return gradient, *for_branches, for_gammas.to(gammas.dtype), None, None, None, None, None
 
 
 class ACConv2d(ReparamConv2d):
@@ -274,8 +313,9 @@ class ACConv2d(ReparamConv2d):
     W (out_channels, in_channels/groups, kh, kw) is the stock kernel, W_v (.., kh, 1) and W_h (.., 1, kw) strengthen its
     middle column and row; var is the variance of that branch's output over batch and space: the batch's in training
     (taken in float32 under autocast), the running one in evaluation, where the layer is a single convolution. With
-    several processes each uses the variance of its own batch, as BatchNorm does; converting a model to SyncBatchNorm
-    leaves that so.
+    several processes each uses the variance of its own batch, as BatchNorm does, or that of all of them where the
+    model was converted to SyncBatchNorm. Whether the variances are the batch's or the running ones follows the modules
+    ``vertical_norm`` and ``horizontal_norm``, which tools that look for BatchNorms find.
 
     Paper: `ACNet: Strengthening the Kernel Skeletons for Powerful CNN via Asymmetric Convolution Blocks` -
     https://arxiv.org/abs/1908.03930
@@ -517,19 +557,27 @@ class ACConv2d(ReparamConv2d):
         # gradients of torch.func cannot be checkpointed
         if torch.jit.is_scripting() or not self.recompute or is_transformed([x, *weights, gammas]):
             vertical, horizontal = self._branches(x, weights, vertical_padding, horizontal_padding)
-            y, variances = _add_scaled(y, vertical, horizontal, gammas, self.eps)
+            y, unbiased = self._add_branches(y, vertical, horizontal, gammas)
         else:
-            change, variances = checkpoint(
+            change, unbiased = checkpoint(
                 self._scaled_branches,
                 *(x, weights, vertical_padding, horizontal_padding, gammas),
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
             y = y + change
-        count = y.numel() // max(self.out_channels, 1)
-        if count > 0:
-            self._update_running_vars((variances * (count / max(count - 1, 1))).to(self.vertical_running_var.dtype))
+        if y.numel() > 0:
+            self._update_running_vars(unbiased.to(self.vertical_running_var.dtype))
         return y
+
+    def _add_branches(
+        self, y: torch.Tensor, vertical: torch.Tensor, horizontal: torch.Tensor, gammas: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not torch.jit.is_scripting():
+            group = self.vertical_norm.synchronised_over()
+            if group is not None:
+                return _add_synchronised(y, vertical, horizontal, gammas, self.eps, group)
+        return _add_scaled(y, vertical, horizontal, gammas, self.eps)
 
     def _update_running_vars(self, variances: torch.Tensor) -> None:
         shares = [self.momentum, self.momentum]
@@ -583,7 +631,7 @@ class ACConv2d(ReparamConv2d):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # Of no parameter of the layer itself: the second pass comes after torch.func.functional_call has put those back
         vertical, horizontal = self._branches(x, weights, vertical_padding, horizontal_padding)
-        return _add_scaled(torch.zeros_like(vertical), vertical, horizontal, gammas, self.eps)
+        return self._add_branches(torch.zeros_like(vertical), vertical, horizontal, gammas)
 
     def extra_repr(self) -> str:
         options = f", branch_norm='{self.branch_norm}'"
