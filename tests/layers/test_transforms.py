@@ -658,7 +658,8 @@ def test_derivatives_are_those_of_finite_differences(method: Method, training: b
 def assert_traced(method: Method, case: Any, training: bool, batch: int, others: tuple[int, ...]) -> None:
     layer = Problem.of(method, case, torch.float64, training, 2).layer
     traced = torch.jit.trace(copy.deepcopy(layer), case.input(batch=batch), check_trace=False)
-    traced.load_state_dict(layer.state_dict())  # tracing is a pass
+    # tracing is a pass; a trace saves every buffer
+    traced.load_state_dict({**layer.state_dict(), **dict(layer.named_buffers())})
     for other in others:
         name = f'{method}, {case}, traced at {batch}, called at {other}'
         found, expected = traced(case.input(batch=other)), layer(case.input(batch=other))

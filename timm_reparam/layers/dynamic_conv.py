@@ -89,7 +89,7 @@ def _take_step(
     temperature = _temperature(position, steps, start)
     if counts:
         position.add_(1)
-    pending.fill_(not counts)
+    pending.fill_(0 if counts else 1)
     return temperature
 
 
