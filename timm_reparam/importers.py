@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from .convert import VARIANTS, entries_by_module, fresh_layer, is_variant, listed_problems, prefix_remedy
 from .errors import ReparamError
 from .layers import ReparamLayer
-from .layers.base import Imported, conv_arguments
+from .layers._base import Imported, conv_arguments
 
 __all__ = ['export_state_dict', 'import_state_dict']
 

@@ -25,21 +25,14 @@ from torch.utils.checkpoint import checkpoint
 
 from .._defaults import DEFAULTS_OF_0_1_0
 from ..errors import ReparamError
+from ._base import Fusible, Imported, Method, PaddingMode, ReparamConv2d, conv_arguments, fx_leaf, is_symbolic
 from ._branch_norm import BranchNorm, BranchStatistics
-from .base import (
-    Fusible,
-    Imported,
-    Method,
-    PaddingMode,
-    ReparamConv2d,
+from ._tensor import (
     autocast_disabled,
-    conv_arguments,
-    draw_small,
-    exact_copy,
-    fx_leaf,
-    is_recorded,
-    is_symbolic,
-    is_transformed,
+    fast_uniform_,
+    float64_copy,
+    is_tracing_or_transforming,
+    is_transforming,
     scale_shift,
 )
 
@@ -93,26 +86,17 @@ def _thin_conv(
     return F.conv2d(x, weight, None, stride, (max(padding[0], 0), max(padding[1], 0)), dilation, groups)
 
 
-def _norm_scale_shift(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
-    assert norm.running_mean is not None and norm.running_var is not None  # ACBlock2d's norms track them
-    return scale_shift(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
-
-
 class _Norm:
-    """A BatchNorm's entries of a checkpoint, taken out of them, in float64.
-
-    Attributes:
-        gamma: Learned scale (1 if there is none); mean, variance: running statistics.
-        scale: Factor in evaluation; shift: constant in evaluation.
-    """
+    """A BatchNorm's entries of a checkpoint, taken out of them, in float64."""
 
     def __init__(self, entries: dict[str, torch.Tensor], prefix: str, eps: float) -> None:
         entries.pop(f'{prefix}num_batches_tracked', None)
-        self.mean = entries.pop(f'{prefix}running_mean').double()
-        self.variance = entries.pop(f'{prefix}running_var').double()
-        self.gamma = entries.pop(f'{prefix}weight', torch.ones_like(self.mean)).double()
-        bias = entries.pop(f'{prefix}bias', torch.zeros_like(self.mean)).double()
-        self.scale, self.shift = scale_shift(self.mean, self.variance, self.gamma, bias, eps)
+        self.running_mean = entries.pop(f'{prefix}running_mean').double()
+        self.running_var = entries.pop(f'{prefix}running_var').double()
+        self.weight = entries.pop(f'{prefix}weight', torch.ones_like(self.running_mean)).double()
+        self.bias = entries.pop(f'{prefix}bias', torch.zeros_like(self.running_mean)).double()
+        self.eps = eps
+        self.scale, self.shift = scale_shift(self)
 
 
 def _add_skeleton(
@@ -120,7 +104,7 @@ def _add_skeleton(
 ) -> torch.Tensor:
     """Add a kh x 1 and a 1 x kw kernel to the middle column and row of a kh x kw one."""
     down, across = kernel_size[0] // 2, kernel_size[1] // 2
-    if not torch.jit.is_scripting() and not is_recorded([square, vertical, horizontal]):
+    if not torch.jit.is_scripting() and not is_tracing_or_transforming([square, vertical, horizontal]):
         return _AddSkeleton.apply(square, vertical, horizontal)
     vertical = F.pad(vertical, [across, across, 0, 0])
     horizontal = F.pad(horizontal, [0, 0, down, down])
@@ -244,7 +228,7 @@ def _add_scaled(
     """
     count = _count(y)
     unbiasing = count / max(count - 1, 1)
-    if not torch.jit.is_scripting() and not is_recorded([y, vertical, horizontal, gammas]):
+    if not torch.jit.is_scripting() and not is_tracing_or_transforming([y, vertical, horizontal, gammas]):
         with torch.no_grad():
             means, variances = _branch_moments(vertical, horizontal)
         y = _AddScaled.apply(y, vertical, horizontal, gammas, means, variances, count, eps, None)
@@ -463,7 +447,7 @@ class ACConv2d(ReparamConv2d):
             if init == 'scratch':
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
             elif self.branch_norm == 'batch':  # gamma is 0: what they are now does not matter yet
-                draw_small(weight, 1 / math.sqrt(weight[0].numel()))
+                fast_uniform_(weight, 1 / math.sqrt(weight[0].numel()))
         if init == 'lift':
             self._close_gates()
         elif self.branch_norm == 'batch':
@@ -496,12 +480,12 @@ class ACConv2d(ReparamConv2d):
         for branch in ('square', 'ver', 'hor'):
             kernels[branch] = entries.pop(f'{branch}_conv.weight').double()
             norms[branch] = _Norm(entries, f'{branch}_bn.', self.eps)
-        zero = torch.zeros_like(norms['square'].mean)
-        mean = sum((norm.scale * norm.mean for norm in norms.values()), zero)
+        zero = torch.zeros_like(norms['square'].running_mean)
+        mean = sum((norm.scale * norm.running_mean for norm in norms.values()), zero)
         # An estimate, since covariances of branches are in no checkpoint: those of an input without structure.
         deviations = []
         for branch, kernel in kernels.items():
-            deviation = norms[branch].scale * norms[branch].variance.sqrt()
+            deviation = norms[branch].scale * norms[branch].running_var.sqrt()
             deviations.append(kernel * (deviation / kernel.flatten(1).norm(dim=1).clamp_min(1e-30)).view(-1, 1, 1, 1))
         square, vertical, horizontal = deviations
         variance = _add_skeleton(square, vertical, horizontal, self.kernel_size).flatten(1).square().sum(1)
@@ -509,14 +493,14 @@ class ACConv2d(ReparamConv2d):
         gain = torch.ones_like(mean)
         if 'last_bn.running_var' in entries:
             last = _Norm(entries, 'last_bn.', self.eps)
-            gain, variance = last.scale, last.scale**2 * last.variance
+            gain, variance = last.scale, last.scale**2 * last.running_var
             mean, constant = gain * mean, gain * constant + last.shift
         new = {}
         for branch, name in (('square', ''), ('ver', 'vertical_'), ('hor', 'horizontal_')):
             norm = norms[branch]
             if branch != 'square' and self.branch_norm == 'batch':
-                new[f'{name}gamma'] = gain * norm.gamma
-                new[f'{name}running_var'] = norm.variance
+                new[f'{name}gamma'] = gain * norm.weight
+                new[f'{name}running_var'] = norm.running_var
                 new[f'{name}weight'] = kernels[branch]
             else:
                 new[f'{name}weight'] = (gain * norm.scale / self.scale).view(-1, 1, 1, 1) * kernels[branch]
@@ -555,7 +539,7 @@ class ACConv2d(ReparamConv2d):
         weights = (self.vertical_weight, self.horizontal_weight)
         gammas = torch.stack([self.vertical_gamma, self.horizontal_gamma])
         # gradients of torch.func cannot be checkpointed
-        if torch.jit.is_scripting() or not self.recompute or is_transformed([x, *weights, gammas]):
+        if torch.jit.is_scripting() or not self.recompute or is_transforming([x, *weights, gammas]):
             vertical, horizontal = self._branches(x, weights, vertical_padding, horizontal_padding)
             y, unbiased = self._add_branches(y, vertical, horizontal, gammas)
         else:
@@ -767,7 +751,7 @@ class ACBlock2d(Fusible):
                 (self.hor_conv, self.hor_bn),
             )
             for conv, norm in branches:
-                scale, shift = _norm_scale_shift(norm)
+                scale, shift = scale_shift(norm)
                 kernels.append(scale.view(-1, 1, 1, 1) * conv.weight)
                 biases.append(shift)
             square, vertical, horizontal = kernels
@@ -775,7 +759,7 @@ class ACBlock2d(Fusible):
             kernel = _add_skeleton(square, vertical, horizontal, (height, width))
             bias = sum(biases[1:], biases[0])
             if self.last_bn is not None:
-                scale, shift = _norm_scale_shift(self.last_bn)
+                scale, shift = scale_shift(self.last_bn)
                 kernel, bias = scale.view(-1, 1, 1, 1) * kernel, scale * bias + shift
             return kernel, bias
 
@@ -785,7 +769,7 @@ class ACBlock2d(Fusible):
     @torch.no_grad()
     def fuse(self) -> nn.Conv2d:
         """Fold the block, in float64 and rounded once, into a fresh convolution with bias; it stays as it was."""
-        kernel, bias = exact_copy(self).eval()._fold()
+        kernel, bias = float64_copy(self).eval()._fold()
         like = next(self.parameters())
         conv = nn.Conv2d(**dict(conv_arguments(self.square_conv), bias=True), device='meta', dtype=like.dtype)
         vars(conv).update(self.added_attributes())

@@ -23,20 +23,14 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..errors import ReparamError
-from .base import (
-    Imported,
-    Method,
-    PaddingMode,
-    ReparamConv2d,
+from ._base import Imported, Method, PaddingMode, ReparamConv2d, conv_arguments, fx_leaf, is_symbolic
+from ._tensor import (
     autocast_disabled,
-    conv_arguments,
-    draw_small,
-    exact_copy,
-    fx_leaf,
-    give_memory,
-    is_recorded,
-    is_symbolic,
-    is_transformed,
+    fast_uniform_,
+    float64_copy,
+    is_tracing_or_transforming,
+    is_transforming,
+    materialize,
 )
 
 __all__ = ['DynamicConv2d', 'KernelAttention']
@@ -137,7 +131,7 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def is_faster(coefficients: torch.Tensor, mean: torch.Tensor, residuals: torch.Tensor) -> bool:
         """Whether there are enough samples to make up for a copy of the K kernels."""
-        plain = coefficients.device.type == 'cpu' and not is_recorded([coefficients, mean, residuals])
+        plain = coefficients.device.type == 'cpu' and not is_tracing_or_transforming([coefficients, mean, residuals])
         return plain and len(coefficients) >= 8
 
     @staticmethod
@@ -360,7 +354,7 @@ class DynamicConv2d(ReparamConv2d):
             `weight` (num_kernels, out_channels, in_channels/groups, kh, kw), `bias` (num_kernels, out_channels) if
             there is one, ``attention.fc1`` and ``attention.fc2``.
         """
-        exact = exact_copy(self.fuse())
+        exact = float64_copy(self.fuse())
         state = exact._stacks()
         for name, value in exact.attention.state_dict().items():
             if name != 'fc1.bias' or value.any():
@@ -377,9 +371,9 @@ class DynamicConv2d(ReparamConv2d):
         if init == 'lift':
             self._close_gates()
             bound = _LIFT_RESIDUAL / self.weight[0].numel() ** 0.5
-            draw_small(self.residual_weight, bound)
+            fast_uniform_(self.residual_weight, bound)
             if self.residual_bias is not None:
-                draw_small(self.residual_bias, bound)
+                fast_uniform_(self.residual_bias, bound)
             return
         for mean, residual in ((self.weight, self.residual_weight), (self.bias, self.residual_bias)):
             if mean is not None and residual is not None:
@@ -632,7 +626,7 @@ class DynamicConv2d(ReparamConv2d):
             A fresh DynamicConv2d without a schedule, with the same device, dtype and mode.
         """
         # from a copy, because a parametrisation computes some of it, and changes perhaps as it is read in training
-        source, like = exact_copy(self).eval(), next(self.parameters())
+        source, like = float64_copy(self).eval(), next(self.parameters())
         layer = type_before_parametrizations(self)(
             **conv_arguments(source),
             device='meta',
@@ -642,7 +636,7 @@ class DynamicConv2d(ReparamConv2d):
             temperature=None,
         )
         vars(layer).update(self.added_attributes())
-        give_memory(layer, like.device)
+        materialize(layer, like.device)
         layer.tf_same = self.tf_same
         layer.exportable = self.exportable
         parameters = dict(self.named_parameters())
@@ -690,7 +684,7 @@ class DynamicConv2d(ReparamConv2d):
 
 def _softmax(logits: torch.Tensor) -> torch.Tensor:
     """Softmax of the last dimension."""
-    if torch.jit.is_scripting() or not is_transformed([logits]):
+    if torch.jit.is_scripting() or not is_transforming([logits]):
         return logits.softmax(-1)
     # written out, because no gradient flows back through the forward mode of torch's own
     exponentials = (logits - logits.amax(-1, keepdim=True).detach()).exp()
