@@ -29,7 +29,6 @@ __all__ = [
     'CALL_HOOKS',
     'Fusible',
     'HOOKS',
-    'Imported',
     'Method',
     'PaddingMode',
     'ReparamLayer',
@@ -93,24 +92,6 @@ class Method:
     venue: str
     year: str
     arxiv: str
-
-
-@dataclasses.dataclass
-class Imported:
-    """A convolution of a foreign checkpoint, as a layer of this package holds it.
-
-    Attributes:
-        entries: Entries of the layer. Either all of them, or only `weight` (and `bias`) where a kernel is all that can
-            be taken over; the rest then starts as in a lift.
-        constant: What the foreign layer adds to each output channel, if that is not a bias among the entries.
-        mean: Mean of each output channel in training, without the constant, if the checkpoint knows it.
-        variance: Its variance, which may be an estimate.
-    """
-
-    entries: dict[str, torch.Tensor]
-    constant: torch.Tensor | None = None
-    mean: torch.Tensor | None = None
-    variance: torch.Tensor | None = None
 
 
 class Fusible(nn.Module):
@@ -186,41 +167,6 @@ class ReparamLayer(Fusible, _ConvNd):
     def options(self) -> dict[str, Any]:
         """The method's own options that this layer was built with."""
         return {name: getattr(self, name) for name in self.option_names()}
-
-    @classmethod
-    def is_foreign(cls, entries: dict[str, torch.Tensor]) -> bool:
-        """Whether a convolution's entries of a checkpoint are in a layout that :meth:`from_foreign` reads.
-
-        Args:
-            entries: The checkpoint's entries of one convolution, without the convolution's name.
-        """
-        return False
-
-    def from_foreign(self, entries: dict[str, torch.Tensor]) -> Imported:
-        """Translate a convolution's entries from another layout of the method, such as that of its official code.
-
-        Args:
-            entries: As in :meth:`is_foreign`, which said yes; what is read is taken out, so that what is left is known
-                to be unexpected. A bias that means what this layer's means may stay.
-
-        Returns:
-            The same function as this layer's entries.
-
-        Raises:
-            KeyError: an entry is missing.
-            ReparamError: the layer's options cannot hold it.
-        """
-        raise NotImplementedError
-
-    def to_foreign(self) -> dict[str, torch.Tensor]:
-        """The layer's entries in the layout of the method's official (or most common) code.
-
-        Raises:
-            ReparamError: the method has no such way.
-        """
-        raise ReparamError(
-            f'{type(self).__name__}: only dynamic convolution is exported; fuse_model() gives stock keys'
-        )
 
     @classmethod
     def selects(cls, conv: _ConvNd, is_stem: bool) -> bool:

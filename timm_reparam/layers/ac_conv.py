@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .._defaults import DEFAULTS_OF_0_1_0
 from ..errors import ReparamError
-from ._base import Fusible, Imported, Method, PaddingMode, ReparamConv2d, conv_arguments, fx_leaf, is_symbolic
+from ._base import Fusible, Method, PaddingMode, ReparamConv2d, conv_arguments, fx_leaf, is_symbolic
 from ._branch_norm import BranchNorm, BranchStatistics
 from ._tensor import (
     autocast_disabled,
@@ -84,19 +84,6 @@ def _thin_conv(
     if crop_h > 0 or crop_w > 0:
         x = x[..., crop_h : x.shape[-2] - crop_h, crop_w : x.shape[-1] - crop_w]
     return F.conv2d(x, weight, None, stride, (max(padding[0], 0), max(padding[1], 0)), dilation, groups)
-
-
-class _Norm:
-    """A BatchNorm's entries of a checkpoint, taken out of them, in float64."""
-
-    def __init__(self, entries: dict[str, torch.Tensor], prefix: str, eps: float) -> None:
-        entries.pop(f'{prefix}num_batches_tracked', None)
-        self.running_mean = entries.pop(f'{prefix}running_mean').double()
-        self.running_var = entries.pop(f'{prefix}running_var').double()
-        self.weight = entries.pop(f'{prefix}weight', torch.ones_like(self.running_mean)).double()
-        self.bias = entries.pop(f'{prefix}bias', torch.zeros_like(self.running_mean)).double()
-        self.eps = eps
-        self.scale, self.shift = scale_shift(self)
 
 
 def _add_skeleton(
@@ -465,47 +452,6 @@ class ACConv2d(ReparamConv2d):
         for branch in ('vertical', 'horizontal'):
             getattr(self, f'{branch}_gamma').fill_(gamma)
             getattr(self, f'{branch}_running_var').fill_(1.0)
-
-    @classmethod
-    def is_foreign(cls, entries: dict[str, torch.Tensor]) -> bool:
-        return 'square_conv.weight' in entries or 'fused_conv.weight' in entries
-
-    def from_foreign(self, entries: dict[str, torch.Tensor]) -> Imported:
-        # Official code: the block (the keys of ACBlock2d), or its fusion. This layer's eps is taken for that of the
-        # block's norms, which a checkpoint does not hold.
-        if 'fused_conv.weight' in entries:
-            return Imported({'weight': entries.pop('fused_conv.weight')}, entries.pop('fused_conv.bias'))
-        dtype = entries['square_conv.weight'].dtype
-        kernels, norms = {}, {}
-        for branch in ('square', 'ver', 'hor'):
-            kernels[branch] = entries.pop(f'{branch}_conv.weight').double()
-            norms[branch] = _Norm(entries, f'{branch}_bn.', self.eps)
-        zero = torch.zeros_like(norms['square'].running_mean)
-        mean = sum((norm.scale * norm.running_mean for norm in norms.values()), zero)
-        # An estimate, since covariances of branches are in no checkpoint: those of an input without structure.
-        deviations = []
-        for branch, kernel in kernels.items():
-            deviation = norms[branch].scale * norms[branch].running_var.sqrt()
-            deviations.append(kernel * (deviation / kernel.flatten(1).norm(dim=1).clamp_min(1e-30)).view(-1, 1, 1, 1))
-        square, vertical, horizontal = deviations
-        variance = _add_skeleton(square, vertical, horizontal, self.kernel_size).flatten(1).square().sum(1)
-        constant = sum((norm.shift for norm in norms.values()), zero)
-        gain = torch.ones_like(mean)
-        if 'last_bn.running_var' in entries:
-            last = _Norm(entries, 'last_bn.', self.eps)
-            gain, variance = last.scale, last.scale**2 * last.running_var
-            mean, constant = gain * mean, gain * constant + last.shift
-        new = {}
-        for branch, name in (('square', ''), ('ver', 'vertical_'), ('hor', 'horizontal_')):
-            norm = norms[branch]
-            if branch != 'square' and self.branch_norm == 'batch':
-                new[f'{name}gamma'] = gain * norm.weight
-                new[f'{name}running_var'] = norm.running_var
-                new[f'{name}weight'] = kernels[branch]
-            else:
-                new[f'{name}weight'] = (gain * norm.scale / self.scale).view(-1, 1, 1, 1) * kernels[branch]
-        new = {name: value.to(dtype) for name, value in new.items()}
-        return Imported(new, constant.to(dtype), mean.to(dtype), variance.to(dtype))
 
     def _compose(self) -> torch.Tensor:
         vertical, horizontal = self.vertical_weight, self.horizontal_weight
