@@ -3,8 +3,9 @@
 import torch
 
 from ..layers import ACConv2d
+from ..layers._branches import add_on_middle
 from ..layers._tensor import scale_shift
-from ..layers.ac_conv import _add_skeleton
+from ..layers.ac_conv import _insets
 from ._format import Entries, Format, TranslatedEntries
 
 __all__ = ['FORMAT']
@@ -34,8 +35,8 @@ def read(layer: ACConv2d, entries: Entries) -> TranslatedEntries:
     for branch, kernel in kernels.items():
         deviation = norms[branch].scale * norms[branch].running_var.sqrt()
         deviations.append(kernel * (deviation / kernel.flatten(1).norm(dim=1).clamp_min(1e-30)).view(-1, 1, 1, 1))
-    square, vertical, horizontal = deviations
-    variance = _add_skeleton(square, vertical, horizontal, layer.kernel_size).flatten(1).square().sum(1)
+    deviation = add_on_middle(deviations[0], deviations[1:], _insets(layer.kernel_size))
+    variance = deviation.flatten(1).square().sum(1)
     constant = sum((norm.shift for norm in norms.values()), zero)
     gain = torch.ones_like(mean)
     if 'last_bn.running_var' in entries:
