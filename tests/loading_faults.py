@@ -18,7 +18,7 @@ from torch import nn
 
 from timm_reparam import convert_model, is_variant
 from timm_reparam.convert import VARIANTS
-from timm_reparam.layers.base import ReparamLayer
+from timm_reparam.layers._base import ReparamLayer
 
 # Entries that closed gates hide, which a lift leaves as they are.
 HIDDEN = ('vertical_weight', 'horizontal_weight', 'residual_weight', 'residual_bias', 'fc1.weight', 'fc1.bias')

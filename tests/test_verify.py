@@ -18,8 +18,9 @@ import timm_reparam
 from timm_reparam import DOConv2d, ReparamError, convert_model, fuse_model, is_variant, verify, verify_fusion
 from timm_reparam._measure import cpu_allocations
 from timm_reparam.convert import VARIANTS
-from timm_reparam.fold import norm_scale_shift, scale_outputs
+from timm_reparam.fold import scale_outputs
 from timm_reparam.layers import ReparamConv2d
+from timm_reparam.layers._tensor import scale_shift, to_float64
 
 STATIC = ('acconv', 'doconv', 'refconv')
 
@@ -236,7 +237,7 @@ def test_a_norm_takes_the_output_of_its_convolution_alone(between, is_right: boo
     nn.init.zeros_(model.last.weight)
     folded = copy.deepcopy(model).double()
     scale_outputs_of = folded.conv.fuse() if is_variant(folded.conv) else folded.conv
-    scale_outputs(scale_outputs_of, *norm_scale_shift(model.bn))
+    scale_outputs(scale_outputs_of, *scale_shift(model.bn, to_float64))
     wrong = fuse_model(model)
     wrong.conv, wrong.bn = scale_outputs_of.float(), nn.Identity()
     x = images(2, 5, 6, 6)
@@ -267,7 +268,7 @@ def test_a_norm_that_could_not_be_folded_is_missed() -> None:
     x = images(2, 5, 6, 6)
     assert verify_fusion(model, fuse_model(model, fold_bn=True), inputs=x).passed
     wrong = fuse_model(model)
-    scale_outputs(wrong.conv, *norm_scale_shift(wrong.bn))
+    scale_outputs(wrong.conv, *scale_shift(wrong.bn, to_float64))
     wrong.bn = nn.Identity()
     report = verify_fusion(model, wrong, inputs=x)
     assert report.stored <= report.bound, 'hidden'

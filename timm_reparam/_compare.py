@@ -13,7 +13,7 @@ from timm.layers import DropBlock2d, DropPath, PatchDropout
 from torchvision.ops import StochasticDepth
 
 from .fold import CONVOLUTIONS, NORMS
-from .layers.base import Fusible
+from .layers._base import Fusible
 
 __all__ = ['Comparison', 'differing_settings']
 

@@ -14,8 +14,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from ._compare import differing_settings
 from .convert import is_variant
-from .fold import norm_scale_shift, scale_outputs
-from .layers.base import CALL_HOOKS, Fusible, exact, exact_copy
+from .fold import scale_outputs
+from .layers._base import CALL_HOOKS, Fusible
+from .layers._tensor import float64_copy, scale_shift, to_float64
 
 __all__ = [
     'ALGEBRA_BOUND',
@@ -157,7 +158,7 @@ class LayerCheck:
             expected = layer.plain_conv(layer.weight, layer.bias)
         if self.norm is not None:
             expected = copy.deepcopy(expected)
-            scale_outputs(expected, *norm_scale_shift(self.norm))
+            scale_outputs(expected, *scale_shift(self.norm, to_float64))
         return expected
 
     def compare_kernels(self) -> None:
@@ -195,7 +196,7 @@ class LayerCheck:
         if self.problems or report.stored <= report.bound or report.kernel > 1 or report.algebra > ALGEBRA_BOUND:
             return
         expected = self.expected()
-        x = exact(self._noise()).to(expected.weight.device)
+        x = to_float64(self._noise()).to(expected.weight.device)
         rounded, reference, generator = copy.deepcopy(expected), expected.forward(x), torch.Generator().manual_seed(1)
         for _ in range(MOST_ROUNDINGS):
             round_at_random(rounded, expected, generator, self.counterpart.weight.dtype)
@@ -260,7 +261,7 @@ class LayerCheck:
         largest = self.largest[kind]
         at_once = max(1, _ELEMENTS_AT_ONCE // max(x[0].numel(), 1))
         for piece, of_piece in zip(x.split(at_once), own.split(at_once)):
-            piece = exact(piece).to(expected.weight.device)
+            piece = to_float64(piece).to(expected.weight.device)
             reference = function(piece, **kwargs)
             try:  # forward, so that nobody who watches the model sees these calls
                 forms = {'algebra': expected.forward(piece, **kwargs), 'stored': stored.forward(piece, **kwargs)}
@@ -288,7 +289,7 @@ def _normalise(norm: Any, x: torch.Tensor) -> torch.Tensor:
 def _exact_without_hooks(module: nn.Module) -> Any:
     """A float64 copy of a module that nobody watches."""
     memo: dict[int, Any] = {id(getattr(part, hooks)): {} for part in module.modules() for hooks in CALL_HOOKS}
-    return exact_copy(module, memo).eval()
+    return float64_copy(module, memo).eval()
 
 
 def _units_in_the_last_place(found: torch.Tensor, expected: torch.Tensor) -> float:

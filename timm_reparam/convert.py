@@ -27,7 +27,8 @@ from .layers import (
     RefConvTranspose2d,
     ReparamLayer,
 )
-from .layers.base import HOOKS, Fusible, check_init, conv_arguments, exact_copy
+from .layers._base import HOOKS, Fusible, check_init, conv_arguments
+from .layers._tensor import float64_copy
 
 __all__ = [
     'VARIANTS',
@@ -309,7 +310,7 @@ def _fold_norms(model: nn.Module) -> nn.Module:
     """As `with_fused_layers`, in evaluation mode and with the BatchNorms folded, too."""
     layers = _fusible(model)
     # in float64 until the norms are folded, so that they are rounded once
-    fused = {number: exact_copy(layer).fuse() for number, layer in layers.items()}
+    fused = {number: float64_copy(layer).fuse() for number, layer in layers.items()}
     folded: Any = _copy_around(model, layers, fused).eval()
     count = fold_norms(folded, keep=_plain_modules(folded, []).keys())
     for number, layer in layers.items():

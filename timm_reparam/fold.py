@@ -8,7 +8,6 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Collection
-from typing import Any
 
 import torch
 import torch.fx
@@ -25,7 +24,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from .errors import ReparamError
 from .layers import DynamicConv2d
-from .layers.base import exact, scale_shift
+from .layers._tensor import scale_shift, to_float64
 
 __all__ = ['fold_norms']
 
@@ -98,7 +97,7 @@ def fold_norms(model: nn.Module, keep: Collection[int] = ()) -> int:
         if node.op != 'call_module' or [i.op for i in inputs] != ['call_module'] or not may_fold(inputs[0], node):
             continue
         norm = modules[node.target]
-        scale_outputs(modules[inputs[0].target], *norm_scale_shift(norm))
+        scale_outputs(modules[inputs[0].target], *scale_shift(norm, to_float64))
         rests[id(norm)] = rest_of_norm(norm)
     for module in modules.values():
         # _modules, because named_children leaves out a child's second name
@@ -133,26 +132,20 @@ def _holds(outer: str, inner: str) -> bool:
     return not outer or f'{inner}.'.startswith(f'{outer}.')
 
 
-def norm_scale_shift(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    mean, variance = exact(norm.running_mean), exact(norm.running_var)
-    gamma, bias = (None if value is None else exact(value) for value in (norm.weight, norm.bias))
-    return scale_shift(mean, variance, gamma, bias, norm.eps)
-
-
 def scale_outputs(conv: nn.Module, scale: torch.Tensor, shift: torch.Tensor) -> None:
     """Make a convolution give ``scale * y + shift``, rounded once. Its parameters become new ones: some may be tied."""
     if isinstance(conv, DynamicConv2d):
         conv.scale_outputs(scale, shift)
         return
     assert isinstance(conv, (nn.Conv2d, nn.ConvTranspose2d))
-    kernel = exact(conv.weight)
+    kernel = to_float64(conv.weight)
     if isinstance(conv, nn.ConvTranspose2d):
         # (in_channels, out_channels/groups, kh, kw), the output channels of each group apart
         kernel = kernel.unflatten(0, (conv.groups, -1)) * scale.view(conv.groups, 1, -1, 1, 1)
         kernel = kernel.flatten(0, 1)
     else:
         kernel = kernel * scale[:, None, None, None]
-    bias = shift if conv.bias is None else exact(conv.bias) * scale + shift
+    bias = shift if conv.bias is None else to_float64(conv.bias) * scale + shift
     trainable = conv.weight.requires_grad
     conv.bias = nn.Parameter(bias.to(conv.weight.device, conv.weight.dtype), trainable)
     conv.weight = nn.Parameter(kernel.to(conv.weight.device, conv.weight.dtype), trainable)

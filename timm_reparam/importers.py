@@ -1,7 +1,7 @@
-"""Checkpoints in foreign layouts, such as those of the methods' official code, for models of this package.
+"""Whole checkpoints of the methods' official code, for models of this package and from them.
 
-What a method's foreign keys are is written in its layer's file (``is_foreign``, ``from_foreign``, ``to_foreign``); the
-keys of the rest of the model are timm's.
+The convolutions' entries are read and written by :mod:`timm_reparam.formats`; the keys of the rest of the model are
+timm's.
 """
 
 import dataclasses
@@ -14,10 +14,11 @@ from timm.models import clean_state_dict
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from .convert import VARIANTS, entries_by_module, fresh_layer, is_variant, listed_problems, prefix_remedy
+from .convert import entries_by_module, fresh_layer, is_variant, listed_problems, prefix_remedy
 from .errors import ReparamError
+from .formats import FORMATS, Entries, TranslatedEntries
 from .layers import ReparamLayer
-from .layers.base import Imported, conv_arguments
+from .layers._base import conv_arguments
 
 __all__ = ['export_state_dict', 'import_state_dict']
 
@@ -42,15 +43,15 @@ def import_state_dict(state_dict: dict[str, torch.Tensor], model: nn.Module) -> 
         model: The model it is for: a variant, a stock model or one with ACBlock2d.
 
     Returns:
-        A new state dict in the model's layout; the same entries if no convolution is in a foreign layout.
+        A new state dict in the model's layout; the same entries if no convolution is in an official format.
 
     Raises:
-        ReparamError: entries of a foreign convolution are missing, or the model cannot hold what it computes.
+        ReparamError: entries of an official convolution are missing, or the model cannot hold what it computes.
     """
     own = model.state_dict().keys()
     wrapped = any(key.startswith(('module.', '_orig_mod.')) for key in own)  # the model itself is
     translated = dict(state_dict) if wrapped else clean_state_dict(state_dict)
-    imported: dict[str, Imported] = {}
+    imported: dict[str, TranslatedEntries] = {}
     missing = []
     convolutions = dict(_convolutions(model))
     for name, given in entries_by_module(translated, convolutions).items():
@@ -102,7 +103,7 @@ def export_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
     Args:
         model: A model with dynamic convolutions; each becomes K stacked kernels, ``attention.fc1`` and
-            ``attention.fc2``, see :meth:`timm_reparam.DynamicConv2d.to_foreign`.
+            ``attention.fc2``, with the current temperature folded in.
 
     Returns:
         A new state dict; keys other than the convolutions' are unchanged.
@@ -119,8 +120,16 @@ def export_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     for name, layer in layers:
         for key in layer.state_dict():
             del state[_key(name, key)]
-        state.update(_prefixed(name, layer.to_foreign()))
+        state.update(_prefixed(name, _written(layer)))
     return state
+
+
+def _written(layer: ReparamLayer) -> Entries:
+    """A layer's entries in the format of its method's code; ReparamError if the method has no such way."""
+    for method, layout in FORMATS.items():
+        if isinstance(layer, method) and layout.write is not None:
+            return layout.write(layer)
+    raise ReparamError(f'{type(layer).__name__}: only dynamic convolution is exported; fuse_model() gives stock keys')
 
 
 def _convolutions(model: nn.Module) -> Iterator[tuple[str, _ConvNd]]:
@@ -137,18 +146,17 @@ def _prefixed(name: str, entries: dict[str, torch.Tensor]) -> dict[str, torch.Te
     return {_key(name, key): value for key, value in entries.items()}
 
 
-def _method_of(conv: _ConvNd, entries: dict[str, torch.Tensor]) -> type[ReparamLayer] | None:
-    """The layer in whose foreign layout a convolution's entries are, or None."""
-    for layers in VARIANTS.values():
-        for layer in layers:
-            if isinstance(conv, layer.conv_types) and layer.is_foreign(entries):
-                return layer
+def _method_of(conv: _ConvNd, entries: Entries) -> type[ReparamLayer] | None:
+    """The layer in whose official format a convolution's entries are, or None."""
+    for layer, layout in FORMATS.items():
+        if isinstance(conv, layer.conv_types) and layout.matches(entries):
+            return layer
     return None
 
 
-def _translate(conv: _ConvNd, method: type[ReparamLayer], entries: dict[str, torch.Tensor]) -> Imported:
+def _translate(conv: _ConvNd, method: type[ReparamLayer], entries: Entries) -> TranslatedEntries:
     if isinstance(conv, method):
-        return conv.from_foreign(entries)
+        return FORMATS[method].read(conv, entries)
     if method.input_dependent:
         raise ReparamError(
             'the checkpoint has a dynamic convolution here, which is no single kernel, and the model has none; '
@@ -156,7 +164,7 @@ def _translate(conv: _ConvNd, method: type[ReparamLayer], entries: dict[str, tor
         )
     # a stand-in of that method, of which the kernel is taken
     layer = method.from_conv(nn.Conv2d(**conv_arguments(conv), device='meta'))
-    found = layer.from_foreign(entries)
+    found = FORMATS[method].read(layer, entries)
     layer = fresh_layer(layer, found.entries['weight'])
     try:
         layer.load_state_dict({**layer.state_dict(), **found.entries})
@@ -167,8 +175,8 @@ def _translate(conv: _ConvNd, method: type[ReparamLayer], entries: dict[str, tor
     return dataclasses.replace(found, entries={'weight': layer.fuse().weight.detach()})
 
 
-def _place_constants(state: dict[str, torch.Tensor], imported: dict[str, Imported], model: nn.Module) -> None:
-    """Put what foreign layers add to each channel into the bias, or into the norm that follows, in place."""
+def _place_constants(state: dict[str, torch.Tensor], imported: dict[str, TranslatedEntries], model: nn.Module) -> None:
+    """Put what official layers add to each channel into the bias, or into the norm that follows, in place."""
     modules = dict(model.named_modules())
     constants = {name: found.constant for name, found in imported.items() if found.constant is not None}
     without_bias = {name for name in constants if modules[name].bias is None}

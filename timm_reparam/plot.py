@@ -24,7 +24,7 @@ from ._files import check_folder, open_csv, write_whole
 from .convert import is_variant
 from .errors import ReparamError
 from .layers import ACBlock2d
-from .layers.base import exact, exact_copy
+from .layers._tensor import float64_copy, to_float64
 from .profile import Profile, reference_words, setting_words
 from .results import METHODS, Summary, setup_words
 
@@ -279,8 +279,8 @@ def _square_kernels(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
 def _kernel(module: Any) -> torch.Tensor:
     """The kernel that a layer stands for, in float64; the mean one of a dynamic convolution."""
     if isinstance(module, ACBlock2d) or (is_variant(module) and not module.input_dependent):
-        return exact_copy(module).equivalent_kernel().detach()
-    return exact(module.weight)
+        return float64_copy(module).equivalent_kernel().detach()
+    return to_float64(module.weight)
 
 
 def _stage_ends(model: nn.Module, places: Mapping[str, int]) -> list[tuple[str, int]]:

@@ -31,7 +31,8 @@ from ._layer_check import (
 )
 from .convert import architecture_of, fuse_model, unwrap, unwrap_converted, with_fused_layers
 from .errors import ReparamError
-from .layers.base import Fusible, autocast_disabled, exact_copy, kept_tensors
+from .layers._base import Fusible
+from .layers._tensor import autocast_disabled, float64_copy, kept_tensors
 
 __all__ = ['FusionReport', 'LayerReport', 'verify_fusion']
 
@@ -220,7 +221,7 @@ class _Verification:
         self.own = model
         if any(ours != theirs for ours, theirs in comparison.dtypes.items()):
             self.own = _cast_copy(model, fused).eval()
-        self.exact = exact_copy(model).eval()
+        self.exact = float64_copy(model).eval()
         # The two share what fusing leaves as it is: nothing is trained here.
         shared = {id(tensor): tensor for tensor in (*self.exact.parameters(), *self.exact.buffers())}
         self.exact_fused = with_fused_layers(self.exact, shared)

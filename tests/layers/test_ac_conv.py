@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from timm_reparam import ReparamError
 from timm_reparam.layers import ACBlock2d, ACConv2d
-from timm_reparam.layers.ac_conv import _add_scaled
+from timm_reparam.layers._branches import add_scaled
 
 from . import oracles
 from .cases import (
@@ -243,14 +243,14 @@ def inputs_of_branches(*shape: int, dtype: torch.dtype = torch.float64) -> list[
 
 
 def added(y: torch.Tensor, vertical: torch.Tensor, horizontal: torch.Tensor, gammas: torch.Tensor) -> torch.Tensor:
-    return _add_scaled(y.clone(), vertical, horizontal, gammas, 1e-2)[0]
+    return add_scaled(y.clone(), [vertical, horizontal], gammas, 1e-2)[0]
 
 
 @pytest.mark.parametrize('shape', [(2, 3, 4, 5), (3, 4, 5), (0, 3, 4, 5)], ids=identifier)
 def test_branches_are_added_as_torch_adds_them(shape: tuple[int, ...]) -> None:
     y, *branches, gammas = inputs = inputs_of_branches(*shape)
     dims = (0, 2, 3) if len(shape) == 4 else (1, 2)
-    sum_, variances = _add_scaled(y.clone(), *branches, gammas, 1e-2)
+    sum_, variances = add_scaled(y.clone(), branches, gammas, 1e-2)
     if y.numel() > 0:
         wanted = y
         for branch, gamma, variance in zip(branches, gammas, variances, strict=True):

@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..convert import VARIANTS
 from ..errors import ReparamError
-from ..layers.base import Method
+from ..layers._base import Method
 from ..models._registry import is_registered_on_import
 from ..results import Summary, format_summary
 from .facts import (

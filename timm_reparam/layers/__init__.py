@@ -1,7 +1,8 @@
 """The convolutions: one file a method, each a drop-in for ``nn.Conv2d``."""
 
-from .ac_conv import ACBlock2d, ACConv2d
-from .base import ReparamConv2d, ReparamConvTranspose2d, ReparamLayer
+from ._base import ReparamConv2d, ReparamConvTranspose2d, ReparamLayer
+from .ac_block import ACBlock2d
+from .ac_conv import ACConv2d
 from .do_conv import DOConv2d, DOConvTranspose2d
 from .dynamic_conv import DynamicConv2d
 from .ref_conv import RefConv2d, RefConvTranspose2d

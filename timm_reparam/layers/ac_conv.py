@@ -10,40 +10,34 @@ Official code: https://github.com/DingXiaoH/ACNet (this is an implementation of 
       w  w  w            .  v  .          .  .  .            w    w+v    w
 """
 
-import copy
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.layers import to_2tuple
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import checkpoint
 
 from .._defaults import DEFAULTS_OF_0_1_0
 from ..errors import ReparamError
+from ._base import Method, PaddingMode, ReparamConv2d, fx_leaf, is_symbolic
 from ._branch_norm import BranchNorm, BranchStatistics
-from .base import (
-    Fusible,
-    Imported,
-    Method,
-    PaddingMode,
-    ReparamConv2d,
-    autocast_disabled,
-    conv_arguments,
-    draw_small,
-    exact_copy,
-    fx_leaf,
-    is_recorded,
-    is_symbolic,
-    is_transformed,
-    scale_shift,
+from ._branches import (
+    add_on_middle,
+    add_scaled,
+    add_scaled_synchronised,
+    convolve_branches,
+    per_channel,
+    shares_of_newest,
+)
+from ._tensor import (
+    fast_uniform_,
+    is_transforming,
 )
 
-__all__ = ['ACConv2d', 'ACBlock2d']
+__all__ = ['ACConv2d']
 
 
 _METHOD = Method(
@@ -70,241 +64,9 @@ def _check_odd(owner: str, kernel_size: tuple[int, int]) -> None:
         raise ReparamError(f'{owner} needs odd kernel sides, got {tuple(kernel_size)}; leave it out with skip=')
 
 
-def _thin_padding(
-    kernel_size: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Paddings that put the kh x 1 and the 1 x kw kernel on the middle of the kh x kw one (negative: crop)."""
-    middle_h, middle_w = dilation[0] * (kernel_size[0] - 1) // 2, dilation[1] * (kernel_size[1] - 1) // 2
-    return (padding[0], padding[1] - middle_w), (padding[0] - middle_h, padding[1])
-
-
-def _thin_conv(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-) -> torch.Tensor:
-    """Convolution whose padding may be negative, which crops the input."""
-    crop_h, crop_w = max(-padding[0], 0), max(-padding[1], 0)
-    if crop_h > 0 or crop_w > 0:
-        x = x[..., crop_h : x.shape[-2] - crop_h, crop_w : x.shape[-1] - crop_w]
-    return F.conv2d(x, weight, None, stride, (max(padding[0], 0), max(padding[1], 0)), dilation, groups)
-
-
-def _norm_scale_shift(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
-    assert norm.running_mean is not None and norm.running_var is not None  # ACBlock2d's norms track them
-    return scale_shift(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
-
-
-class _Norm:
-    """A BatchNorm's entries of a checkpoint, taken out of them, in float64.
-
-    Attributes:
-        gamma: Learned scale (1 if there is none); mean, variance: running statistics.
-        scale: Factor in evaluation; shift: constant in evaluation.
-    """
-
-    def __init__(self, entries: dict[str, torch.Tensor], prefix: str, eps: float) -> None:
-        entries.pop(f'{prefix}num_batches_tracked', None)
-        self.mean = entries.pop(f'{prefix}running_mean').double()
-        self.variance = entries.pop(f'{prefix}running_var').double()
-        self.gamma = entries.pop(f'{prefix}weight', torch.ones_like(self.mean)).double()
-        bias = entries.pop(f'{prefix}bias', torch.zeros_like(self.mean)).double()
-        self.scale, self.shift = scale_shift(self.mean, self.variance, self.gamma, bias, eps)
-
-
-def _add_skeleton(
-    square: torch.Tensor, vertical: torch.Tensor, horizontal: torch.Tensor, kernel_size: tuple[int, int]
-) -> torch.Tensor:
-    """Add a kh x 1 and a 1 x kw kernel to the middle column and row of a kh x kw one."""
-    down, across = kernel_size[0] // 2, kernel_size[1] // 2
-    if not torch.jit.is_scripting() and not is_recorded([square, vertical, horizontal]):
-        return _AddSkeleton.apply(square, vertical, horizontal)
-    vertical = F.pad(vertical, [across, across, 0, 0])
-    horizontal = F.pad(horizontal, [0, 0, down, down])
-    kernel = square + vertical + horizontal
-    return kernel.view(square.shape)  # the legacy ONNX exporter does not know the shape after a pad
-
-
-class _AddSkeleton(torch.autograd.Function):
-    """:func:`_add_skeleton` in one copy of the square kernel, and gradients that are views."""
-
-    generate_vmap_rule = True  # for what checkpointing repeats in a batched backward pass, where nothing is batched
-
-    @staticmethod
-    def forward(square: torch.Tensor, vertical: torch.Tensor, horizontal: torch.Tensor) -> torch.Tensor:
-        kernel = square.clone()
-        column, row = _AddSkeleton.middle(kernel)
-        column += vertical
-        row += horizontal
-        return kernel
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        """Nothing is needed for the backward pass."""
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return gradients[0], *_AddSkeleton.middle(gradients[0])
-
-    @staticmethod
-    def middle(kernel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The middle column (.., kh, 1) and the middle row (.., 1, kw)."""
-        return kernel.narrow(3, kernel.shape[3] // 2, 1), kernel.narrow(2, kernel.shape[2] // 2, 1)
-
-
-def _moments(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and biased variance of each channel of (batch, channels, height, width), the batch left out or not.
-
-    In float32 for half precision.
-    """
-    values = _widened(values)
-    if values.numel() == 0:  # an empty batch has none
-        return _channel_sums(values), _channel_sums(values)
-    if values.device.type != 'cpu':
-        variance, mean = torch.var_mean(values, _all_but_channels(values), correction=0)
-        return mean, variance
-    # on the CPU torch.var takes several times as long, forward and backward
-    mean = _channel_sums(values) / _count(values)
-    centred = values - _per_channel(mean)
-    squares = centred.square() if torch.is_grad_enabled() else centred.square_()
-    return mean, _channel_sums(squares) / _count(values)
-
-
-def _channel_sums(values: torch.Tensor) -> torch.Tensor:
-    """Sum of each channel of (batch, channels, height, width), the batch left out or not."""
-    if values.device.type != 'cpu':
-        return values.sum(_all_but_channels(values))
-    # One sum over batch and space takes two to four times as long there. Batched gradients do not know flatten.
-    sums = values.sum((-2, -1))
-    return sums.sum(0) if values.dim() == 4 else sums
-
-
-def _count(values: torch.Tensor) -> int:
-    """Numbers of a channel; 1 for none, so that one can divide by it."""
-    return max(values.numel() // max(values.shape[-3], 1), 1)
-
-
-def _all_but_channels(values: torch.Tensor) -> list[int]:
-    return [0, 2, 3] if values.dim() == 4 else [1, 2]
-
-
-def _widened(values: torch.Tensor) -> torch.Tensor:
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-
-
-def _per_channel(values: torch.Tensor) -> torch.Tensor:
-    return values.view(-1, 1, 1)
-
-
-def _branch_moments(vertical: torch.Tensor, horizontal: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means and variances of both branches, each (2, channels)."""
-    vertical_mean, vertical_variance = _moments(vertical)
-    horizontal_mean, horizontal_variance = _moments(horizontal)
-    return torch.stack([vertical_mean, horizontal_mean]), torch.stack([vertical_variance, horizontal_variance])
-
-
-def _over_processes(
-    means: torch.Tensor, variances: torch.Tensor, count: int, group: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Means and variances over the batches of all processes of a group, and the numbers of a channel in them."""
-    own = torch.cat([means.flatten(), variances.flatten(), means.new_full((1,), count)])
-    of_all = own.new_zeros(dist.get_world_size(group), len(own))
-    of_all[dist.get_rank(group)] = own
-    dist.all_reduce(of_all, group=group)  # a gather that every backend has
-    counts = of_all[:, -1:, None]
-    all_means, all_variances = of_all[:, :-1].unflatten(1, (2, *means.shape)).unbind(1)
-    total = counts.sum()
-    means = (counts * all_means).sum(0) / total
-    variances = (counts * (all_variances + (all_means - means).square())).sum(0) / total
-    return means, variances, total
-
-
-@torch.compiler.disable
-def _add_synchronised(
-    y: torch.Tensor, vertical: torch.Tensor, horizontal: torch.Tensor, gammas: torch.Tensor, eps: float, group: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`_add_scaled` with the variances of all processes of a group."""
-    with torch.no_grad():
-        moments = _branch_moments(vertical, horizontal)
-        means, variances, count = _over_processes(*moments, _count(vertical) if vertical.numel() else 0, group)
-    y = _AddScaled.apply(y, vertical, horizontal, gammas, means, variances, count, eps, group)
-    return y, variances * (count / (count - 1).clamp(min=1))
-
-
-def _add_scaled(
-    y: torch.Tensor, vertical: torch.Tensor, horizontal: torch.Tensor, gammas: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add both branches, each scaled by its gamma over its standard deviation, to y, which may be overwritten.
-
-    Returns:
-        The sum, and the branches' unbiased variances (2, channels), through which no gradient flows.
-    """
-    count = _count(y)
-    unbiasing = count / max(count - 1, 1)
-    if not torch.jit.is_scripting() and not is_recorded([y, vertical, horizontal, gammas]):
-        with torch.no_grad():
-            means, variances = _branch_moments(vertical, horizontal)
-        y = _AddScaled.apply(y, vertical, horizontal, gammas, means, variances, count, eps, None)
-        return y, variances * unbiasing
-    _, variances = _branch_moments(vertical, horizontal)
-    scales = (gammas * torch.rsqrt(variances + eps)).to(y.dtype)
-    y = torch.addcmul(y, _per_channel(scales[0]), vertical)
-    return torch.addcmul(y, _per_channel(scales[1]), horizontal), variances.detach() * unbiasing
-
-
-class _AddScaled(torch.autograd.Function):
-    """:func:`_add_scaled` in place, keeping nothing of y's size but the branches, differentiated in few passes."""
-
-    generate_vmap_rule = True  # for what checkpointing repeats in a batched backward pass, where nothing is batched
-
-    @staticmethod
-    def forward(
-        y: torch.Tensor,
-        vertical: torch.Tensor,
-        horizontal: torch.Tensor,
-        gammas: torch.Tensor,
-        means: torch.Tensor,
-        variances: torch.Tensor,
-        count: int | torch.Tensor,
-        eps: float,
-        group: Any,
-    ) -> torch.Tensor:
-        scales = (gammas * torch.rsqrt(variances + eps)).to(y.dtype)
-        for branch, scale in zip((vertical, horizontal), scales):
-            y.addcmul_(_per_channel(scale), branch)
-        return y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        y, *needed, ctx.count, ctx.eps, ctx.group = inputs
-        ctx.mark_dirty(y)
-        ctx.save_for_backward(*needed)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (gradient,), (*branches, gammas, means, variances) = gradients, ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated again
-            if ctx.group is not None:
-                raise ReparamError('ACConv2d: synchronised variances are differentiated once, as SyncBatchNorm is')
-            means, variances = _branch_moments(*branches)
-        wide_gradient, wide = _widened(gradient), [_widened(branch) for branch in branches]
-        inverses = torch.rsqrt(variances + ctx.eps)
-        products = [wide_gradient * branch for branch in wide]
-        for_gammas = for_variances = inverses * torch.stack([_channel_sums(product) for product in products])
-        if ctx.group is not None:
-            for_variances = for_gammas.clone()
-            dist.all_reduce(for_variances, group=ctx.group)
-        scales = gammas * inverses
-        slopes = -scales * inverses * for_variances / ctx.count
-        for_branches = []
-        del products  # whose memory is used again
-        for branch, scale, slope, shift in zip(wide, scales, slopes, -slopes * means):
-            change = torch.addcmul(_per_channel(shift), _per_channel(slope), branch)
-            for_branches.append(change.addcmul_(_per_channel(scale), wide_gradient).to(gradient.dtype))
-        return gradient, *for_branches, for_gammas.to(gammas.dtype), None, None, None, None, None
+def _insets(kernel_size: tuple[int, int]) -> list[tuple[int, int]]:
+    """The rows and columns of the square kernel on each side of the vertical and of the horizontal one."""
+    return [(0, kernel_size[1] // 2), (kernel_size[0] // 2, 0)]
 
 
 class ACConv2d(ReparamConv2d):
@@ -463,7 +225,7 @@ class ACConv2d(ReparamConv2d):
             if init == 'scratch':
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
             elif self.branch_norm == 'batch':  # gamma is 0: what they are now does not matter yet
-                draw_small(weight, 1 / math.sqrt(weight[0].numel()))
+                fast_uniform_(weight, 1 / math.sqrt(weight[0].numel()))
         if init == 'lift':
             self._close_gates()
         elif self.branch_norm == 'batch':
@@ -482,57 +244,16 @@ class ACConv2d(ReparamConv2d):
             getattr(self, f'{branch}_gamma').fill_(gamma)
             getattr(self, f'{branch}_running_var').fill_(1.0)
 
-    @classmethod
-    def is_foreign(cls, entries: dict[str, torch.Tensor]) -> bool:
-        return 'square_conv.weight' in entries or 'fused_conv.weight' in entries
-
-    def from_foreign(self, entries: dict[str, torch.Tensor]) -> Imported:
-        # Official code: the block (the keys of ACBlock2d), or its fusion. This layer's eps is taken for that of the
-        # block's norms, which a checkpoint does not hold.
-        if 'fused_conv.weight' in entries:
-            return Imported({'weight': entries.pop('fused_conv.weight')}, entries.pop('fused_conv.bias'))
-        dtype = entries['square_conv.weight'].dtype
-        kernels, norms = {}, {}
-        for branch in ('square', 'ver', 'hor'):
-            kernels[branch] = entries.pop(f'{branch}_conv.weight').double()
-            norms[branch] = _Norm(entries, f'{branch}_bn.', self.eps)
-        zero = torch.zeros_like(norms['square'].mean)
-        mean = sum((norm.scale * norm.mean for norm in norms.values()), zero)
-        # An estimate, since covariances of branches are in no checkpoint: those of an input without structure.
-        deviations = []
-        for branch, kernel in kernels.items():
-            deviation = norms[branch].scale * norms[branch].variance.sqrt()
-            deviations.append(kernel * (deviation / kernel.flatten(1).norm(dim=1).clamp_min(1e-30)).view(-1, 1, 1, 1))
-        square, vertical, horizontal = deviations
-        variance = _add_skeleton(square, vertical, horizontal, self.kernel_size).flatten(1).square().sum(1)
-        constant = sum((norm.shift for norm in norms.values()), zero)
-        gain = torch.ones_like(mean)
-        if 'last_bn.running_var' in entries:
-            last = _Norm(entries, 'last_bn.', self.eps)
-            gain, variance = last.scale, last.scale**2 * last.variance
-            mean, constant = gain * mean, gain * constant + last.shift
-        new = {}
-        for branch, name in (('square', ''), ('ver', 'vertical_'), ('hor', 'horizontal_')):
-            norm = norms[branch]
-            if branch != 'square' and self.branch_norm == 'batch':
-                new[f'{name}gamma'] = gain * norm.gamma
-                new[f'{name}running_var'] = norm.variance
-                new[f'{name}weight'] = kernels[branch]
-            else:
-                new[f'{name}weight'] = (gain * norm.scale / self.scale).view(-1, 1, 1, 1) * kernels[branch]
-        new = {name: value.to(dtype) for name, value in new.items()}
-        return Imported(new, constant.to(dtype), mean.to(dtype), variance.to(dtype))
-
     def _compose(self) -> torch.Tensor:
         vertical, horizontal = self.vertical_weight, self.horizontal_weight
         if self.vertical_gamma is None:
-            kernel = _add_skeleton(self.weight, vertical, horizontal, self.kernel_size)
+            kernel = add_on_middle(self.weight, [vertical, horizontal], _insets(self.kernel_size))
             return kernel if self.scale == 1 else self.scale * kernel
         vertical_scale = self.vertical_gamma * torch.rsqrt(self.vertical_running_var + self.eps)
         horizontal_scale = self.horizontal_gamma * torch.rsqrt(self.horizontal_running_var + self.eps)
         scaled_vertical = vertical_scale.view(-1, 1, 1, 1) * vertical
         scaled_horizontal = horizontal_scale.view(-1, 1, 1, 1) * horizontal
-        return _add_skeleton(self.weight, scaled_vertical, scaled_horizontal, self.kernel_size)
+        return add_on_middle(self.weight, [scaled_vertical, scaled_horizontal], _insets(self.kernel_size))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Convolve (batch, in_channels, height, width)."""
@@ -551,55 +272,49 @@ class ACConv2d(ReparamConv2d):
         else:
             # left and right, top and bottom are equal: sides are odd
             padding = (self._reversed_padding_repeated_twice[2], self._reversed_padding_repeated_twice[0])
-        vertical_padding, horizontal_padding = _thin_padding(self.kernel_size, padding, self.dilation)
-        weights = (self.vertical_weight, self.horizontal_weight)
+        weights: list[torch.Tensor] = [self.vertical_weight, self.horizontal_weight]
         gammas = torch.stack([self.vertical_gamma, self.horizontal_gamma])
         # gradients of torch.func cannot be checkpointed
-        if torch.jit.is_scripting() or not self.recompute or is_transformed([x, *weights, gammas]):
-            vertical, horizontal = self._branches(x, weights, vertical_padding, horizontal_padding)
-            y, unbiased = self._add_branches(y, vertical, horizontal, gammas)
+        if torch.jit.is_scripting() or not self.recompute or is_transforming([x, gammas] + weights):
+            y, unbiased = self._add_branches(y, self._branches(x, weights, padding), gammas)
         else:
             change, unbiased = checkpoint(
-                self._scaled_branches,
-                *(x, weights, vertical_padding, horizontal_padding, gammas),
-                use_reentrant=False,
-                preserve_rng_state=False,
+                self._scaled_branches, *(x, weights, padding, gammas), use_reentrant=False, preserve_rng_state=False
             )
             y = y + change
         if y.numel() > 0:
             self._update_running_vars(unbiased.to(self.vertical_running_var.dtype))
         return y
 
+    def _branches(self, x: torch.Tensor, weights: list[torch.Tensor], padding: tuple[int, int]) -> list[torch.Tensor]:
+        """Outputs of the vertical and of the horizontal convolution."""
+        insets = _insets(self.kernel_size)
+        return convolve_branches(x, weights, insets, self.stride, padding, self.dilation, self.groups)
+
     def _add_branches(
-        self, y: torch.Tensor, vertical: torch.Tensor, horizontal: torch.Tensor, gammas: torch.Tensor
+        self, y: torch.Tensor, branches: list[torch.Tensor], gammas: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not torch.jit.is_scripting():
             group = self.vertical_norm.synchronised_over()
             if group is not None:
-                return _add_synchronised(y, vertical, horizontal, gammas, self.eps, group)
-        return _add_scaled(y, vertical, horizontal, gammas, self.eps)
+                return add_scaled_synchronised(y, branches, gammas, self.eps, group)
+        return add_scaled(y, branches, gammas, self.eps)
+
+    @torch.jit.unused
+    def _scaled_branches(
+        self, x: torch.Tensor, weights: list[torch.Tensor], padding: tuple[int, int], gammas: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # Of no parameter of the layer itself: the second pass comes after torch.func.functional_call has put those back
+        branches = self._branches(x, weights, padding)
+        return self._add_branches(torch.zeros_like(branches[0]), branches, gammas)
 
     def _update_running_vars(self, variances: torch.Tensor) -> None:
         shares = [self.momentum, self.momentum]
         if not torch.jit.is_scripting():
-            norms = (self.vertical_norm, self.horizontal_norm)
-            if not all(norm.track_running_stats for norm in norms):
-                return
-            shares = [norm.share_of_newest() for norm in norms]
-        self.vertical_running_var.lerp_(variances[0], shares[0])
-        self.horizontal_running_var.lerp_(variances[1], shares[1])
-
-    def _branches(
-        self,
-        x: torch.Tensor,
-        weights: tuple[torch.Tensor, torch.Tensor],
-        vertical_padding: tuple[int, int],
-        horizontal_padding: tuple[int, int],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Outputs of the vertical and of the horizontal convolution."""
-        vertical = _thin_conv(x, weights[0], self.stride, vertical_padding, self.dilation, self.groups)
-        horizontal = _thin_conv(x, weights[1], self.stride, horizontal_padding, self.dilation, self.groups)
-        return vertical, horizontal
+            shares = shares_of_newest([self.vertical_norm, self.horizontal_norm])
+        running_vars = [self.vertical_running_var, self.horizontal_running_var]
+        for running_var, variance, share in zip(running_vars, variances, shares):
+            running_var.lerp_(variance, share)
 
     def branch_form(self) -> Callable[..., torch.Tensor]:
         return self._evaluate_branches
@@ -607,9 +322,8 @@ class ACConv2d(ReparamConv2d):
     def _evaluate_branches(self, x: torch.Tensor) -> torch.Tensor:
         """The three convolutions of the training mode, each branch over its running standard deviation."""
         y = self._convolve(x, self.weight, None)
-        vertical_padding, horizontal_padding = _thin_padding(self.kernel_size, (0, 0), self.dilation)
-        weights = (self.vertical_weight, self.horizontal_weight)
-        vertical, horizontal = self._branches(self._pad(x), weights, vertical_padding, horizontal_padding)
+        weights: list[torch.Tensor] = [self.vertical_weight, self.horizontal_weight]
+        vertical, horizontal = self._branches(self._pad(x), weights, (0, 0))
         if self.vertical_gamma is None:
             y = self.scale * (y + vertical + horizontal)
         else:
@@ -617,179 +331,11 @@ class ACConv2d(ReparamConv2d):
                 (vertical, self.vertical_gamma, self.vertical_running_var),
                 (horizontal, self.horizontal_gamma, self.horizontal_running_var),
             ):
-                y = y + _per_channel(gamma / torch.sqrt(variance + self.eps)) * branch
-        return y if self.bias is None else y + _per_channel(self.bias)
-
-    @torch.jit.unused
-    def _scaled_branches(
-        self,
-        x: torch.Tensor,
-        weights: tuple[torch.Tensor, torch.Tensor],
-        vertical_padding: tuple[int, int],
-        horizontal_padding: tuple[int, int],
-        gammas: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        # Of no parameter of the layer itself: the second pass comes after torch.func.functional_call has put those back
-        vertical, horizontal = self._branches(x, weights, vertical_padding, horizontal_padding)
-        return self._add_branches(torch.zeros_like(vertical), vertical, horizontal, gammas)
+                y = y + per_channel(gamma / torch.sqrt(variance + self.eps)) * branch
+        return y if self.bias is None else y + per_channel(self.bias)
 
     def extra_repr(self) -> str:
         options = f", branch_norm='{self.branch_norm}'"
         if self.scale != 1:
             options += f', scale={self.scale:g}'
         return super().extra_repr() + options
-
-
-class ACBlock2d(Fusible):
-    """The paper's stand-alone block, ``y = BN_s(W*x) + BN_v(W_v*x) + BN_h(W_h*x)``.
-
-    For networks that are composed by hand, and for checkpoints of the official code, whose module names it keeps. It
-    fuses to one convolution with bias.
-
-    Paper: `ACNet: Strengthening the Kernel Skeletons for Powerful CNN via Asymmetric Convolution Blocks` -
-    https://arxiv.org/abs/1908.03930
-    Official code: https://github.com/DingXiaoH/ACNet
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        kernel_size: Sides of the square kernel, odd.
-        stride: Stride of the convolutions.
-        padding: Padding of the square convolution, or 'same' or 'valid'; the thin ones are aligned with it.
-        dilation: Spacing between kernel elements.
-        groups: Blocked connections from input to output channels.
-        padding_mode: 'zeros', 'reflect', 'replicate' or 'circular'.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
-        affine: Whether the three norms have a learned scale and shift.
-        gamma_init: Start of the scale of all three norms (default 1).
-        reduce_gamma: Start the scale of all three norms at 1/3.
-        single_init: Start the scale of the square norm at 1 and those of the others at 0.
-        last_norm: Whether a BatchNorm follows the sum.
-        eps: Added to the variances.
-        momentum: Weight of the newest batch in the running statistics.
-
-    Raises:
-        ReparamError: an even kernel side, or more than one start of the scales, or one without affine norms.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        padding_mode: PaddingMode = 'zeros',
-        device=None,
-        dtype=None,
-        *,
-        affine: bool = True,
-        gamma_init: float | None = None,
-        reduce_gamma: bool = False,
-        single_init: bool = False,
-        last_norm: bool = False,
-        eps: float = _EPS,
-        momentum: float = _MOMENTUM,
-    ) -> None:
-        super().__init__()
-        sides: tuple[int, int] = to_2tuple(kernel_size)
-        _check_odd('ACBlock2d', sides)
-        starts = [
-            name
-            for name, given in (
-                ('gamma_init', gamma_init is not None),
-                ('reduce_gamma', reduce_gamma),
-                ('single_init', single_init),
-            )
-            if given
-        ]
-        if len(starts) > 1 or (starts and not affine):
-            raise ReparamError(
-                'ACBlock2d: give at most one of gamma_init, reduce_gamma and single_init, and with affine=True only; '
-                f'got {", ".join(starts)} with affine={affine}'
-            )
-        factory = dict(device=device, dtype=dtype)
-        options = dict(stride=stride, dilation=dilation, groups=groups, bias=False, **factory)
-        norm = dict(eps=eps, momentum=momentum, **factory)
-        self.square_conv = nn.Conv2d(
-            in_channels, out_channels, sides, padding=padding, padding_mode=padding_mode, **options
-        )
-        self.square_bn = nn.BatchNorm2d(out_channels, affine=affine, **norm)
-        self.ver_conv = nn.Conv2d(in_channels, out_channels, (sides[0], 1), **options)
-        self.ver_bn = nn.BatchNorm2d(out_channels, affine=affine, **norm)
-        self.hor_conv = nn.Conv2d(in_channels, out_channels, (1, sides[1]), **options)
-        self.hor_bn = nn.BatchNorm2d(out_channels, affine=affine, **norm)
-        self.last_bn = nn.BatchNorm2d(out_channels, **norm) if last_norm else None
-        if reduce_gamma:
-            gamma_init = 1 / 3
-        square_start, thin_start = (1.0, 0.0) if single_init else (gamma_init, gamma_init)
-        if square_start is not None and thin_start is not None:
-            nn.init.constant_(self.square_bn.weight, square_start)
-            for thin_norm in (self.ver_bn, self.hor_bn):
-                nn.init.constant_(thin_norm.weight, thin_start)
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Sum of the three normalised branches of (batch, in_channels, height, width)."""
-        conv = self.square_conv
-        x = input
-        y = self.square_bn(conv(x))
-        # left and right, top and bottom are equal: sides are odd
-        padding = (conv._reversed_padding_repeated_twice[2], conv._reversed_padding_repeated_twice[0])
-        if conv.padding_mode != 'zeros':
-            x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
-            padding = (0, 0)
-        # torch declares tuples of any length
-        vertical_padding, horizontal_padding = _thin_padding(conv.kernel_size, padding, conv.dilation)  # type: ignore[arg-type]
-        vertical = _thin_conv(x, self.ver_conv.weight, conv.stride, vertical_padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
-        horizontal = _thin_conv(x, self.hor_conv.weight, conv.stride, horizontal_padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
-        y = y + self.ver_bn(vertical) + self.hor_bn(horizontal)
-        if self.last_bn is not None:
-            y = self.last_bn(y)
-        return y
-
-    def equivalent_kernel(self) -> torch.Tensor:
-        """Kernel (out_channels, in_channels/groups, kh, kw) of the convolution that the block equals in evaluation."""
-        return self._fold()[0]
-
-    def equivalent_bias(self) -> torch.Tensor:
-        """Bias (out_channels,) of the convolution that the block equals in evaluation."""
-        return self._fold()[1]
-
-    def _fold(self) -> tuple[torch.Tensor, torch.Tensor]:
-        with autocast_disabled(self.square_conv.weight.device.type):
-            kernels, biases = [], []
-            branches = (
-                (self.square_conv, self.square_bn),
-                (self.ver_conv, self.ver_bn),
-                (self.hor_conv, self.hor_bn),
-            )
-            for conv, norm in branches:
-                scale, shift = _norm_scale_shift(norm)
-                kernels.append(scale.view(-1, 1, 1, 1) * conv.weight)
-                biases.append(shift)
-            square, vertical, horizontal = kernels
-            height, width = self.square_conv.kernel_size
-            kernel = _add_skeleton(square, vertical, horizontal, (height, width))
-            bias = sum(biases[1:], biases[0])
-            if self.last_bn is not None:
-                scale, shift = _norm_scale_shift(self.last_bn)
-                kernel, bias = scale.view(-1, 1, 1, 1) * kernel, scale * bias + shift
-            return kernel, bias
-
-    def branch_form(self) -> Callable[..., torch.Tensor]:
-        return copy.deepcopy(self).eval().forward
-
-    @torch.no_grad()
-    def fuse(self) -> nn.Conv2d:
-        """Fold the block, in float64 and rounded once, into a fresh convolution with bias; it stays as it was."""
-        kernel, bias = exact_copy(self).eval()._fold()
-        like = next(self.parameters())
-        conv = nn.Conv2d(**dict(conv_arguments(self.square_conv), bias=True), device='meta', dtype=like.dtype)
-        vars(conv).update(self.added_attributes())
-        trainable = any(p.requires_grad for p in self.parameters())
-        for name, value in (('weight', kernel), ('bias', bias)):
-            setattr(conv, name, nn.Parameter(value.to(like.device, like.dtype), requires_grad=trainable))
-        return conv.train(self.training)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import ReparamError
-from .base import Imported, Method, PaddingMode, ReparamConv2d, ReparamConvTranspose2d, ReparamLayer
+from ._base import Method, PaddingMode, ReparamConv2d, ReparamConvTranspose2d, ReparamLayer
 
 __all__ = ['DOConv2d', 'DOConvTranspose2d']
 
@@ -198,31 +198,6 @@ class DOConv2d(_DepthwiseOverParameterised, ReparamConv2d):
         )
         self._add_depthwise(depth_multiplier, device, dtype)
         self._start('scratch')
-
-    @classmethod
-    def is_foreign(cls, entries: dict[str, torch.Tensor]) -> bool:
-        return 'W' in entries
-
-    def from_foreign(self, entries: dict[str, torch.Tensor]) -> Imported:
-        # Official code: W (O, I/g, s), D (I, m, s) and d_diag, its identity E, of D's shape; no D for 1x1 kernels.
-        columns = entries.pop('W')
-        out_channels, group_channels, num_columns = columns.shape
-        shape, area = (out_channels, group_channels, *self.kernel_size), self._area
-        if area == 1:
-            return Imported({'weight': columns.reshape(shape)})
-        depthwise, identity = entries.pop('D'), entries.pop('d_diag')
-        if self.groups in (1, out_channels) and num_columns == self.depth_multiplier:
-            eye = torch.eye(area, dtype=identity.dtype, device=identity.device)
-            eye = nn.functional.pad(eye.repeat(1, num_columns // area), (0, num_columns % area))
-            new = {'weight': columns[..., :area].reshape(shape), 'depthwise_weight': depthwise + (identity - eye)}
-            if self.surplus_weight is not None:
-                new['surplus_weight'] = columns[..., area:].contiguous()
-            return Imported(new)
-        # A layer of another number of columns; or a group of several outputs, which do not share their D there: its
-        # reshape to (O/g, I, s) gives the n-th kernel in storage the D of input channel n mod I.
-        transform = (depthwise.double() + identity).repeat(out_channels * group_channels // len(depthwise), 1, 1)
-        kernels = torch.einsum('nms,ns->nm', transform, columns.double().flatten(0, 1))
-        return Imported({'weight': kernels.to(columns.dtype).reshape(shape)})
 
     def branch_form(self) -> Callable[..., torch.Tensor]:
         # the paper's composition of features: D is applied to the window of each position, then W to what comes out

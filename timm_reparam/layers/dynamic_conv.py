@@ -23,20 +23,14 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..errors import ReparamError
-from .base import (
-    Imported,
-    Method,
-    PaddingMode,
-    ReparamConv2d,
+from ._base import Method, PaddingMode, ReparamConv2d, conv_arguments, fx_leaf, is_symbolic
+from ._tensor import (
     autocast_disabled,
-    conv_arguments,
-    draw_small,
-    exact_copy,
-    fx_leaf,
-    give_memory,
-    is_recorded,
-    is_symbolic,
-    is_transformed,
+    fast_uniform_,
+    float64_copy,
+    is_tracing_or_transforming,
+    is_transforming,
+    materialize,
 )
 
 __all__ = ['DynamicConv2d', 'KernelAttention']
@@ -54,7 +48,6 @@ _METHOD = Method(
     arxiv='1912.03458',
 )
 
-_SCHEDULE = {'temperature_position', 'temperature_steps'}
 # Narrowest hidden layer of the attention, for inputs of few channels.
 _MIN_HIDDEN = 4
 # Start of the residual kernels when lifted, as a share of nn.Conv2d's own start: large enough for the attention to get
@@ -137,7 +130,7 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def is_faster(coefficients: torch.Tensor, mean: torch.Tensor, residuals: torch.Tensor) -> bool:
         """Whether there are enough samples to make up for a copy of the K kernels."""
-        plain = coefficients.device.type == 'cpu' and not is_recorded([coefficients, mean, residuals])
+        plain = coefficients.device.type == 'cpu' and not is_tracing_or_transforming([coefficients, mean, residuals])
         return plain and len(coefficients) >= 8
 
     @staticmethod
@@ -281,57 +274,6 @@ class DynamicConv2d(ReparamConv2d):
     def options(self) -> dict[str, Any]:
         return dict(super().options(), temperature_steps=self._length)
 
-    @classmethod
-    def is_foreign(cls, entries: dict[str, torch.Tensor]) -> bool:
-        stacked = 'weight' in entries and entries['weight'].dim() == 5
-        return stacked or ('residual_weight' in entries and 'temperature_position' not in entries)
-
-    def from_foreign(self, entries: dict[str, torch.Tensor]) -> Imported:
-        # Either the form for inference, which only lacks the schedule, or, as in public code, K stacked kernels and
-        # biases and an attention of 1x1 convolutions, called fc1 and fc2, or net.0 and net.2, of which fc1 has no bias.
-        # Neither says a temperature: it has fallen to 1.
-        new = {}
-        if 'residual_weight' in entries:
-            for name in self.state_dict().keys() - _SCHEDULE:
-                new[name] = entries.pop(name)
-        else:
-            for name in ('weight', 'bias'):
-                if name in entries:
-                    stack = entries.pop(name)
-                    mean = stack.double().mean(0)
-                    new[name] = mean.to(stack.dtype)
-                    new[f'residual_{name}'] = (stack[:-1].double() - mean).to(stack.dtype).flatten(0, 1)
-            new.update(self._attention_from(entries))
-        if self.temperature is not None:
-            steps = self.temperature_steps.detach().clone()
-            new.update(temperature_steps=steps, temperature_position=steps.clone())
-        return Imported(new)
-
-    def _attention_from(self, entries: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        names = ('net.0', 'net.2') if 'attention.net.0.weight' in entries else ('fc1', 'fc2')
-        first, second = (entries.pop(f'attention.{name}.weight').flatten(1) for name in names)
-        known = [entries.pop(f'attention.{name}.bias', None) for name in names]
-        biases = [w.new_zeros(len(w)) if b is None else b for w, b in zip((first, second), known)]
-        spare = self.attention.fc1.out_features - len(first)
-        if spare < 0:
-            raise ReparamError(
-                f'the attention in the checkpoint has {len(first)} hidden features, this layer has '
-                f'{self.attention.fc1.out_features}, from reduction={self.reduction}; use a smaller reduction '
-                '(conv_options=dict(reduction=3) is wide enough for a ratio of 1/4)'
-            )
-        if spare:
-            # hidden features that the checkpoint has not: nothing reads them yet, but they can learn
-            fresh = nn.Linear(first.shape[1], spare, device=first.device, dtype=first.dtype)
-            first = torch.cat([first, fresh.weight.detach()])
-            biases[0] = torch.cat([biases[0], fresh.bias.detach()])
-            second = F.pad(second, (0, spare))
-        return {
-            'attention.fc1.weight': first,
-            'attention.fc1.bias': biases[0],
-            'attention.fc2.weight': second,
-            'attention.fc2.bias': biases[1],
-        }
-
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         if self.temperature_steps is not None and not self.temperature_steps.is_meta:
@@ -350,24 +292,6 @@ class DynamicConv2d(ReparamConv2d):
         return stacks
 
     @torch.no_grad()
-    def to_foreign(self) -> dict[str, torch.Tensor]:
-        """The layer's entries in the layout of public code: K stacked kernels, an attention of 1x1 convolutions.
-
-        The current temperature is folded in, so they are for temperature 1. ``attention.fc1.bias``, which much of that
-        code lacks, is among them unless it is zero.
-
-        Returns:
-            `weight` (num_kernels, out_channels, in_channels/groups, kh, kw), `bias` (num_kernels, out_channels) if
-            there is one, ``attention.fc1`` and ``attention.fc2``.
-        """
-        exact = exact_copy(self.fuse())
-        state = exact._stacks()
-        for name, value in exact.attention.state_dict().items():
-            if name != 'fc1.bias' or value.any():
-                state[f'attention.{name}'] = value[:, :, None, None] if value.dim() == 2 else value
-        return {name: value.to(self.weight.device, self.weight.dtype) for name, value in state.items()}
-
-    @torch.no_grad()
     def _init_variant(self, init: str) -> None:
         self.attention.fc1.reset_parameters()
         if init == 'scratch':
@@ -377,9 +301,9 @@ class DynamicConv2d(ReparamConv2d):
         if init == 'lift':
             self._close_gates()
             bound = _LIFT_RESIDUAL / self.weight[0].numel() ** 0.5
-            draw_small(self.residual_weight, bound)
+            fast_uniform_(self.residual_weight, bound)
             if self.residual_bias is not None:
-                draw_small(self.residual_bias, bound)
+                fast_uniform_(self.residual_bias, bound)
             return
         for mean, residual in ((self.weight, self.residual_weight), (self.bias, self.residual_bias)):
             if mean is not None and residual is not None:
@@ -632,7 +556,7 @@ class DynamicConv2d(ReparamConv2d):
             A fresh DynamicConv2d without a schedule, with the same device, dtype and mode.
         """
         # from a copy, because a parametrisation computes some of it, and changes perhaps as it is read in training
-        source, like = exact_copy(self).eval(), next(self.parameters())
+        source, like = float64_copy(self).eval(), next(self.parameters())
         layer = type_before_parametrizations(self)(
             **conv_arguments(source),
             device='meta',
@@ -642,7 +566,7 @@ class DynamicConv2d(ReparamConv2d):
             temperature=None,
         )
         vars(layer).update(self.added_attributes())
-        give_memory(layer, like.device)
+        materialize(layer, like.device)
         layer.tf_same = self.tf_same
         layer.exportable = self.exportable
         parameters = dict(self.named_parameters())
@@ -690,7 +614,7 @@ class DynamicConv2d(ReparamConv2d):
 
 def _softmax(logits: torch.Tensor) -> torch.Tensor:
     """Softmax of the last dimension."""
-    if torch.jit.is_scripting() or not is_transformed([logits]):
+    if torch.jit.is_scripting() or not is_transforming([logits]):
         return logits.softmax(-1)
     # written out, because no gradient flows back through the forward mode of torch's own
     exponentials = (logits - logits.amax(-1, keepdim=True).detach()).exp()

@@ -15,7 +15,7 @@ from timm.layers import to_2tuple
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import ReparamError
-from .base import Imported, Method, PaddingMode, ReparamConv2d, ReparamConvTranspose2d, ReparamLayer
+from ._base import Method, PaddingMode, ReparamConv2d, ReparamConvTranspose2d, ReparamLayer
 
 __all__ = ['RefConv2d', 'RefConvTranspose2d']
 
@@ -192,14 +192,6 @@ class RefConv2d(_Refocusing, ReparamConv2d):
         )
         self._add_map(map_kernel_size, device, dtype)
         self._start('scratch')
-
-    @classmethod
-    def is_foreign(cls, entries: dict[str, torch.Tensor]) -> bool:
-        return 'convmap.weight' in entries
-
-    def from_foreign(self, entries: dict[str, torch.Tensor]) -> Imported:
-        # Official code: the base is a buffer `weight`, the map a convolution module; shapes are the same.
-        return Imported({'weight': entries.pop('weight'), 'map_weight': entries.pop('convmap.weight')})
 
 
 class RefConvTranspose2d(_Refocusing, ReparamConvTranspose2d):

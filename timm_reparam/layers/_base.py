@@ -6,17 +6,14 @@ this one: a class that derives from :class:`ReparamLayer` and the torch layer, a
 (``__init__``), how that starts (``_init_variant``) and the kernel it stands for (``_compose``).
 """
 
-import copy
 import dataclasses
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import Conv2dSame, register_notrace_module
@@ -24,36 +21,26 @@ from timm.layers.padding import pad_same
 from torch.fx import Proxy
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import type_before_parametrizations
-from torch.utils._pytree import tree_flatten
 
 from ..errors import ReparamError
+from ._tensor import autocast_disabled, float64_copy, materialize
 
 __all__ = [
     'CALL_HOOKS',
     'Fusible',
     'HOOKS',
-    'Imported',
     'Method',
     'PaddingMode',
     'ReparamLayer',
     'ReparamConv2d',
     'ReparamConvTranspose2d',
-    'autocast_disabled',
     'check_init',
     'conv_arguments',
-    'draw_small',
-    'exact',
-    'exact_copy',
     'fx_leaf',
-    'give_memory',
-    'is_recorded',
     'is_symbolic',
-    'is_transformed',
-    'scale_shift',
 ]
 
 PaddingMode = Literal['zeros', 'reflect', 'replicate', 'circular']
-_Module = TypeVar('_Module', bound=nn.Module)
 
 # Hooks on the calls of a module.
 CALL_HOOKS = (
@@ -65,32 +52,6 @@ HOOKS = (
     *CALL_HOOKS,
     *('_state_dict_hooks', '_state_dict_pre_hooks', '_load_state_dict_pre_hooks', '_load_state_dict_post_hooks'),
 )
-
-
-def autocast_disabled(device_type: str) -> AbstractContextManager:
-    """A context in which autocast is off on `device_type` (nothing to switch off on the meta device)."""
-    return nullcontext() if device_type == 'meta' else torch.autocast(device_type, enabled=False)
-
-
-@torch.jit.unused  # scripted code asks for that first
-def is_recorded(tensors: list[torch.Tensor]) -> bool:
-    """Whether operations on these tensors are traced, compiled, exported or transformed: by torch's own, then."""
-    return torch.jit.is_tracing() or torch.compiler.is_compiling() or is_transformed(tensors)
-
-
-@torch.jit.unused
-def is_transformed(tensors: list[torch.Tensor]) -> bool:
-    """Whether operations on these tensors are transformed, by torch.func or by forward mode.
-
-    A pass that checkpointing repeats has to take the way of the first one: what surrounds the backward pass, the batch
-    of its gradients or forward mode, does not transform it.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._are_functorch_transforms_active():
-        return torch._C._current_graph_task_id() == -1
-    in_forward_mode = forward_ad._current_level >= 0
-    return in_forward_mode and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def is_symbolic(x: Any) -> bool:
@@ -131,24 +92,6 @@ class Method:
     venue: str
     year: str
     arxiv: str
-
-
-@dataclasses.dataclass
-class Imported:
-    """A convolution of a foreign checkpoint, as a layer of this package holds it.
-
-    Attributes:
-        entries: Entries of the layer. Either all of them, or only `weight` (and `bias`) where a kernel is all that can
-            be taken over; the rest then starts as in a lift.
-        constant: What the foreign layer adds to each output channel, if that is not a bias among the entries.
-        mean: Mean of each output channel in training, without the constant, if the checkpoint knows it.
-        variance: Its variance, which may be an estimate.
-    """
-
-    entries: dict[str, torch.Tensor]
-    constant: torch.Tensor | None = None
-    mean: torch.Tensor | None = None
-    variance: torch.Tensor | None = None
 
 
 class Fusible(nn.Module):
@@ -224,41 +167,6 @@ class ReparamLayer(Fusible, _ConvNd):
     def options(self) -> dict[str, Any]:
         """The method's own options that this layer was built with."""
         return {name: getattr(self, name) for name in self.option_names()}
-
-    @classmethod
-    def is_foreign(cls, entries: dict[str, torch.Tensor]) -> bool:
-        """Whether a convolution's entries of a checkpoint are in a layout that :meth:`from_foreign` reads.
-
-        Args:
-            entries: The checkpoint's entries of one convolution, without the convolution's name.
-        """
-        return False
-
-    def from_foreign(self, entries: dict[str, torch.Tensor]) -> Imported:
-        """Translate a convolution's entries from another layout of the method, such as that of its official code.
-
-        Args:
-            entries: As in :meth:`is_foreign`, which said yes; what is read is taken out, so that what is left is known
-                to be unexpected. A bias that means what this layer's means may stay.
-
-        Returns:
-            The same function as this layer's entries.
-
-        Raises:
-            KeyError: an entry is missing.
-            ReparamError: the layer's options cannot hold it.
-        """
-        raise NotImplementedError
-
-    def to_foreign(self) -> dict[str, torch.Tensor]:
-        """The layer's entries in the layout of the method's official (or most common) code.
-
-        Raises:
-            ReparamError: the method has no such way.
-        """
-        raise ReparamError(
-            f'{type(self).__name__}: only dynamic convolution is exported; fuse_model() gives stock keys'
-        )
 
     @classmethod
     def selects(cls, conv: _ConvNd, is_stem: bool) -> bool:
@@ -344,7 +252,7 @@ class ReparamLayer(Fusible, _ConvNd):
             )
         vars(layer).update({attribute: vars(conv)[attribute] for attribute in added})
         layer._adopt(conv)
-        give_memory(layer, conv.weight.device)
+        materialize(layer, conv.weight.device)
         layer._start(init)
         for parameter_name, parameter in layer.named_parameters():
             if parameter_name not in ('weight', 'bias'):
@@ -397,7 +305,7 @@ class ReparamLayer(Fusible, _ConvNd):
                 if not self.weight.is_meta:
                     self._close_gates()
                 elif local_metadata.get('assign_to_params_buffers', False):
-                    give_memory(self.to(given['weight'].dtype), given['weight'].device)
+                    materialize(self.to(given['weight'].dtype), given['weight'].device)
                     self._start('lift')
             # for the layer itself, and for the modules in it, which torch loads next
             state_dict.update((prefix + key, value) for key, value in self._entries().items() if key in added)
@@ -483,7 +391,7 @@ class ReparamLayer(Fusible, _ConvNd):
             A fresh convolution of the type this layer was built from, with the same device, dtype and mode, and the
             attributes that somebody has set on the layer.
         """
-        exact = exact_copy(self).eval()  # a spectral norm changes as it is read in training
+        exact = float64_copy(self).eval()  # a spectral norm changes as it is read in training
         return self.plain_conv(exact.equivalent_kernel(), exact.bias)
 
     def plain_conv(self, kernel: torch.Tensor, bias: torch.Tensor | None) -> _ConvNd:
@@ -506,75 +414,6 @@ class ReparamLayer(Fusible, _ConvNd):
 
     def _fresh(self) -> nn.Module:
         return type_before_parametrizations(self)(**conv_arguments(self), device='meta', **self.options())
-
-
-def exact(tensor: torch.Tensor) -> torch.Tensor:
-    """A detached float64 copy of a tensor (a plain one of integers), on the CPU where the device has no float64."""
-    device = 'cpu' if tensor.device.type == 'mps' else None
-    dtype = torch.float64 if tensor.is_floating_point() else torch.complex128 if tensor.is_complex() else None
-    return tensor.detach().to(device=device, dtype=dtype, copy=True)
-
-
-def exact_copy(module: _Module, memo: Mapping[int, Any] | None = None) -> _Module:
-    """A float64 copy of a module, on the CPU where the device has no float64; what is in the memo is not copied."""
-    # Deep-copying with the converted tensors already in the memo makes no copy of them in their own dtype first.
-    memo = {**(memo or {}), **{id(buffer): exact(buffer) for buffer in module.buffers()}}
-    memo |= {id(p): nn.Parameter(exact(p), p.requires_grad) for p in module.parameters()}
-    memo |= {id(kept): exact(kept) for kept in kept_tensors(module) if id(kept) not in memo}
-    return copy.deepcopy(module, memo)
-
-
-def kept_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
-    """The floating-point tensors that modules keep in plain attributes: masks and tables made once, in evaluation."""
-    for part in module.modules():
-        values = [value for key, value in vars(part).items() if key not in ('_parameters', '_buffers', '_modules')]
-        for value in tree_flatten(values)[0]:
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                yield value
-
-
-def scale_shift(
-    mean: torch.Tensor, variance: torch.Tensor, gamma: torch.Tensor | None, bias: torch.Tensor | None, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A BatchNorm in evaluation as (scale, shift), each (channels,)."""
-    scale = torch.rsqrt(variance + eps)
-    if gamma is not None:
-        scale = scale * gamma
-    shift = -mean * scale
-    if bias is not None:
-        shift = shift + bias
-    return scale, shift
-
-
-@torch.no_grad()
-def draw_small(values: torch.Tensor, bound: float) -> None:
-    """Fill a tensor that training is to move with random values in [-bound, bound].
-
-    On the CPU in 256 steps, because its generator takes as long for one number as for eight bytes.
-    """
-    if values.device.type != 'cpu':
-        values.uniform_(-bound, bound)
-        return
-    drawn = torch.empty((values.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
-    values.copy_(drawn.view(torch.int8)[: values.numel()].view(values.shape))
-    values.add_(0.5).mul_(bound / 127.5)
-
-
-def give_memory(module: nn.Module, device: torch.device) -> None:
-    """Put the parameters and buffers that are on the meta device on another one, uninitialised.
-
-    ``Module.to_empty`` does so for all of them, and takes several times as long.
-    """
-    if device.type == 'meta':
-        return
-    for part in module.modules():
-        for name, parameter in part.named_parameters(recurse=False):
-            if parameter.is_meta:
-                memory = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-                setattr(part, name, nn.Parameter(memory, parameter.requires_grad))
-        for name, buffer in part.named_buffers(recurse=False):
-            if buffer.is_meta:
-                setattr(part, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
 
 
 def conv_arguments(conv: _ConvNd) -> dict[str, Any]:
