@@ -17,9 +17,10 @@ from timm.models import get_arch_pretrained_cfgs, is_model_pretrained, list_pret
 
 import timm_reparam
 from timm_reparam import ReparamError
-from timm_reparam.convert import VARIANTS, convert_model
+from timm_reparam.convert import convert_model
 from timm_reparam.models import register_variant
 from timm_reparam.models._registry import ensure_registered, is_registered_on_import, is_variant_name
+from timm_reparam.variants import VARIANTS
 
 RESNETS = (
     'resnet18 resnet34 resnet50 resnet101 resnet152 resnet18d resnet34d resnet50d resnet101d resnet152d '

@@ -14,10 +14,11 @@ from timm.models import clean_state_dict
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from .convert import VARIANTS, entries_by_module, fresh_layer, is_variant, listed_problems, prefix_remedy
+from .convert import entries_by_module, fresh_layer, is_variant, listed_problems, prefix_remedy
 from .errors import ReparamError
 from .layers import ReparamLayer
 from .layers.base import Imported, conv_arguments
+from .variants import VARIANTS
 
 __all__ = ['export_state_dict', 'import_state_dict']
 
@@ -139,8 +140,8 @@ def _prefixed(name: str, entries: dict[str, torch.Tensor]) -> dict[str, torch.Te
 
 def _method_of(conv: _ConvNd, entries: dict[str, torch.Tensor]) -> type[ReparamLayer] | None:
     """The layer in whose foreign layout a convolution's entries are, or None."""
-    for layers in VARIANTS.values():
-        for layer in layers:
+    for variant in VARIANTS.values():
+        for layer in variant.layers:
             if isinstance(conv, layer.conv_types) and layer.is_foreign(entries):
                 return layer
     return None

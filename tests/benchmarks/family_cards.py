@@ -25,11 +25,11 @@ from timm.models import model_entrypoint
 
 from timm_reparam import ReparamError, fuse_model
 from timm_reparam._files import write_whole
-from timm_reparam.convert import VARIANTS
 from timm_reparam.hub.card import bibtex
 from timm_reparam.models._backbones import MOBILENETV2S, RESNETS
 from timm_reparam.profile import compare_profiles
 from timm_reparam.results import format_summary, of_variant, read_results, setup_of, summarize
+from timm_reparam.variants import VARIANTS
 
 FOLDER = Path(__file__).parents[2] / 'model_cards'
 COSTS_NAME = 'costs.json'
@@ -95,7 +95,7 @@ def render_family_card(family: str, folder: Path = FOLDER, costs: Costs | None =
         )
     backbone, _, variant = family.rpartition('_')
     backbones, _, stock = BACKBONES[backbone]
-    layer = VARIANTS[variant][0]
+    layer = VARIANTS[variant].layer
     data = ModelCardData(
         library_name='timm',
         pipeline_tag='image-classification',

@@ -20,8 +20,8 @@ import torch
 import yaml  # comes with huggingface_hub
 from torch import nn
 
-from ..convert import VARIANTS
 from ..errors import ReparamError
+from ..variants import VARIANTS
 from ..verify import FusionReport, verify_fusion
 from .card import card_text, notes_of
 from .client import one_line
@@ -287,7 +287,7 @@ def check_agreement(folder: Path, fused: Path) -> None:
     stock, _, variant = configs[0]['architecture'].rpartition('_')
     if variant not in VARIANTS:
         raise ReparamError(f'{folder.name}/{CONFIG_NAME}: expected a variant, got {configs[0]["architecture"]}')
-    is_dynamic = VARIANTS[variant][0].input_dependent
+    is_dynamic = VARIANTS[variant].input_dependent
     differences: list[str] = []
 
     def compare(place: str, expected: Any, found: Any) -> None:

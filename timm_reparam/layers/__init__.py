@@ -1,7 +1,7 @@
 """The convolutions: one file a method, each a drop-in for ``nn.Conv2d``."""
 
 from .ac_conv import ACBlock2d, ACConv2d
-from .base import ReparamConv2d, ReparamConvTranspose2d, ReparamLayer
+from .base import Method, ReparamConv2d, ReparamConvTranspose2d, ReparamLayer
 from .do_conv import DOConv2d, DOConvTranspose2d
 from .dynamic_conv import DynamicConv2d
 from .ref_conv import RefConv2d, RefConvTranspose2d
@@ -12,6 +12,7 @@ __all__ = [
     'DOConv2d',
     'DOConvTranspose2d',
     'DynamicConv2d',
+    'Method',
     'RefConv2d',
     'RefConvTranspose2d',
     'ReparamConv2d',

@@ -51,7 +51,7 @@ def register_variant(stock_name: str, variant: str) -> str:
 
     Args:
         stock_name: Name of the architecture, without a tag.
-        variant: 'acconv', 'doconv', 'dyconv' or 'refconv'.
+        variant: A name of `timm_reparam.variants.VARIANTS`.
 
     Returns:
         The new name, for ``timm.create_model``.
