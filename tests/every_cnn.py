@@ -47,7 +47,7 @@ from timm_reparam import (
     plan_conversion,
     verify_fusion,
 )
-from timm_reparam.convert import VARIANTS
+from timm_reparam.variants import VARIANTS
 
 TABLE = Path(__file__).with_suffix('.csv')
 COLUMNS = ('module', 'architecture', 'variant', 'converted', 'plain', 'lift', 'fuse', 'strict', 'reparameterize')

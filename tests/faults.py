@@ -23,9 +23,9 @@ from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import nn
 
 from timm_reparam import ACBlock2d, ReparamError, convert_model, fuse_model, verify_fusion
-from timm_reparam.convert import VARIANTS
+from timm_reparam.variants import VARIANTS
 
-STATIC = tuple(name for name, layers in VARIANTS.items() if not layers[0].input_dependent)
+STATIC = tuple(name for name, variant in VARIANTS.items() if not variant.input_dependent)
 DYNAMIC = tuple(name for name in VARIANTS if name not in STATIC)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHANNELS = 6
@@ -124,7 +124,7 @@ class Fault:
 @contextmanager
 def planted(fault: Fault, place: str, variant: str, model: nn.Module, fused: nn.Module) -> Iterator[nn.Module]:
     """A copy of the right fusion with a fault in it; what is broken of a layer class is so until it is left."""
-    with nullcontext() if fault.broken is None else fault.broken(VARIANTS[variant][0]):
+    with nullcontext() if fault.broken is None else fault.broken(VARIANTS[variant].layer):
         fused = copy.deepcopy(fused) if fault.broken is None else fuse_model(model)
         if fault.how is not None:
             new = fault.how(fused.get_submodule(place), fused, model.get_submodule(place))

@@ -17,8 +17,8 @@ from stand_in import disturbed, images
 from torch import nn
 
 from timm_reparam import convert_model, is_variant
-from timm_reparam.convert import VARIANTS
 from timm_reparam.layers._base import ReparamLayer
+from timm_reparam.variants import VARIANTS
 
 # Entries that closed gates hide, which a lift leaves as they are.
 HIDDEN = ('vertical_weight', 'horizontal_weight', 'residual_weight', 'residual_bias', 'fc1.weight', 'fc1.bias')
@@ -163,5 +163,5 @@ LOADING_FAULTS: dict[str, tuple[tuple[str, ...], Callable[[type[ReparamLayer]], 
 def found(fault: str, variant: str) -> list[str]:
     """What the checks say of a planted fault."""
     _, broken = LOADING_FAULTS[fault]
-    with broken(VARIANTS[variant][0]):
+    with broken(VARIANTS[variant].layer):
         return problems(variant)

@@ -20,7 +20,8 @@ from torch import nn
 from timm_reparam import ACBlock2d, is_variant, plan_conversion
 from timm_reparam.hub import add_facts
 from timm_reparam.layers import RefConv2d
-from timm_reparam.results import COLUMNS, METHODS, format_summary, read_results, summarize
+from timm_reparam.results import COLUMNS, format_summary, read_results, summarize
+from timm_reparam.variants import run_methods
 
 sys.path.insert(0, str(Path(__file__).parent / 'benchmarks'))
 import accuracy  # noqa: E402
@@ -143,7 +144,7 @@ def test_options_are_the_authors() -> None:
     assert dynamic.temperature == 30 and dynamic.temperature_steps == 25
 
 
-@pytest.mark.parametrize('method', [method for method in METHODS if method != 'refconv'])
+@pytest.mark.parametrize('method', [method for method in run_methods() if method != 'refconv'])
 def test_every_method_runs_and_is_saved(method: str, data: Data, tmp_path: Path) -> None:
     result = accuracy.train(tiny(method), data, tmp_path, CPU)
     row = result['row']

@@ -4,7 +4,7 @@ import every_cnn
 import pytest
 import torch
 
-from timm_reparam.convert import VARIANTS
+from timm_reparam.variants import VARIANTS
 
 TABLE = every_cnn.read()
 ARCHITECTURES = sorted({architecture for architecture, _ in TABLE})

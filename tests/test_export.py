@@ -21,8 +21,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from timm_reparam import convert_model, fuse_model, is_variant
-from timm_reparam.convert import VARIANTS
 from timm_reparam.layers import DOConvTranspose2d, DynamicConv2d, RefConvTranspose2d
+from timm_reparam.variants import VARIANTS
 
 ALGEBRA = 1e-10
 STEPS = 5

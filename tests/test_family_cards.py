@@ -17,9 +17,9 @@ from huggingface_hub import ModelCard
 
 import timm_reparam
 from timm_reparam import ReparamError
-from timm_reparam.convert import VARIANTS
 from timm_reparam.profile import profile_model
 from timm_reparam.results import COLUMNS
+from timm_reparam.variants import VARIANTS
 
 sys.path.insert(0, str(Path(__file__).parent / 'benchmarks'))
 import family_cards  # noqa: E402
@@ -185,7 +185,7 @@ def test_card(family: str):
     assert data.tags == ['image-classification', 'timm', 'timm-reparam', variant]
     assert data.license is None and data.base_model is None  # that is for each checkpoint to say
     assert yaml.safe_load(str(ModelCard(text)).split('---\n')[1]) == yaml.safe_load(text.split('---\n')[1])
-    method = VARIANTS[variant][0].method
+    method = VARIANTS[variant].method
     assert method.title in text and f'https://arxiv.org/abs/{method.arxiv}' in text
     for heading in ('Method', 'Published figures', 'Create', 'Train', 'Fuse', 'Cost', 'Citation'):
         assert f'\n\n## {heading}\n\n' in text

@@ -7,7 +7,7 @@ import torch
 from faults import DTYPES, FAULTS, Fault, found, right
 
 from timm_reparam import verify_fusion
-from timm_reparam.convert import VARIANTS
+from timm_reparam.variants import VARIANTS
 
 # every fault in every variant, at every place, in every dtype
 ALL = [

@@ -16,8 +16,8 @@ from torch import nn
 
 import timm_reparam
 from timm_reparam import ReparamError, convert_model, fuse_model, is_variant, verify_fusion
-from timm_reparam.convert import VARIANTS
 from timm_reparam.hub import publish, save_checkpoint, save_pair
+from timm_reparam.variants import VARIANTS
 
 # architecture, variant, how many norms fold and how many stay
 MODELS = [

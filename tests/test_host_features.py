@@ -17,7 +17,7 @@ from timm.utils import ModelEmaV3, freeze, unfreeze
 from torch import nn
 
 from timm_reparam import ReparamError, convert_model, fuse_model, is_variant, verify_fusion
-from timm_reparam.convert import VARIANTS
+from timm_reparam.variants import VARIANTS
 
 ALGEBRA = 1e-10
 SIZE = 32

@@ -17,13 +17,14 @@ from layers.cases import relative_difference
 from torch import nn
 
 from timm_reparam import fuse_model
-from timm_reparam.convert import VARIANTS, stock_architecture
+from timm_reparam.convert import stock_architecture
 from timm_reparam.hub import load_checkpoint
+from timm_reparam.variants import VARIANTS
 
 pytestmark = pytest.mark.slow
 
 ZOO = Path(__file__).parent / 'benchmarks' / 'zoo'
-STATIC = [variant for variant in VARIANTS if variant != 'dyconv']
+STATIC = [name for name, variant in VARIANTS.items() if not variant.input_dependent]
 CALIBRATION = 256
 BATCH = 64
 # of the logits, relative to their spread; and of the accuracy that the float model has

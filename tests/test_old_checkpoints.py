@@ -24,11 +24,12 @@ from timm.utils import reparameterize_model
 
 import timm_reparam
 from timm_reparam import ReparamError, hub
-from timm_reparam.convert import VARIANTS, variant_of
+from timm_reparam.convert import variant_of
 from timm_reparam.hub.facts import sha256_of
 from timm_reparam.hub.gate import check_card
 from timm_reparam.hub.training import load_training
 from timm_reparam.hub.untrusted import check_folder
+from timm_reparam.variants import VARIANTS
 
 FIXTURES = Path(__file__).with_name('fixtures')
 FOLDERS = sorted(path.parent for path in FIXTURES.glob('*/*/config.json'))
@@ -52,7 +53,7 @@ def assert_as_it_was(model: torch.nn.Module, folder: Path) -> None:
 
 
 def test_every_variant_is_there_in_both_forms() -> None:
-    for variant in timm_reparam.convert.VARIANTS:
+    for variant in VARIANTS:
         names = {folder.name for folder in FOLDERS if f'_{variant}.' in folder.name}
         assert {f'{name}_fused' for name in names if not name.endswith('_fused')} <= names and len(names) >= 4
 
@@ -117,7 +118,7 @@ def change_defaults(monkeypatch: pytest.MonkeyPatch) -> ChangeDefaults:
     """Gives the layers of a variant other defaults, for one test."""
 
     def change(variant: str, options: dict[str, Any]) -> None:
-        for layer in VARIANTS[variant]:
+        for layer in VARIANTS[variant].layers:
             for name, value in options.items():
                 monkeypatch.setitem(layer.__init__.__kwdefaults__, name, value)
         assert options.items() <= layer.default_options().items()
@@ -170,7 +171,7 @@ def test_what_is_converted_keeps_the_options_of_0_1_0(
         assert_as_it_was(hub.load_checkpoint(new), folder)
         options = {**OPTIONS[variant], **(recorded_in(folder) or {})}
         if options.get('temperature', 1) is None:
-            present = VARIANTS[variant][0].default_options()
+            present = VARIANTS[variant].layer.default_options()
             options.update((name, present[name]) for name in ('temperature', 'temperature_steps'))
         found = recorded_in(new)
         assert {**found, 'skip': None} == {**options, 'skip': None}

@@ -18,8 +18,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from timm_reparam import convert_model, fuse_model, import_state_dict, is_variant
-from timm_reparam.convert import VARIANTS
 from timm_reparam.hub import save_pair
+from timm_reparam.variants import VARIANTS
 
 pytestmark = [
     pytest.mark.slow,
@@ -28,7 +28,9 @@ pytestmark = [
 ]
 
 variants = pytest.mark.parametrize('variant', VARIANTS)
-static_variants = pytest.mark.parametrize('variant', [variant for variant in VARIANTS if variant != 'dyconv'])
+static_variants = pytest.mark.parametrize(
+    'variant', [name for name, variant in VARIANTS.items() if not variant.input_dependent]
+)
 
 # float32, relative to the largest output: what fusing may change, and what the variant has to change of stock
 ROUNDING = 1e-4

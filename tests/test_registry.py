@@ -1,6 +1,7 @@
 """What importing timm_reparam adds to timm's registry, and `register_variant` for the rest of timm."""
 
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -17,9 +18,10 @@ from timm.models import get_arch_pretrained_cfgs, is_model_pretrained, list_pret
 
 import timm_reparam
 from timm_reparam import ReparamError
-from timm_reparam.convert import VARIANTS, convert_model
+from timm_reparam.convert import convert_model
 from timm_reparam.models import register_variant
 from timm_reparam.models._registry import ensure_registered, is_registered_on_import, is_variant_name
+from timm_reparam.variants import VARIANTS
 
 RESNETS = (
     'resnet18 resnet34 resnet50 resnet101 resnet152 resnet18d resnet34d resnet50d resnet101d resnet152d '
@@ -158,6 +160,8 @@ def test_entrypoints_look_like_timms(name):
     module = sys.modules[entrypoint.__module__]
     assert name in module.__all__ and getattr(module, name) is entrypoint
     assert module.__name__.startswith('timm_reparam.')
+    assert getattr(timm_reparam.models, module.__name__.rpartition('.')[2]) is module
+    assert pickle.loads(pickle.dumps(entrypoint)) is entrypoint and module.default_cfgs[name].cfgs
     with pytest.raises(TypeError):
         entrypoint(no_such_argument=1)
 
@@ -281,6 +285,9 @@ def test_a_name_that_says_what_it_is_is_registered_when_it_is_needed():
     assert is_variant_name('convnext_pico_refconv') and not is_registered_on_import('convnext_pico_refconv')
     assert ensure_registered('resnet18_doconv') and is_registered_on_import('resnet18_doconv')
     assert ensure_registered('resnet18.a1_in1k') and not is_registered_on_import('resnet18')
+    # of an architecture that the table lacks, in a family that it has
+    assert register_variant('resnet50_gn', 'refconv') in timm.list_models(module='resnet_refconv')
+    assert not is_registered_on_import('resnet50_gn_refconv')
     before = timm.list_models()
     for name in ('no_such_model', 'no_such_model_doconv', 'resnet18_doconv_acconv', 'test_resnet_doconv', 'doconv', ''):
         assert not ensure_registered(name)

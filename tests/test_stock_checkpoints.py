@@ -13,8 +13,8 @@ from torch import nn
 
 import timm_reparam.hub
 from timm_reparam import ReparamError, convert_model, fuse_model, verify_fusion
-from timm_reparam.convert import VARIANTS
 from timm_reparam.layers._base import ReparamLayer
+from timm_reparam.variants import VARIANTS
 
 TINY: dict[str, Any] = dict(num_classes=4, channels=(8, 8, 8, 8), stem_width=4)
 

@@ -34,9 +34,9 @@ from timm.models import load_state_dict
 from timm.task import resume_task_checkpoint
 
 from timm_reparam import DOConv2d, DynamicConv2d, ReparamError, cli, fuse_model, verify_fusion
-from timm_reparam.convert import VARIANTS
 from timm_reparam.hub import load_checkpoint
 from timm_reparam.hub.training import load_training, read_training
+from timm_reparam.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -506,7 +506,7 @@ def test_every_variant_trains_and_is_saved_in_both_forms(variant, flags, tmp_pat
     assert json.loads((zoo / names[1] / 'config.json').read_text())['architecture'] == architecture
 
     model, fused = map(load_folder, (zoo / name for name in names))
-    assert any(isinstance(module, VARIANTS[variant][0]) for module in model.modules())
+    assert any(isinstance(module, VARIANTS[variant].layer) for module in model.modules())
     images = torch.randn(4, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(fused(images), model(images), rtol=1e-4, atol=1e-5)
     best = torch.load(tmp_path / 'output/run/model_best.pth.tar', weights_only=True)['state_dict']

@@ -17,10 +17,10 @@ from torch import nn
 import timm_reparam
 from timm_reparam import DOConv2d, ReparamError, convert_model, fuse_model, is_variant, verify, verify_fusion
 from timm_reparam._measure import cpu_allocations
-from timm_reparam.convert import VARIANTS
 from timm_reparam.fold import scale_outputs
 from timm_reparam.layers import ReparamConv2d
 from timm_reparam.layers._tensor import scale_shift, to_float64
+from timm_reparam.variants import VARIANTS
 
 STATIC = ('acconv', 'doconv', 'refconv')
 

@@ -16,8 +16,8 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 
 from timm_reparam import fuse_model, is_variant, verify_fusion
 from timm_reparam.layers import ACConv2d
+from timm_reparam.variants import VARIANTS
 
-VARIANTS = ('acconv', 'doconv', 'dyconv', 'refconv')
 pytestmark = pytest.mark.filterwarnings('ignore:.*without pretrained weights')  # of RefConv
 
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 from workflows import WORKFLOWS, outcome, read_table
 
-from timm_reparam.convert import VARIANTS
+from timm_reparam.variants import VARIANTS
 
 
 def test_the_table_has_every_workflow() -> None:

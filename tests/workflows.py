@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
 
 from timm_reparam import ReparamError, convert_model, fuse_model, verify_fusion
-from timm_reparam.convert import VARIANTS
+from timm_reparam.variants import VARIANTS
 
 TABLE = Path(__file__).with_name('workflows.csv')
 TINY: dict[str, Any] = dict(num_classes=4, channels=(8, 8, 8, 8), stem_width=4)
@@ -50,7 +50,7 @@ def trained(variant: str) -> nn.Module:
 
 def layer_of(variant: str, bias: bool = False) -> Any:
     torch.manual_seed(7)
-    return disturbed(VARIANTS[variant][0].from_conv(nn.Conv2d(4, 6, 3, padding=1, bias=bias)), 3).double().eval()
+    return disturbed(VARIANTS[variant].layers[0].from_conv(nn.Conv2d(4, 6, 3, padding=1, bias=bias)), 3).double().eval()
 
 
 def x_of_model(batch: int = 4) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch.nn as nn
 from timm.layers import DropBlock2d, DropPath, PatchDropout
 from torchvision.ops import StochasticDepth
 
-from .fold import CONVOLUTIONS, NORMS
+from .fold import NORMS, takes_norm
 from .layers._base import Fusible
 
 __all__ = ['Comparison', 'differing_settings']
@@ -85,7 +85,7 @@ class Comparison:
             return
         self.problems += [f'{name or "the model"}: {text}' for text in differing_settings(module, other)]
         differing = list(self._differing_tensors(name, module, other))
-        if differing and type(module) in CONVOLUTIONS:
+        if differing and takes_norm(module):
             self.convs[place] = ([name], module, other, differing)
             self._note_dtypes(name, module, other)
         else:

@@ -17,7 +17,7 @@ from timm.utils import ParseKwargs
 from torch import nn
 
 from ._files import check_folder, write_whole
-from .convert import VARIANTS, fuse_model, is_variant, stock_architecture, variant_of
+from .convert import fuse_model, is_variant, stock_architecture, variant_of
 from .errors import ReparamError
 from .hub import convert_checkpoint, fuse_checkpoint, load_checkpoint, publish, pull, sync, verify, verify_pair
 from .hub.client import limit_requests, one_line, without_secrets
@@ -28,6 +28,7 @@ from .models._registry import ensure_registered, is_variant_name
 from .plot import check_plot, plot_curves, plot_gains, plot_kernels, plot_profiles
 from .profile import compare_profiles, format_csv, format_json, format_profiles
 from .results import format_summary, read_results, summarize
+from .variants import VARIANTS
 from .version import __version__
 
 __all__ = ['main']

@@ -18,20 +18,12 @@ from torch.nn.modules.conv import _ConvNd
 
 from .errors import ReparamError
 from .fold import fold_norms
-from .layers import (
-    ACConv2d,
-    DOConv2d,
-    DOConvTranspose2d,
-    DynamicConv2d,
-    RefConv2d,
-    RefConvTranspose2d,
-    ReparamLayer,
-)
+from .layers import ReparamLayer
 from .layers._base import HOOKS, Fusible, check_init, conv_arguments
 from .layers._tensor import float64_copy
+from .variants import VARIANTS, known_variant
 
 __all__ = [
-    'VARIANTS',
     'convert_model',
     'fuse_model',
     'is_variant',
@@ -43,14 +35,6 @@ __all__ = [
 ]
 
 _logger = logging.getLogger(__name__)
-
-# A method is a line here: the name of the variant, and the layers that stand in for the convolutions.
-VARIANTS: dict[str, tuple[type[ReparamLayer], ...]] = {
-    'acconv': (ACConv2d,),
-    'doconv': (DOConv2d, DOConvTranspose2d),
-    'dyconv': (DynamicConv2d,),
-    'refconv': (RefConv2d, RefConvTranspose2d),
-}
 
 # What a block that re-parameterises itself calls its folding: it reads its convolutions' weights, so they stay plain.
 _SELF_FOLDING = ('fuse', 'reparameterize', 'switch_to_deploy')
@@ -72,8 +56,8 @@ def is_variant(module: nn.Module) -> TypeGuard[ReparamLayer]:
 def variant_of(model: nn.Module) -> str | None:
     """Name of the variant whose layers a model holds, or None for a model without any."""
     for module in model.modules():
-        for name, layers in VARIANTS.items():
-            if isinstance(module, layers):
+        for name, variant in VARIANTS.items():
+            if isinstance(module, variant.layers):
                 return name
     return None
 
@@ -102,15 +86,15 @@ def convert_model(model: nn.Module, variant: str, *, skip: Skip = (), init: str 
     """Replace a model's convolutions by a variant, in place.
 
     Which convolutions a method takes is the method's own rule (see the layers): plain ``nn.Conv2d`` and timm's
-    ``Conv2dSame``, by exact type, and for DO-Conv and RefConv ``nn.ConvTranspose2d``. Weight-standardised and other
-    derived convolutions stay as they are, and so does everything inside blocks that re-parameterise themselves (that
-    have ``fuse``, ``reparameterize`` or ``switch_to_deploy``); :func:`plan_conversion` says why for each of them.
+    ``Conv2dSame``, by exact type, and ``nn.ConvTranspose2d`` where it has a layer for that. Weight-standardised and
+    other derived convolutions stay as they are, and so does everything inside blocks that re-parameterise themselves
+    (that have ``fuse``, ``reparameterize`` or ``switch_to_deploy``); :func:`plan_conversion` says why for each of them.
     Everything is checked before anything is changed. A timm model records every option of the layers, defaults too, in
     the arguments that it is saved with.
 
     Args:
         model: Any module; one that is wrapped (DistributedDataParallel, torch.compile) is converted before wrapping.
-        variant: 'acconv', 'doconv', 'dyconv' or 'refconv'.
+        variant: A name of `timm_reparam.variants.VARIANTS`.
         skip: What stays plain: names of modules (with everything inside), fnmatch patterns of names, or types. An entry
             that is the name of a module is no pattern.
         init: 'lift' starts as exactly the same function; 'scratch' is the method's own random start.
@@ -166,7 +150,7 @@ def convert_model(model: nn.Module, variant: str, *, skip: Skip = (), init: str 
         for name, child in list(module._modules.items()):
             if id(child) in replacements:
                 setattr(module, name, replacements[id(child)])
-    options = {**VARIANTS[variant][0].default_options(), **options}
+    options = {**VARIANTS[variant].layer.default_options(), **options}
     if skip_names:
         options['skip'] = skip_names
     _rename(model, f'{architecture_of(model)}_{variant}', options)
@@ -178,14 +162,14 @@ def plan_conversion(model: nn.Module, variant: str, *, skip: Skip = ()) -> dict[
 
     Args:
         model: A stock model, left as it was.
-        variant: 'acconv', 'doconv', 'dyconv' or 'refconv'.
+        variant: A name of `timm_reparam.variants.VARIANTS`.
         skip: What is to stay plain, as in `convert_model`.
 
     Returns:
         The convolutions by name, in the order of the modules, each with the reason why it stays plain: it is left out
         by skip, inside a block that re-parameterises itself, of a type that the method does not take, the classifier,
         of a kernel size that the method does not take, or it sees the image. Those that become a variant have the empty
-        string, and so do those that the layer refuses (even kernels under acconv), which `convert_model` asks to be
+        string, and so do those that the layer refuses (ACNet's refuses even kernels), which `convert_model` asks to be
         left out by skip.
 
     Raises:
@@ -515,9 +499,7 @@ def unwrap_converted(model: nn.Module, caller: str = 'fuse_model') -> nn.Module:
 
 def layers_of(variant: str) -> dict[type[nn.Module], type[ReparamLayer]]:
     """The layers of a variant, by the exact type of convolution that they replace; ReparamError if it is unknown."""
-    if variant not in VARIANTS:
-        raise ReparamError(f'unknown variant {variant!r}; the variants are: {", ".join(sorted(VARIANTS))}')
-    return {conv_type: layer for layer in VARIANTS[variant] for conv_type in layer.conv_types}
+    return {conv_type: layer for layer in known_variant(variant).layers for conv_type in layer.conv_types}
 
 
 def _skip_names(model: nn.Module, skip: Skip) -> list[str]:

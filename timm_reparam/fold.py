@@ -23,13 +23,14 @@ from timm.layers import (
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from .errors import ReparamError
-from .layers import DynamicConv2d
+from .layers import ReparamLayer
 from .layers._tensor import scale_shift, to_float64
+from .variants import VARIANTS
 
 __all__ = ['fold_norms']
 
 # Both by exact type: what derives from them may compute something else.
-CONVOLUTIONS = (nn.Conv2d, Conv2dSame, nn.ConvTranspose2d, DynamicConv2d)
+CONVOLUTIONS = (nn.Conv2d, Conv2dSame, nn.ConvTranspose2d)
 NORMS = (
     nn.BatchNorm2d,
     BatchNormAct2d,
@@ -49,6 +50,12 @@ class _Tracer(torch.fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return isinstance(module, self.leaves) or super().is_leaf_module(module, name)
+
+
+def takes_norm(conv: nn.Module) -> bool:
+    """Whether a module of a fused model is a convolution into which a norm can be folded."""
+    stay = (layer for variant in VARIANTS.values() for layer in variant.layers if layer.input_dependent)
+    return type(conv) in (*CONVOLUTIONS, *stay)
 
 
 @torch.no_grad()
@@ -81,7 +88,7 @@ def fold_norms(model: nn.Module, keep: Collection[int] = ()) -> int:
         names = str(conv_node.target), str(norm_node.target)
         conv, norm = (modules[name] for name in names)
         return (
-            type(conv) in CONVOLUTIONS
+            takes_norm(conv)
             and type(norm) in NORMS
             and norm.running_mean is not None
             and len(conv_node.users) == 1
@@ -134,7 +141,7 @@ def _holds(outer: str, inner: str) -> bool:
 
 def scale_outputs(conv: nn.Module, scale: torch.Tensor, shift: torch.Tensor) -> None:
     """Make a convolution give ``scale * y + shift``, rounded once. Its parameters become new ones: some may be tied."""
-    if isinstance(conv, DynamicConv2d):
+    if isinstance(conv, ReparamLayer):
         conv.scale_outputs(scale, shift)
         return
     assert isinstance(conv, (nn.Conv2d, nn.ConvTranspose2d))

@@ -19,14 +19,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from ._files import check_folder, open_csv, write_whole
 from .convert import is_variant
 from .errors import ReparamError
-from .layers import ACBlock2d
+from .layers._base import Fusible
 from .layers._tensor import float64_copy, to_float64
 from .profile import Profile, reference_words, setting_words
-from .results import METHODS, Summary, setup_words
+from .results import Summary, setup_words
+from .variants import colors
 
 __all__ = [
     'Curve',
@@ -44,13 +46,8 @@ __all__ = [
 # Kinds of files, each with what keeps the time of writing out of it.
 _KINDS: dict[str, dict[str, None]] = {'.png': {}, '.svg': {'Date': None}, '.pdf': {'CreationDate': None}}
 _DPI = 150
-# A method's colour, the same in every picture; from matplotlib's default cycle, as the bars of the costs. The others
-# of the cycle are for lines of no method.
-_COLORS = {
-    **dict(stock='tab:gray', doconv='tab:blue', acconv='tab:orange', acconv_none='tab:red', acblock='tab:brown'),
-    **dict(refconv='tab:green', dyconv='tab:purple'),
-}
-_OTHER_COLORS = ('tab:pink', 'tab:olive', 'tab:cyan')
+# matplotlib's default cycle; lines of no method take the colours that no method has.
+_CYCLE = ('blue', 'orange', 'green', 'red', 'purple', 'brown', 'pink', 'gray', 'olive', 'cyan')
 _MARKERS = ('o', 's', '^', 'D', 'v', 'P')
 _DASHES = ('-', '--', ':', '-.')
 # What timm writes of an epoch into summary.csv, without and with a validation, whatever the file's header says.
@@ -268,18 +265,19 @@ def _square_kernels(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
     for name, module in model.named_modules():
         if id(module) in inside:
             continue
-        conv = module
-        if isinstance(module, ACBlock2d):
+        conv: Any = module
+        if isinstance(module, Fusible):  # its first convolution has the geometry of the fused one
             inside |= {id(part) for part in module.modules()}
-            conv = module.square_conv
+            conv = next(part for part in module.modules() if isinstance(part, _ConvNd))
         if isinstance(conv, nn.Conv2d | nn.ConvTranspose2d) and conv.kernel_size[0] == conv.kernel_size[1]:
             yield name, module, conv.kernel_size[0]
 
 
 def _kernel(module: Any) -> torch.Tensor:
     """The kernel that a layer stands for, in float64; the mean one of a dynamic convolution."""
-    if isinstance(module, ACBlock2d) or (is_variant(module) and not module.input_dependent):
-        return float64_copy(module).equivalent_kernel().detach()
+    if isinstance(module, Fusible) and not module.input_dependent:
+        layer: Any = float64_copy(module)
+        return layer.equivalent_kernel().detach()
     return to_float64(module.weight)
 
 
@@ -411,11 +409,13 @@ def _read_summary(path: Path, column: str) -> dict[int, float]:
 
 def _line_styles(names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """For each name the colour of its method, and dashes and marks that tell names of one colour apart."""
-    others = itertools.cycle(_OTHER_COLORS)
+    known = colors()
+    free = [color for color in (f'tab:{name}' for name in _CYCLE) if color not in known.values()]
+    others = itertools.cycle(free or ['black'])
     used = Counter[str]()
     for name in names:
-        found = [method for method in METHODS if re.search(rf'(?<![a-z0-9]){method}(?![a-z0-9])', name)]
-        color = _COLORS[max(found, key=len)] if found else next(others)
+        found = [method for method in known if re.search(rf'(?<![a-z0-9]){method}(?![a-z0-9])', name)]
+        color = known[max(found, key=len)] if found else next(others)
         marks, dashes = divmod(used[color], len(_DASHES))
         used[color] += 1
         marker = _MARKERS[(marks - 1) % len(_MARKERS)] if marks else ''
@@ -475,7 +475,7 @@ def _draw_gains(axes: Any, entries: Sequence[Summary]) -> None:
         if entry.difference is None:
             missing.append(words)
             continue
-        color = _COLORS[entry.method]
+        color = colors()[entry.method]
         bars = None
         if entry.low is not None and entry.high is not None:
             bars = [[entry.difference - entry.low], [entry.high - entry.difference]]
@@ -489,7 +489,7 @@ def _draw_gains(axes: Any, entries: Sequence[Summary]) -> None:
         axes.errorbar([entry.step_ratio], [entry.difference], yerr=bars, transform=beside, **style)
         ends = [value for value in (entry.low, entry.difference, entry.high) if value is not None]
         axes.update_datalim([(entry.step_ratio, value) for value in ends])  # for lines beside it does not do so itself
-    axes.plot([1], [0], 'o', color=_COLORS['stock'], label='stock')
+    axes.plot([1], [0], 'o', color=colors()['stock'], label='stock')
     axes.axhline(0, color='0.3', linewidth=1, linestyle='--')
     axes.margins(x=0.15)
     axes.set_xlabel('training step, relative to stock' + (f'\nno pairs: {", ".join(missing)}' if missing else ''))

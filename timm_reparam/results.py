@@ -13,10 +13,10 @@ from typing import Any, get_args, get_type_hints
 from ._files import open_csv
 from .errors import ReparamError
 from .profile import format_count
+from .variants import run_methods
 
 __all__ = [
     'COLUMNS',
-    'METHODS',
     'Summary',
     'format_summary',
     'of_variant',
@@ -37,17 +37,6 @@ COLUMNS: dict[str, type] = {
     **dict(device=str, torch=str, timm=str, commit=str, data_sha256=str),
 }
 _REQUIRED = ('model', 'method', 'protocol', 'epochs', 'seed', 'top1', 'size', 'data_sha256')
-# Method -> its variant. acconv_none is ACConv2d without norms of the branches, acblock the paper's own block in the
-# place of convolution and norm.
-METHODS: dict[str, str | None] = {
-    'stock': None,
-    'doconv': 'doconv',
-    'acconv': 'acconv',
-    'acconv_none': 'acconv',
-    'acblock': 'acconv',
-    'refconv': 'refconv',
-    'dyconv': 'dyconv',
-}
 # Protocol of a run -> protocols of the stock runs that it is compared with, each of them as long in total. Refocusing
 # begins with a trained model, so what it adds shows beside stock that was fine-tuned from the same one.
 _AGAINST = {'scratch': ('scratch',), 'refocus': ('finetune', 'scratch'), 'finetune': ('finetune',)}
@@ -61,7 +50,7 @@ class Summary:
     Args:
         model: Stock architecture.
         size: Side of the images.
-        method: One of `METHODS`.
+        method: One of `timm_reparam.variants.run_methods`.
         protocol: 'scratch', 'refocus' or 'finetune'.
         epochs: Epochs in total, those of the checkpoint that a run began with included.
         n: Number of runs.
@@ -141,7 +130,7 @@ class Summary:
             if not isinstance(value, kinds) or isinstance(value, bool):
                 words = ' or '.join('None' if kind is type(None) else kind.__name__ for kind in kinds)
                 raise ReparamError(f'{place}.{name}: expected {words}, got {value!r}')
-        for name, names in (('method', METHODS), ('protocol', _AGAINST), ('against', (*_AGAINST, None))):
+        for name, names in (('method', run_methods()), ('protocol', _AGAINST), ('against', (*_AGAINST, None))):
             if values.get(name) not in names:
                 raise ReparamError(
                     f'{place}.{name}: expected one of {", ".join(map(str, names))}, got {values[name]!r}'
@@ -202,19 +191,20 @@ def summarize(rows: Iterable[Mapping[str, Any]]) -> list[Summary]:
         rows: As `read_results` returns them.
 
     Returns:
-        The entries by model, arguments, size and epochs, within these in the order of the protocols and of `METHODS`;
-        an entry for each set of options that a method was run with.
+        The entries by model, arguments, size and epochs, within these in the order of the protocols and of the table of
+        variants; an entry for each set of options that a method was run with.
 
     Raises:
         ReparamError: Runs of one entry have different numbers of parameters.
     """
     groups: dict[tuple, dict[int, Mapping[str, Any]]] = {}
+    methods = list(run_methods())
     for row in rows:
         groups.setdefault(_group(row), {})[row['seed']] = row
 
     def place(group: tuple) -> tuple:
         *setup, epochs, protocol, method, options = group
-        return *setup, epochs, list(_AGAINST).index(protocol), list(METHODS).index(method), options
+        return *setup, epochs, list(_AGAINST).index(protocol), methods.index(method), options
 
     summaries = []
     for group in sorted(groups, key=place):
@@ -279,13 +269,13 @@ def of_variant(summaries: Iterable[Summary], variant: str) -> list[Summary]:
 
     Args:
         summaries: As `summarize` returns them.
-        variant: 'acconv', 'doconv', 'dyconv' or 'refconv'.
+        variant: A name of `timm_reparam.variants.VARIANTS`.
 
     Returns:
         These entries, in their order; none if there are none of the variant.
     """
-    summaries = list(summaries)
-    chosen = [summary for summary in summaries if METHODS[summary.method] == variant]
+    summaries, methods = list(summaries), run_methods()
+    chosen = [summary for summary in summaries if methods[summary.method] == variant]
     compared = {(summary.setup, summary.epochs, summary.against) for summary in chosen}
     return [
         summary
@@ -415,7 +405,7 @@ def _parsed(row: Mapping[str, str | None], place: str) -> dict[str, Any]:
         setup_of(values), options_of(values)
     except (AttributeError, TypeError, ValueError) as error:
         raise ReparamError(f'{place}: options: expected a json object, got {values["options"]!r}') from error
-    for column, known in (('method', METHODS), ('protocol', _AGAINST)):
+    for column, known in (('method', run_methods()), ('protocol', _AGAINST)):
         if values[column] not in known:
             raise ReparamError(f'{place}: {column}: expected one of {", ".join(known)}, got {values[column]!r}')
     return values

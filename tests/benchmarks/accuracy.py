@@ -61,7 +61,6 @@ from timm_reparam.layers import RefConv2d
 from timm_reparam.profile import compare_profiles
 from timm_reparam.results import (
     COLUMNS,
-    METHODS,
     Summary,
     format_summary,
     of_variant,
@@ -70,6 +69,7 @@ from timm_reparam.results import (
     setup_of,
     summarize,
 )
+from timm_reparam.variants import run_methods
 
 NUM_CLASSES, SIDE, CROP_PADDING = 10, 32, 4
 # Largest number of images that are evaluated at once.
@@ -88,7 +88,7 @@ class Settings:
     """All that decides the result of a run, the data aside.
 
     Args:
-        method: One of `METHODS`; protocol: 'scratch', 'refocus' or 'finetune'; epochs: in total; seed.
+        method: One of `run_methods`; protocol: 'scratch', 'refocus' or 'finetune'; epochs: in total; seed.
         model: Architecture of timm; model_kwargs: its arguments.
         size: Side that the images are resized to, from 32 pixels.
         batch_size: Images in a batch; lr: peak learning rate; weight_decay; label_smoothing.
@@ -130,7 +130,7 @@ class Settings:
     @property
     def variant(self) -> str | None:
         """The variant of its layers; the paper's own block takes the place of whole convolutions and norms instead."""
-        return None if self.method == 'acblock' else METHODS[self.method]
+        return None if self.method == 'acblock' else run_methods()[self.method]
 
     @property
     def tag(self) -> str:
@@ -634,7 +634,7 @@ def _table(args: argparse.Namespace) -> None:
 
 def run_of(row: dict[str, Any]) -> tuple:
     """What tells the runs of a results file apart, and puts them in its order."""
-    (model, arguments, size), method = setup_of(row), list(METHODS).index(row['method'])
+    (model, arguments, size), method = setup_of(row), list(run_methods()).index(row['method'])
     return model, size, row['epochs'], row['protocol'], method, row['seed'], arguments, options_of(row)
 
 
@@ -644,7 +644,9 @@ def add_comparison(folder: Path, summaries: Sequence[Summary]) -> None:
     recipe = facts.get('recipe') or {}
     if 'method' not in recipe:
         raise SystemExit(f'{folder}: expected a model of a run, with its settings in training.json')
-    if METHODS[recipe['method']] is not None and facts.get('results') != (entries := compared_with(recipe, summaries)):
+    if run_methods()[recipe['method']] is not None and facts.get('results') != (
+        entries := compared_with(recipe, summaries)
+    ):
         add_facts(folder, dict(results=entries))
 
 
@@ -653,7 +655,7 @@ def compared_with(recipe: dict[str, Any], summaries: Sequence[Summary]) -> list[
     row = {**recipe, 'options': json.dumps(recipe)}
     return [
         summary.to_dict()
-        for summary in of_variant(summaries, METHODS[recipe['method']])
+        for summary in of_variant(summaries, run_methods()[recipe['method']])
         if (summary.setup, summary.epochs) == (setup_of(row), row['epochs'])
         and (summary.method == 'stock' or (summary.method, summary.options) == (row['method'], options_of(row)))
     ]
@@ -703,7 +705,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     data.add_argument('--data', type=Path, required=True, metavar='FOLDER', help='with train/CLASS and test/CLASS')
 
     command = commands.add_parser('run', parents=[common, data], help='a grid of runs, each once')
-    command.add_argument('--methods', nargs='+', choices=tuple(METHODS), default=list(METHODS), help='(default: all)')
+    command.add_argument(
+        '--methods', nargs='+', choices=tuple(run_methods()), default=list(run_methods()), help='(default: all)'
+    )
     command.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2], metavar='N', help='(default: 0 1 2)')
     command.add_argument('--epochs', type=int, default=15, metavar='N', help='of a run from scratch (default: 15)')
     command.add_argument('--jobs', type=int, default=1, metavar='N', help='runs at a time (default: 1)')

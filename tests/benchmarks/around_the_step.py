@@ -34,7 +34,7 @@ from stand_in import random_model, randomise  # noqa: E402
 
 from timm_reparam import ReparamError, convert_model, fuse_model, verify_fusion  # noqa: E402
 from timm_reparam._measure import cpu_allocations  # noqa: E402
-from timm_reparam.convert import VARIANTS  # noqa: E402
+from timm_reparam.variants import VARIANTS  # noqa: E402
 
 CREATED = [*(('resnet50', variant) for variant in VARIANTS), ('mobilenetv2_100', 'dyconv')]
 FUSED = [('resnet152', variant) for variant in VARIANTS]

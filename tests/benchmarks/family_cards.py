@@ -25,11 +25,11 @@ from timm.models import model_entrypoint
 
 from timm_reparam import ReparamError, fuse_model
 from timm_reparam._files import write_whole
-from timm_reparam.convert import VARIANTS
 from timm_reparam.hub.card import bibtex
-from timm_reparam.models._backbones import MOBILENETV2S, RESNETS
+from timm_reparam.models._backbones import BACKBONES as STOCK_NAMES
 from timm_reparam.profile import compare_profiles
 from timm_reparam.results import format_summary, of_variant, read_results, setup_of, summarize
+from timm_reparam.variants import VARIANTS
 
 FOLDER = Path(__file__).parents[2] / 'model_cards'
 COSTS_NAME = 'costs.json'
@@ -39,8 +39,8 @@ NUM_CLASSES = 1000
 
 # Backbone -> what its stock architectures are called, all of them, and the one in the examples.
 BACKBONES = {
-    'mobilenetv2': ('MobileNetV2s', MOBILENETV2S, 'mobilenetv2_100'),
-    'resnet': ('ResNets', RESNETS, 'resnet18'),
+    'mobilenetv2': ('MobileNetV2s', STOCK_NAMES['mobilenetv2'], 'mobilenetv2_100'),
+    'resnet': ('ResNets', STOCK_NAMES['resnet'], 'resnet18'),
 }
 
 # Variant of an architecture -> 'stock', 'train_time' or 'fused' -> parameters, trainable ones, MACs for one image.
@@ -95,7 +95,7 @@ def render_family_card(family: str, folder: Path = FOLDER, costs: Costs | None =
         )
     backbone, _, variant = family.rpartition('_')
     backbones, _, stock = BACKBONES[backbone]
-    layer = VARIANTS[variant][0]
+    layer = VARIANTS[variant].layer
     data = ModelCardData(
         library_name='timm',
         pipeline_tag='image-classification',

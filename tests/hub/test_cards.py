@@ -17,11 +17,11 @@ from PIL import Image
 
 import timm_reparam
 from timm_reparam import ReparamError
-from timm_reparam.convert import VARIANTS
 from timm_reparam.hub import check_facts, load_checkpoint, render_card, save_checkpoint, save_pair
 from timm_reparam.hub.card import template_folder
 from timm_reparam.hub.facts import license_data, read_config, read_facts, sha256_of, stated_license
 from timm_reparam.results import Summary, format_summary
+from timm_reparam.variants import VARIANTS
 
 TINY = dict(num_classes=2, channels=(8, 8, 8, 8), stem_width=4)
 REPORT = timm_reparam.FusionReport(
@@ -152,7 +152,7 @@ def test_text(pair: tuple[Path, Path]):
         ):
             assert figure in text
         assert 'torch 2.6.0' in text and '"epochs": 5' in text and 'circle, square' in text
-        assert VARIANTS['doconv'][0].method.title in text and VARIANTS['doconv'][0].method.arxiv in text
+        assert VARIANTS['doconv'].method.title in text and VARIANTS['doconv'].method.arxiv in text
     assert 'import timm_reparam' in train_time and 'fuse_model' in train_time
     assert 'timm_reparam' not in fused  # it needs timm alone
     assert '97.25' in train_time and '97.5 ' not in train_time
@@ -391,7 +391,7 @@ def unknown_figures(folder: Path) -> list[str]:
     constants = [
         path.read_text() for path in map(template_folder().joinpath, ('train_time.md', 'fused.md', 'details.md'))
     ]
-    constants += [str(vars(layers[0].method)) for layers in VARIANTS.values()] + ['Top-1', 'Top-5']
+    constants += [str(vars(variant.method)) for variant in VARIANTS.values()] + ['Top-1', 'Top-5']
     allowed = {number for text in constants for number in numbers_in(text)}
     card = render_card(folder).replace(sha256_of(folder / 'model.safetensors'), '')
     for text in sorted((leaf for leaf in known if isinstance(leaf, str)), key=len, reverse=True):
@@ -522,7 +522,7 @@ def test_every_method(tmp_path: Path, variant: str):
         timm.create_model(f'resnet10t_{variant}', **TINY), tmp_path, tag='t', report=REPORT, facts=FACTS
     )
     train_time, fused = (render_card(folder) for folder in folders)
-    title = VARIANTS[variant][0].method.title
+    title = VARIANTS[variant].method.title
     assert title in train_time and title in fused
     assert ('not a stock timm model' in fused) == (variant == 'dyconv')
     assert ('import timm_reparam' in fused) == (variant == 'dyconv')

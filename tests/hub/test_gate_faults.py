@@ -29,7 +29,6 @@ from stand_in import disturbed
 from torch import nn
 
 from timm_reparam import ReparamError, register_variant
-from timm_reparam.convert import VARIANTS
 from timm_reparam.hub import (
     VerifyReport,
     load_checkpoint,
@@ -41,6 +40,7 @@ from timm_reparam.hub import (
     verify,
     verify_pair,
 )
+from timm_reparam.variants import VARIANTS
 
 RESNET, CONVNEXT = 'resnet10t', 'convnext_atto'
 OPTIONS: dict[str, dict[str, Any]] = {

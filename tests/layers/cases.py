@@ -181,7 +181,7 @@ class Method:
 
     @property
     def dynamic(self) -> bool:
-        return self.cls is DynamicConv2d
+        return self.cls.input_dependent
 
     def lift(self, conv: nn.Module, case: Any) -> nn.Module:
         """The layer as it starts from a trained convolution."""

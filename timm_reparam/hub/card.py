@@ -14,11 +14,11 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..convert import VARIANTS
 from ..errors import ReparamError
 from ..layers._base import Method
 from ..models._registry import is_registered_on_import
 from ..results import Summary, format_summary
+from ..variants import VARIANTS
 from .facts import (
     CARD_NAME,
     FORMS,
@@ -119,7 +119,7 @@ class _Context:
         # a model that was never a variant is described as a fused one of which less is known
         self.form = facts.get('form') or ('train_time' if is_variant else 'fused')
         self.is_plain = self.variant is None
-        self.is_dynamic = is_variant and VARIANTS[suffix][0].input_dependent
+        self.is_dynamic = is_variant and VARIANTS[suffix].input_dependent
         self.name = facts['name'] if _is_repo_name(facts.get('name')) else None
         self.repo = facts['repo'] if is_published_id(facts.get('repo')) else None
         self.license = license_data(facts)
@@ -146,7 +146,7 @@ class _Context:
 
     def texts(self) -> dict[str, Any]:
         facts, config = self.facts, self.config
-        method = VARIANTS[self.variant][0].method if self.variant in VARIANTS else None
+        method = VARIANTS[self.variant].method if self.variant in VARIANTS else None
         input_size = config['pretrained_cfg'].get('input_size')
         input_size = input_size if is_size(input_size) else None
         sibling = facts.get('sibling') or {}

@@ -13,6 +13,7 @@ from torch import nn
 from ..convert import fuse_model, prefix_remedy, stock_architecture, variant_of
 from ..errors import ReparamError
 from ..models._registry import cfg_with_weights, ensure_registered, is_variant_name, saved_arguments
+from ..variants import VARIANTS
 from ..verify import FusionReport, verify_fusion
 from .facts import WEIGHTS_NAME, read_config, read_facts, sha256_of
 from .folder import (
@@ -153,8 +154,9 @@ def _described_by(
     cfg, _, own_args = load_model_config_from_path(source)
     own_args = saved_arguments(architecture, own_args)
     options = own_args.pop('conv_options', {})
-    if options.get('temperature', 0) is None:
-        del options['temperature'], options['temperature_steps']  # for inference: training starts again with a schedule
+    variant = VARIANTS.get(architecture.rpartition('_')[2])
+    if variant is not None and variant.layer.is_for_inference(options):  # training starts again with a schedule
+        options = {name: value for name, value in options.items() if name not in variant.layer.schedule_options}
     options = {**(options if same else {}), **model_args.get('conv_options', {})}
     model_args = {**own_args, **model_args, 'conv_options': options}
     if not options:

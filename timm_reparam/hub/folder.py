@@ -36,7 +36,6 @@ from torch import nn
 
 from ..convert import fuse_model, is_variant, record_options, stock_architecture, variant_of
 from ..errors import ReparamError
-from ..layers import DynamicConv2d
 from ..verify import FusionReport, seeded_images, verify_fusion
 from .card import render_card
 from .facts import (
@@ -512,7 +511,7 @@ def origin_of(model: nn.Module) -> dict[str, str | None]:
 
 
 def _is_inference_form(module: nn.Module) -> bool:
-    return isinstance(module, DynamicConv2d) and module.temperature is None
+    return is_variant(module) and module.is_for_inference(module.options())
 
 
 def _tensors_to_save(model: nn.Module, architecture: str) -> dict[str, torch.Tensor]:

@@ -20,8 +20,8 @@ import torch
 import yaml  # comes with huggingface_hub
 from torch import nn
 
-from ..convert import VARIANTS
 from ..errors import ReparamError
+from ..variants import VARIANTS
 from ..verify import FusionReport, verify_fusion
 from .card import card_text, notes_of
 from .client import one_line
@@ -287,7 +287,8 @@ def check_agreement(folder: Path, fused: Path) -> None:
     stock, _, variant = configs[0]['architecture'].rpartition('_')
     if variant not in VARIANTS:
         raise ReparamError(f'{folder.name}/{CONFIG_NAME}: expected a variant, got {configs[0]["architecture"]}')
-    is_dynamic = VARIANTS[variant][0].input_dependent
+    layer = VARIANTS[variant].layer
+    is_dynamic = layer.input_dependent
     differences: list[str] = []
 
     def compare(place: str, expected: Any, found: Any) -> None:
@@ -303,7 +304,7 @@ def check_agreement(folder: Path, fused: Path) -> None:
     compare_entries(f'{place}pretrained_cfg.', ('architecture',), *(config['pretrained_cfg'] for config in configs))
     compare_entries(f'{place}model_args.', ('conv_options',), *(config['model_args'] for config in configs))
     compare(f'{place}architecture', configs[0]['architecture'] if is_dynamic else stock, configs[1]['architecture'])
-    if is_dynamic and configs[0]['model_args'].get('conv_options', {}).get('temperature', 0) is None:
+    if layer.is_for_inference(configs[0]['model_args'].get('conv_options', {})):
         differences.append(f'{folder.name}/{CONFIG_NAME}: expected the train-time form, got the form for inference')
     for one, form, config, known, other in zip((folder, fused), FORMS, configs, facts, reversed(facts)):
         place = f'{one.name}/{FACTS_NAME}: '

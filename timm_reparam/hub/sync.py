@@ -16,8 +16,8 @@ from huggingface_hub import CommitOperationAdd
 from huggingface_hub.utils import tqdm
 from torch import nn
 
-from ..convert import VARIANTS
 from ..errors import ReparamError
+from ..variants import VARIANTS
 from .client import Conflict, HubClient, RepoState, check_repo_id, one_line
 from .facts import (
     CARD_NAME,

@@ -1,6 +1,6 @@
 """The convolutions: one file a method, each a drop-in for ``nn.Conv2d``."""
 
-from ._base import ReparamConv2d, ReparamConvTranspose2d, ReparamLayer
+from ._base import Method, ReparamConv2d, ReparamConvTranspose2d, ReparamLayer
 from .ac_block import ACBlock2d
 from .ac_conv import ACConv2d
 from .do_conv import DOConv2d, DOConvTranspose2d
@@ -13,6 +13,7 @@ __all__ = [
     'DOConv2d',
     'DOConvTranspose2d',
     'DynamicConv2d',
+    'Method',
     'RefConv2d',
     'RefConvTranspose2d',
     'ReparamConv2d',

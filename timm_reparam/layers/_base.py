@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -143,12 +143,14 @@ class ReparamLayer(Fusible, _ConvNd):
         method: The method behind the layer.
         conv_types: Exact types of convolution that this layer replaces.
         needs_trained_weights: Whether the method starts from trained weights and means nothing without.
+        schedule_options: Options of a schedule of training; in the form for inference one of them is None.
         training_warning: What the first forward pass in training mode warns of; loading weights clears it.
     """
 
     method: ClassVar[Method]
     conv_types: ClassVar[tuple[type[_ConvNd], ...]] = ()
     needs_trained_weights: ClassVar[bool] = False
+    schedule_options: ClassVar[tuple[str, ...]] = ()
     training_warning: str = ''
 
     @classmethod
@@ -167,6 +169,20 @@ class ReparamLayer(Fusible, _ConvNd):
     def options(self) -> dict[str, Any]:
         """The method's own options that this layer was built with."""
         return {name: getattr(self, name) for name in self.option_names()}
+
+    def scale_outputs(self, scale: torch.Tensor, shift: torch.Tensor) -> None:
+        """Make the layer give ``scale * y + shift``, rounded once; needed where the kernel depends on the input.
+
+        Args:
+            scale: Scale of each output channel, (out_channels,), in float64.
+            shift: What is added to each output channel, likewise.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def is_for_inference(cls, options: Mapping[str, Any]) -> bool:
+        """Whether a layer with these options is the form for inference that an input-dependent one is fused to."""
+        return any(options.get(name, 0) is None for name in cls.schedule_options)
 
     @classmethod
     def selects(cls, conv: _ConvNd, is_stem: bool) -> bool:

@@ -203,6 +203,7 @@ class DynamicConv2d(ReparamConv2d):
     __constants__ = [*ReparamConv2d.__constants__, 'exportable']
     method = _METHOD
     input_dependent = True
+    schedule_options = ('temperature', 'temperature_steps')
     if TYPE_CHECKING:  # not for TorchScript, which then would not know whether they are None
         residual_weight: torch.Tensor
         residual_bias: torch.Tensor | None

@@ -7,8 +7,10 @@ architecture is a tag of the variant and points at the stock weights, which are 
 import sys
 import types
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
 from typing import Any
 
 import torch
@@ -24,23 +26,23 @@ from timm.models import (
 from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureHookNet
 
 from .._defaults import with_defaults_of_0_1_0
-from ..convert import convert_model, is_variant, layers_of, lift_state_dict, record_options
+from ..convert import convert_model, is_variant, lift_state_dict, record_options
 from ..errors import ReparamError
 from ..importers import import_state_dict
+from ..variants import VARIANTS, known_variant
+from ._backbones import BACKBONES
 
-__all__ = ['register_family', 'register_variant']
+__all__ = ['register_families', 'register_variant']
 
 
-def register_family(module_name: str, variant: str, stock_names: Iterable[str]) -> None:
-    """Register the variant of each stock architecture in a family (what timm calls a module).
-
-    Args:
-        module_name: ``__name__`` of the family's module, whose ``default_cfgs`` and ``__all__`` are filled in.
-        variant: Name of the variant.
-        stock_names: Names of timm's architectures.
-    """
-    for stock_name in stock_names:
-        _register(sys.modules[module_name], stock_name, variant)
+def register_families() -> None:
+    """Register every variant of every architecture of the backbones' table; what is registered stays as it is."""
+    for backbone, stock_names in BACKBONES.items():
+        for variant in VARIANTS:
+            family = _family(f'{backbone}_{variant}')
+            for stock_name in stock_names:
+                if not is_variant_name(f'{stock_name}_{variant}'):
+                    _register(family, stock_name, variant)
 
 
 def register_variant(stock_name: str, variant: str) -> str:
@@ -51,7 +53,7 @@ def register_variant(stock_name: str, variant: str) -> str:
 
     Args:
         stock_name: Name of the architecture, without a tag.
-        variant: 'acconv', 'doconv', 'dyconv' or 'refconv'.
+        variant: A name of `timm_reparam.variants.VARIANTS`.
 
     Returns:
         The new name, for ``timm.create_model``.
@@ -59,21 +61,15 @@ def register_variant(stock_name: str, variant: str) -> str:
     Raises:
         ReparamError: the architecture or the variant is unknown, or somebody else has registered the name.
     """
-    layers_of(variant)  # refuses what is none
+    known_variant(variant)
     if not is_model(stock_name):
         raise ReparamError(f'{stock_name!r} is no architecture of timm; see timm.list_models(), and leave out the tag')
     if is_variant_name(stock_name):
         raise ReparamError(f'{stock_name!r} is a variant already; name the stock architecture')
     if is_variant_name(f'{stock_name}_{variant}'):
         return f'{stock_name}_{variant}'
-    family = f'{model_entrypoint(stock_name).__module__.rpartition(".")[-1]}_{variant}'
-    module_name = f'{__package__}.{family}'
-    module = sys.modules.get(module_name)
-    if module is None:
-        module = types.ModuleType(module_name, f'{family}: registered at run time.')
-        vars(module).update(default_cfgs={}, __all__=[])
-        sys.modules[module_name] = module
-    return _register(module, stock_name, variant)
+    backbone = model_entrypoint(stock_name).__module__.rpartition('.')[-1]
+    return _register(_family(f'{backbone}_{variant}'), stock_name, variant)
 
 
 def cfg_with_weights(pretrained_cfg: Mapping[str, Any], state_dict: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -120,7 +116,19 @@ def ensure_registered(name: str) -> bool:
 
 def is_registered_on_import(name: str) -> bool:
     """Whether importing this package registers an architecture, so that no call has to."""
-    return is_variant_name(name) and hasattr(sys.modules[model_entrypoint(name).__module__], '__file__')
+    return is_variant_name(name) and any(name.rpartition('_')[0] in stock_names for stock_names in BACKBONES.values())
+
+
+def _family(name: str) -> types.ModuleType:
+    """The module of a family, an attribute of the package as one with a file is; made if there is none yet."""
+    module_name = f'{__package__}.{name}'
+    module = sys.modules.get(module_name)
+    if module is None:
+        module = module_from_spec(ModuleSpec(module_name, loader=None))  # timm keys a model by its module's name
+        vars(module).update(__doc__=f'{name}: made by the tables.', default_cfgs={}, __all__=[])
+        sys.modules[module_name] = module
+        setattr(sys.modules[str(__package__)], name, module)
+    return module
 
 
 def _register(module: types.ModuleType, stock_name: str, variant: str) -> str:

@@ -1,9 +1,0 @@
-"""ResNets with ACNet's asymmetric convolution (https://arxiv.org/abs/1908.03930)."""
-
-from ._backbones import RESNETS
-from ._registry import register_family
-
-__all__ = []  # filled in by the registry
-default_cfgs: dict = {}
-
-register_family(__name__, 'acconv', RESNETS)
