@@ -5,6 +5,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import importlib.machinery
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -747,6 +749,83 @@ def test_adaptive_clipping_leaves_what_a_variant_adds_alone(flags):
     assert model.layer1[0].conv1.depthwise_weight.any()
 
 
+ADDED = {
+    'acconv': ('layer1.0.conv1.horizontal_weight', 'layer1.0.conv1.vertical_weight'),
+    'doconv': ('layer1.0.conv1.depthwise_weight', 'layer1.0.conv1.surplus_weight'),
+    'dyconv': ('layer1.0.conv1.residual_weight',),
+    'refconv': ('layer1.0.conv1.map_weight',),
+}
+
+
+@pytest.mark.filterwarnings('ignore:.*without pretrained weights')
+@pytest.mark.parametrize('variant', sorted(VARIANTS))
+def test_the_kernels_that_a_variant_adds(variant):
+    options = dict(depth_multiplier=18, skip=['conv1']) if variant == 'doconv' else {}
+    size = dict(layers=(1, 1, 1, 1), channels=(8, 8, 8, 8))
+    model = timm.create_model(f'resnet18_{variant}', conv_options=options, **size)
+    added = {id(parameter) for parameter in models.added_kernels(model)}
+    found = [name for name, parameter in model.named_parameters() if id(parameter) in added]
+    assert tuple(sorted(name for name in found if name.startswith('layer1.0.conv1.'))) == ADDED[variant]
+    kinds = {name.rpartition('.')[2] for name in ADDED[variant]}
+    assert {name.rpartition('.')[2] for name in found} == kinds
+    assert not models.added_kernels(timm.create_model('resnet18', **size))
+
+
+def rates(run: Start) -> dict[str, tuple[float, float]]:
+    """Learning rate and weight decay of every parameter."""
+    names = {id(parameter): name for name, parameter in run.state.model.named_parameters()}
+    groups = run.state.optimizer.param_groups
+    return {names[id(each)]: (group['lr'], group['weight_decay']) for group in groups for each in group['params']}
+
+
+@pytest.mark.parametrize(
+    'extra',
+    ['--weight-decay 0.1', '--layer-decay 0.5 --opt adamw', '--warmup-epochs 1 --layer-decay 0.5 --weight-decay 0'],
+)
+def test_the_rate_of_added_kernels(extra, flags):
+    plain, scaled = (
+        prepare(flags(*extra.split(), *more, model='resnet18_acconv', experiment=f'{len(more)}'))
+        for more in ([], ['--variant-lr', '0.25'])
+    )
+    before, after = rates(plain), rates(scaled)
+    assert before.keys() == after.keys()
+    for name, (lr, decay) in before.items():
+        is_added = name.endswith(('vertical_weight', 'horizontal_weight'))
+        assert after[name] == (lr * (0.25 if is_added else 1), decay), name
+    assert len({lr for lr, _ in before.values()}) > 1 or 'layer-decay' not in extra
+    for run in (plain, scaled):
+        engine.train_one_epoch(*run)
+        run.state.scheduler.step(1)
+    before, after = rates(plain), rates(scaled)
+    assert all(
+        after[name][0] == lr * (0.25 if name.endswith(('vertical_weight', 'horizontal_weight')) else 1)
+        for name, (lr, _) in before.items()
+    )
+
+
+def test_the_rate_of_added_kernels_is_resumed(flags, tmp_path):
+    argv = flags('--variant-lr', '0.25', '--opt', 'adamw', '--sched-on-updates')
+    assert train.main([*argv, '--experiment', 'whole']) == 0
+    first = str(tmp_path / 'output/whole/checkpoint-0.pth.tar')
+    assert train.main([*argv, '--resume', first]) == 0
+    files = (tmp_path / f'output/{name}/last.pth.tar' for name in ('run', 'whole'))
+    found, expected = (torch.load(file, weights_only=True) for file in files)
+    same(found['optimizer'], expected['optimizer'])
+    same(found['state_dict'], expected['state_dict'])
+    facts = json.loads((tmp_path / 'zoo/resnet18_doconv.photos/training.json').read_text())
+    assert facts['recipe']['variant_lr'] == 0.25
+
+    # another factor is the new run's own, like another --lr
+    runs = [prepare([*argv, '--resume', first, '--experiment', x, '--variant-lr', x]) for x in ('0.25', '0.5')]
+    (lr, _), (doubled, _) = (rates(run)['layer1.0.conv1.depthwise_weight'] for run in runs)
+    assert doubled == 2 * lr and rates(runs[0])['fc.weight'] == rates(runs[1])['fc.weight']
+
+
+def test_a_stock_model_has_no_kernels_of_a_variant(flags, capsys):
+    message = refusal(flags('--variant-lr', '2', model='resnet18'), capsys)
+    assert '--variant-lr 2: resnet18 has no kernels of a variant; add --variant' in message
+
+
 def test_the_average_is_validated_and_saved(flags, tmp_path):
     assert train.main(flags('--model-ema', '--model-ema-decay', '0.5')) == 0
     best = torch.load(tmp_path / 'output/run/model_best.pth.tar', weights_only=True)
@@ -1318,3 +1397,15 @@ def test_no_arguments_reach_97_percent_and_save_both_forms(tmp_path):
         'resnet18_doconv.digits',
         'resnet18_doconv.digits_fused',
     ]
+
+
+def test_weights_and_biases(flags, monkeypatch, tmp_path):
+    logged, started = [], []
+    wandb = types.ModuleType('wandb')
+    wandb.__spec__ = importlib.machinery.ModuleSpec('wandb', None)
+    wandb.init, wandb.log = (lambda **named: started.append(named)), logged.append
+    monkeypatch.setitem(sys.modules, 'wandb', wandb)
+    monkeypatch.setattr('timm.utils.summary.wandb', wandb, raising=False)
+    assert train.main(flags('--log-wandb', '--wandb-project', 'digits', '--epochs', '1')) == 0
+    assert [(each['project'], each['name'], each['config']['epochs']) for each in started] == [('digits', 'run', 1)]
+    assert len(logged) == 1 and {'train_loss', 'eval_top1'} <= logged[0].keys()
