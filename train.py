@@ -7,8 +7,9 @@
     python train.py --config args.yaml --experiment first --resume auto     # go on where a killed run stopped
     torchrun --nproc-per-node 4 train.py --config args.yaml                 # one process for each GPU
 
-Flags have the names, defaults and meanings of timm's train script (`python train.py --help` lists them). Resumed from
-any of its checkpoints, a run does what it would have done without the interruption, bit for bit.
+Flags have the names, defaults and meanings of timm's train script. A run writes its checkpoints, summary.csv and
+args.yaml to OUTPUT/EXPERIMENT/, and the result to ZOO/<model>.<tag>/ and ZOO/<model>.<tag>_fused/. Resumed from any of
+its checkpoints it does what it would have done without the interruption, bit for bit.
 """
 
 import argparse
@@ -96,33 +97,31 @@ def run(args: argparse.Namespace) -> None:
     if datasets[1] is not None:
         validation_loader = create_validation_loader(args, datasets[1], data_config, device)
     metric_name = 'loss' if validation_loader is None else args.eval_metric
-    lower_is_better = metric_name == 'loss'
 
     # task, optimizer and schedule
     args.lr = learning_rate(args)
     task = create_task(args, model, device, soft_targets=mixup_options(args) is not None)
     optimizer = create_optimizer(args, model, trained_module(task))
     updates = math.ceil(len(train_loader) / args.grad_accum_steps)
-    scheduler, epochs = create_scheduler(args, optimizer, updates, lower_is_better)
+    scheduler, epochs = create_scheduler(args, optimizer, updates)
     set_temperature_schedule(args, model, len(train_loader), epochs)
     ema = None
     if args.model_ema:
         ema = utils.ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
     autocast, scaler = choose_precision(args, device)
 
-    # resume; a schedule other than plateau is a function of the epoch and the update
+    # resume; the schedule is a function of the epoch and the update
     state = CheckpointState(settings, model, task, optimizer, scheduler, ema, scaler)
     path, checkpoint = find_checkpoint(args)
     if path is not None and checkpoint is not None:
         state.position = state.resume(args, path, checkpoint, device)
-        is_plateau = hasattr(scheduler, 'lr_scheduler')
-        if scheduler is not None and (not is_plateau or state.position.epoch <= args.warmup_epochs):
+        if scheduler is not None:
             scheduler.step(state.position.epoch)
             scheduler.step_update(updates_done(args, state.position, len(train_loader)))
     wrap_model(args, model, task, device)
     saver = None
     if primary:
-        saver = open_saver(args, state, lower_is_better, data_config['input_size'][-1], path, checkpoint)
+        saver = open_saver(args, state, metric_name == 'loss', data_config['input_size'][-1], path, checkpoint)
         if args.log_wandb:
             import wandb
 
@@ -130,35 +129,31 @@ def run(args: argparse.Namespace) -> None:
 
     # the epochs, each with validation of a fused copy, a line of summary.csv and a checkpoint
     last = args.stop_epoch or epochs
-    position = state.position
     try:
-        while position.epoch < last:
-            epoch, start = position.epoch, time.monotonic()
-            loss = train_one_epoch(args, position, state, train_loader, mixup, autocast, device, saver)
+        while state.position.epoch < last:
+            epoch, start = state.position.epoch, time.monotonic()
+            loss = train_one_epoch(args, state, train_loader, mixup, autocast, device, saver)
             distribute_statistics(args, model)
-            metrics, metric = None, None
+            metrics = None
             due = (epoch + 1) % args.val_interval == 0 or epoch + 1 == last
             if due and validation_loader is not None:
                 if ema is not None:
                     distribute_statistics(args, ema.module)
                 weights = (model if ema is None else ema.module).state_dict()
                 metrics = validate(args, epoch, form, weights, task, validation_loader, autocast, data_config, device)
-            if due:
-                metric = loss if metrics is None else metrics[metric_name]
             lr = current_rate(optimizer)
             text = f'epoch {epoch}: loss {loss:.4f}, lr {lr:.2e}'
             if metrics is not None:
                 text += ', validation loss {loss:.4f}, top-1 {top1:.2f}, top-5 {top5:.2f}'.format(**metrics)
             _logger.info('%s, %.1f s', text, time.monotonic() - start)
             if scheduler is not None:
-                scheduler.step(epoch + 1, metric)
-            position = Position(epoch + 1)
-            if due:
-                state.position = Position(epoch + 1, random_states=gather_random_states(device, args.distributed))
+                scheduler.step(epoch + 1)
+            random_states = gather_random_states(device, args.distributed) if due else []
+            state.position = Position(epoch + 1, random_states=random_states)
             if due and saver is not None:
                 file = str(saver.folder / 'summary.csv')
                 utils.update_summary(epoch, dict(loss=loss), metrics, filename=file, lr=lr, log_wandb=args.log_wandb)
-                saver.save_checkpoint(epoch, metric=metric)
+                saver.save_checkpoint(epoch, metric=loss if metrics is None else metrics[metric_name])
     except KeyboardInterrupt:
         newest = saver and saver.newest()
         raise KeyboardInterrupt(f'; go on with --resume {newest}' if newest else '') from None
@@ -216,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbose = bool({'-v', '--verbose'} & set(sys.argv[1:] if argv is None else argv))
     start_logging(verbose)
     try:
-        run(parse_args(argv))
+        run(parse_args(argv, __doc__))
         return 0
     except ReparamError as error:
         if verbose:

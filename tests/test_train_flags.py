@@ -54,7 +54,6 @@ WIRING: list[tuple[str, str, dict[Any, Any]]] = [
     ('--amp-dtype bfloat16', 'autocast', dict(dtype=torch.bfloat16)),
     ('--channels-last', 'run', dict(channels_last=True)),
     ('--torchcompile eager', 'compile', dict(backend='eager')),
-    ('--torchcompile-mode reduce-overhead', 'compile', dict(mode='reduce-overhead')),
     ('--opt adamw', 'optimizer', dict(opt='adamw')),
     ('--opt-eps 0.21', 'optimizer', dict(eps=0.21)),
     ('--opt-betas 0.22 0.23', 'optimizer', dict(betas=[0.22, 0.23])),
@@ -76,11 +75,9 @@ WIRING: list[tuple[str, str, dict[Any, Any]]] = [
     ('--warmup-epochs 38', 'scheduler', dict(warmup_epochs=38)),
     ('--warmup-prefix', 'scheduler', dict(warmup_prefix=True)),
     ('--cooldown-epochs 39', 'scheduler', dict(cooldown_epochs=39)),
-    ('--patience-epochs 41', 'scheduler', dict(patience_epochs=41)),
     ('--decay-rate 0.42', 'scheduler', dict(decay_rate=0.42)),
-    ('--eval-metric loss', 'scheduler', dict(plateau_mode='min')),
+    ('--eval-metric loss', 'run', dict(lower_is_better=True)),
     ('--seed 43', 'scheduler', dict(noise_seed=43)),
-    ('--train-crop-mode rkrc', 'train loader', dict(train_crop_mode='rkrc')),
     ('--scale 0.44 0.45', 'train loader', dict(scale=[0.44, 0.45])),
     ('--ratio 0.46 0.47', 'train loader', dict(ratio=[0.46, 0.47])),
     ('--hflip 0.48', 'train loader', dict(hflip=0.48)),
@@ -99,14 +96,12 @@ WIRING: list[tuple[str, str, dict[Any, Any]]] = [
     ('--train-interpolation bicubic', 'train loader', dict(interpolation='bicubic')),
     ('--mixup 0.56', 'mixup', dict(mixup_alpha=0.56)),
     ('--cutmix 0.57', 'mixup', dict(cutmix_alpha=0.57)),
-    ('--cutmix-minmax 0.58 0.59', 'mixup', dict(cutmix_minmax=[0.58, 0.59])),
     ('--mixup-prob 0.61', 'mixup', dict(prob=0.61)),
     ('--mixup-switch-prob 0.62', 'mixup', dict(switch_prob=0.62)),
     ('--mixup-mode pair', 'mixup', dict(mode='pair')),
     ('--smoothing 0.63', 'mixup', dict(label_smoothing=0.63, num_classes=7)),
     ('--smoothing 0.63', 'loss', dict(smoothing=0.63, soft_targets=True)),
     ('--bce-loss', 'loss', {0: 'bce'}),
-    ('--bce-sum', 'loss', dict(bce_sum=True)),
     ('--bce-target-thresh 0.64', 'loss', dict(bce_target_thresh=0.64)),
     ('--split-bn', 'split norms', {1: 3}),
     ('--model-ema', 'average', {}),
@@ -130,7 +125,9 @@ ALONE: list[tuple[str, str, dict[Any, Any]]] = [
     ('x --input-size 1 8 8 --mean 0 --std 1', 'train split', dict(input_img_mode='L')),
     ('x --jsd-loss --aug-splits 2', 'loss', {0: 'jsd', 'jsd_splits': 2, 'soft_targets': False}),
     ('x --mixup 0.3 --smoothing 0.2', 'mixup of the loader', dict(mixup_alpha=0.3, label_smoothing=0.2)),
-    ('x --cutmix-minmax 0.1 0.2', 'mixup of the loader', dict(cutmix_minmax=[0.1, 0.2])),
+    ('x --cutmix 0.2', 'mixup of the loader', dict(mixup_alpha=0, cutmix_alpha=0.2)),
+    ('x --eval-metric loss --val-split=', 'run', dict(lower_is_better=True)),
+    ('x --eval-metric top5', 'run', dict(lower_is_better=False)),
     ('--dataset torch/cifar10 --dataset-download', 'train split', dict(download=True)),
     ('x --kd-model-name t --kd-distill-type feature', 'feature task', dict(teacher_model='t')),
     (f'x --pretrained-path {__file__}', 'model', dict(pretrained_cfg_overlay=dict(file=__file__, num_classes=-1))),
@@ -192,11 +189,12 @@ def received(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, dict
     def side(named: dict[str, Any], what: str) -> str:
         return f'{"train" if named["is_training"] else "validation"} {what}'
 
-    def stop(args: argparse.Namespace, position: Any, state: Any, loader: Any, mixup: Any, autocast: Any, *more: Any):
+    def stop(args: argparse.Namespace, state: Any, loader: Any, mixup: Any, autocast: Any, *more: Any):
         calls['autocast'] = autocast.keywords if isinstance(autocast, partial) else {}
         saver = more[-1]
         is_last = state.model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
         calls['run'] = dict(folder=str(saver.folder), checkpoint_hist=saver.max_history, channels_last=is_last)
+        calls['run']['lower_is_better'] = saver.decreasing
         raise Recorded
 
     stand_in(models.timm, 'create_model', 'model', lambda name, **named: small(in_chans=named['in_chans']))

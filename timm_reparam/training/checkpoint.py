@@ -95,15 +95,12 @@ class CheckpointState:
         )
         if task_state := self.task.get_task_state():
             state['task_state'] = task_state
-        plateau = getattr(self.scheduler, 'lr_scheduler', None)
         total, count = self.position.losses
         state['train_state'] = dict(
             epoch=self.position.epoch,
             next_batch=self.position.batch,
             losses=(float(total), int(count)),
             random_states=self.position.random_states,
-            plateau=None if plateau is None else plateau.state_dict(),
-            restore_lr=getattr(self.scheduler, 'restore_lr', None),
         )
         return state
 
@@ -163,10 +160,6 @@ class CheckpointState:
         state = checkpoint.get('train_state')
         if state is None:  # timm's
             return Position(epoch, batch)
-        plateau = getattr(self.scheduler, 'lr_scheduler', None)
-        if plateau is not None and state['plateau'] is not None and not args.no_resume_opt:
-            plateau.load_state_dict(state['plateau'])
-            self.scheduler.restore_lr = state['restore_lr']
         states = state['random_states']
         if len(states) == args.world_size:
             restore_random_state(states[args.rank], device)

@@ -155,12 +155,11 @@ def _check_split_folders(args: Namespace, train: Any, validation: Any) -> None:
 
 def mixup_options(args: Namespace) -> dict[str, Any] | None:
     """Arguments of timm's mixup, or None if it is off."""
-    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None):
+    if not (args.mixup > 0 or args.cutmix > 0):
         return None
     return dict(
         mixup_alpha=args.mixup,
         cutmix_alpha=args.cutmix,
-        cutmix_minmax=args.cutmix_minmax,
         prob=args.mixup_prob,
         switch_prob=args.mixup_switch_prob,
         mode=args.mixup_mode,
@@ -217,7 +216,6 @@ def create_train_loader(
             re_mode=args.remode,
             re_count=args.recount,
             re_split=args.resplit,
-            train_crop_mode=args.train_crop_mode,
             scale=args.scale,
             ratio=args.ratio,
             hflip=args.hflip,

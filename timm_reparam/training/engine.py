@@ -61,7 +61,7 @@ def choose_device(args: Namespace) -> torch.device:
         raise ReparamError(f'--device {asked}: there is no CUDA device here; give --device cpu, or leave the flag out')
     device = utils.init_distributed_device(args)
     if not utils.is_primary(args):
-        logging.getLogger().setLevel(logging.ERROR)
+        logging.disable(logging.WARNING)  # one process says it
     note = ', no accelerator was found' if asked is None and device.type == 'cpu' else ''
     _logger.info('device: %s, process %d of %d%s', device, args.rank, args.world_size, note)
     if device.type == 'cuda':
@@ -83,7 +83,6 @@ def choose_precision(
 
 def train_one_epoch(
     args: Namespace,
-    position: Position,
     state: CheckpointState,
     loader: Any,
     mixup: Mixup | None,
@@ -91,12 +90,11 @@ def train_one_epoch(
     device: torch.device,
     saver: Saver | None,
 ) -> float:
-    """Train from a position to the end of its epoch.
+    """Train from the position of the run to the end of its epoch.
 
     Args:
         args: The arguments of the run.
-        position: Where to start.
-        state: Model, task, optimizer and the like.
+        state: Model, task, optimizer and the like, and the position.
         loader: Loader of the training split.
         mixup: Mixing that is not the loader's own.
         autocast: Context of the forward pass.
@@ -106,7 +104,8 @@ def train_one_epoch(
     Returns:
         Mean of the loss.
     """
-    epoch, task, optimizer, primary = position.epoch, state.task, state.optimizer, utils.is_primary(args)
+    task, optimizer, position, primary = state.task, state.optimizer, state.position, utils.is_primary(args)
+    epoch = position.epoch
     set_epoch(args, loader, mixup, epoch)
     trained_module(task).train()
     optimizer.zero_grad()
@@ -152,7 +151,7 @@ def train_one_epoch(
             if primary and bar.disable and (update % args.log_interval == 0 or update + 1 == updates):
                 _logger.info('epoch %d %*d/%d  %s', epoch, len(str(updates)), update + 1, updates, text)
             if state.scheduler is not None:
-                state.scheduler.step_update(num_updates=done, metric=total / count)
+                state.scheduler.step_update(done)
             if args.recovery_interval and (update + 1) % args.recovery_interval == 0 and index + 1 < batches:
                 state.position = Position(
                     epoch, index + 1, (total, count), gather_random_states(device, args.distributed)

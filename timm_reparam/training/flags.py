@@ -52,16 +52,18 @@ OTHER_FLAGS: dict[str, Any] = {
         'train_batches_per_epoch', 'naflex_patch_sizes', 'naflex_patch_size_probs', 'kd_student_feature_dim',
         'kd_teacher_feature_dim', 'loss', 'loss_class_weight', 'loss_pos_weight', 'class_stats', 'loss_weight_max',
         'poly_alpha', 'lr_decay_fn', 'lr_stable_timescale', 'sweep_locks', 'sweep_attempt', 'dynamo_backend',
+        'train_crop_mode', 'torchcompile_mode', 'cutmix_minmax',
     )),
     **dict.fromkeys((
         'dataset_trust_remote_code', 'fast_norm', 'torchscript', 'no_ddp_bb', 'synchronize_step', 'model_ema_force_cpu',
         'save_images', 'use_multi_epochs_loader', 'naflex_loader', 'naflex_patchify_channels_first', 'aot_autograd',
-        'apex_amp', 'native_amp', 'bn_tf', 'dynamo',
+        'apex_amp', 'native_amp', 'bn_tf', 'dynamo', 'bce_sum',
     ), False),
     'fuser': '', 'wandb_resume_id': '', 'wandb_tags': [], 'save_epochs': [],
     'local_rank': 0, 'epoch_repeats': 0.0, 'tta': 0, 'num_gpu': 1, 'validation_batch_size_multiplier': 1,
-    'amp_impl': 'native', 'task': 'classification', 'multilabel_threshold': 0.5, 'worker_seeding': 'all',
-    'lr_noise_std': 1.0, 'lr_cycle_mul': 1.0, 'lr_cycle_decay': 0.5, 'lr_cycle_limit': 1, 'lr_k_decay': 1.0,
+    'patience_epochs': 10, 'amp_impl': 'native', 'task': 'classification', 'multilabel_threshold': 0.5,
+    'worker_seeding': 'all', 'lr_noise_std': 1.0, 'lr_cycle_mul': 1.0, 'lr_cycle_decay': 0.5, 'lr_cycle_limit': 1,
+    'lr_k_decay': 1.0,
     'train_size_schedule': 'constant', 'train_size_schedule_spread': 0.65, 'train_size_random_mix': 0.1,
     'variable_batch_loss_scale': 'none', 'naflex_train_seq_lens': [128, 256, 576, 784, 1024],
     'naflex_max_seq_len': 576, 'naflex_loss_scale': 'linear', 'kd_loss_type': 'kl', 'kd_token_distill_type': 'soft',
@@ -70,10 +72,8 @@ OTHER_FLAGS: dict[str, Any] = {
     'db_neg_scale': 2.0, 'db_init_bias': 0.05, 'db_focal_gamma': 2.0,
 }
 # fmt: on
-_OTHER_WAY = (
-    "a flag of timm's train script that train.py does not have; run timm's own script with --device-modules "
-    'timm_reparam, then timm-reparam fuse'
-)
+_OTHER_SCRIPT = "run timm's own script with --device-modules timm_reparam, then timm-reparam fuse"
+_OTHER_WAY = f"a flag of timm's train script that train.py does not have; {_OTHER_SCRIPT}"
 
 # Flags that only some kinds of dataset read.
 _READ_BY = {
@@ -83,20 +83,6 @@ _READ_BY = {
     'input_key': ('folder', 'hfds'),
     'target_key': ('hfds',),
 }
-
-DESCRIPTION = """\
-Train a timm backbone with over-parameterised convolutions, fuse it, verify the fusion, save both forms.
-
-  python train.py                                                           the handwritten digits, no download
-  python train.py --data-dir photos --model resnet18_doconv --num-classes 10 --epochs 90 --amp
-  python train.py --data-dir photos --model resnet18.a1_in1k --variant refconv --pretrained --num-classes 10
-  python train.py --config args.yaml --variant acconv                       the recipe of a run of timm's own script
-  python train.py --config args.yaml --experiment first --resume auto       go on where a killed run stopped
-  torchrun --nproc-per-node 4 train.py --config args.yaml                   one process for each GPU
-
-Flags have the names, defaults and meanings of timm's train script. A run writes its checkpoints, summary.csv and
-args.yaml to OUTPUT/EXPERIMENT/, and the result to ZOO/<model>.<tag>/ and ZOO/<model>.<tag>_fused/.
-"""
 
 
 def _number(kind: Callable[[str], Any], least: float, below: float = math.inf) -> Callable[[str], Any]:
@@ -124,12 +110,12 @@ def _key_value(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     """Build the parser of the command line."""
     parser = argparse.ArgumentParser(
         'train.py',
         usage='train.py [DIR] [flags]',
-        description=DESCRIPTION,
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         exit_on_error=False,
@@ -161,7 +147,8 @@ def build_parser() -> argparse.ArgumentParser:
     add('--num-classes', **count, help='size of the classifier (default: that of the model)')
     add('--img-size', **count, help='side of square input images')
     add('--in-chans', **count, help='channels of the input images')
-    add('--input-size', type=_number(int, 1), nargs=3, metavar=('C', 'H', 'W'), help='(default: that of the model)')
+    add('--input-size', type=_number(int, 1), nargs=3, metavar=('C', 'H', 'W'),
+        help='channels and size of the images (default: those of the model)')
     add('--crop-pct', **number, help='share of a validation image that the centre crop keeps')
     add('--mean', **number, nargs='+', help='mean of the pixel values, one number or one a channel')
     add('--std', **number, nargs='+', help='standard deviation of the pixel values, likewise')
@@ -183,7 +170,6 @@ def build_parser() -> argparse.ArgumentParser:
     add('--channels-last', **switch, help='keep weights and images in channels_last order')
     add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND',
         help='compile the training step (torch.compile); validation runs the fused copy uncompiled')
-    add('--torchcompile-mode', metavar='NAME', help='mode of torch.compile')
 
     add = parser.add_argument_group('optimizer').add_argument
     add('--opt', default='sgd', metavar='NAME', help="timm's name of the optimizer")
@@ -217,12 +203,10 @@ def build_parser() -> argparse.ArgumentParser:
     add('--warmup-epochs', type=_number(int, 0), metavar='N', default=5, help='epochs of warm-up')
     add('--warmup-prefix', **switch, help='put the warm-up in front of the schedule, not inside it')
     add('--cooldown-epochs', **whole, default=0, help='epochs at the lowest rate after the schedule')
-    add('--patience-epochs', **whole, default=10, help='epochs without gain before the plateau schedule drops')
     add('--decay-rate', '--dr', **number, default=0.1, help='factor of a drop; the power of the poly schedule')
 
     add = parser.add_argument_group('augmentation').add_argument
     add('--no-aug', **switch, help='no augmentation at all')
-    add('--train-crop-mode', choices=('rrc', 'rkrc', 'rkrr'), help='how training images are cropped')
     add('--scale', **number, nargs='+', default=[0.08, 1.0], help='range of the area that a random crop keeps')
     add('--ratio', **number, nargs='+', default=[3 / 4, 4 / 3], help='range of the aspect ratio of a random crop')
     add('--hflip', **number, default=0.5, help='probability of a horizontal flip')
@@ -241,7 +225,6 @@ def build_parser() -> argparse.ArgumentParser:
     add('--resplit', **switch, help='erase nothing in the first, clean split')
     add('--mixup', **number, default=0.0, help='alpha of mixup; 0 is off')
     add('--cutmix', **number, default=0.0, help='alpha of cutmix; 0 is off')
-    add('--cutmix-minmax', **number, nargs='+', help='range of the side of the cutmix box; switches cutmix on')
     add('--mixup-prob', **number, default=1.0, help='probability that a batch is mixed')
     add('--mixup-switch-prob', **number, default=0.5, help='probability of cutmix when both are on')
     add('--mixup-mode', choices=('batch', 'pair', 'elem', 'half'), default='batch', help='what shares its mixing')
@@ -252,7 +235,6 @@ def build_parser() -> argparse.ArgumentParser:
     add('--smoothing', type=_number(float, 0, 1), metavar='X', default=0.1, help='label smoothing')
     add('--jsd-loss', **switch, help='pull the predictions of the --aug-splits together')
     add('--bce-loss', **switch, help='binary cross-entropy for each class')
-    add('--bce-sum', **switch, help='sum that loss over the classes instead of averaging')
     add('--bce-target-thresh', **number, help='targets above this count as 1 in that loss, others as 0')
 
     add = parser.add_argument_group('batch norm and weight averaging').add_argument
@@ -306,11 +288,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None, description: str | None = None) -> argparse.Namespace:
     """Read the command line over the --config file over the defaults of the dataset over the flags' own defaults.
 
     Args:
         argv: Command line without the name of the script; sys.argv by default.
+        description: What --help says first.
 
     Returns:
         The arguments, checked as far as they can be before anything is loaded.
@@ -318,7 +301,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         ReparamError: A flag or a key of the file is unknown, has a wrong value, or contradicts another.
     """
-    parser = build_parser()
+    parser = build_parser(description)
     named = _parse(parser, argv)
     if named.data and named.data_dir and named.data != named.data_dir:
         raise ReparamError(f'--data-dir {named.data_dir}: DIR is {named.data}; both mean the same, give one of them')
@@ -408,7 +391,7 @@ def dataset_kind(args: argparse.Namespace) -> str:
     prefix, slash, _ = args.dataset.partition('/')
     prefix = prefix.lower()
     if slash and prefix in ('hfids', 'tfds', 'wds'):
-        raise ReparamError(f'--dataset {args.dataset}: streams are not read here; {_OTHER_WAY.partition("; ")[2]}')
+        raise ReparamError(f'--dataset {args.dataset}: streams are not read here; {_OTHER_SCRIPT}')
     return prefix if args.dataset == 'digits' or (slash and prefix in ('torch', 'hfds')) else 'folder'
 
 
@@ -420,13 +403,14 @@ def check_args(args: argparse.Namespace) -> None:
         value, flag = getattr(args, name), '--' + name.replace('_', '-')
         if kind not in kinds and (value or own[name]) != own[name]:
             raise ReparamError(f'{flag} {value}: read by datasets of kind {", ".join(kinds)} only, not by {kind}')
-    mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    mixing = args.mixup > 0 or args.cutmix > 0
     scratch = not args.pretrained or args.pretrained_path or args.initial_checkpoint
     wrong: tuple[tuple[Any, str], ...] = (
         (
             kind == 'folder' and not args.data_dir,
             f'--dataset {args.dataset}: its folder is missing; give --data-dir',
         ),
+        (args.sched == 'plateau', f'--sched plateau: deprecated by timm; {_OTHER_SCRIPT}'),
         (args.aug_splits == 1, '--aug-splits: expected 0 or at least 2, got 1'),
         (args.jsd_loss and args.bce_loss, '--jsd-loss and --bce-loss: choose one'),
         (args.jsd_loss and args.aug_splits < 2, '--jsd-loss: compares augmentation splits; add --aug-splits 3'),

@@ -230,7 +230,6 @@ def create_loss(args: Namespace, soft_targets: bool) -> nn.Module:
         smoothing=args.smoothing,
         soft_targets=soft_targets,  # mixing smooths the labels itself
         jsd_splits=args.aug_splits,
-        bce_sum=args.bce_sum,
         **given,
     )
 
@@ -333,25 +332,20 @@ def _groups_with_factor(args: Namespace, added: set[int]) -> Callable[[nn.Module
     return groups
 
 
-def create_scheduler(
-    args: Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int, lower_is_better: bool
-) -> tuple[Any, int]:
+def create_scheduler(args: Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> tuple[Any, int]:
     """Create timm's schedule of the learning rate.
 
     Args:
         args: The arguments of the run.
         optimizer: Its optimizer.
         updates_per_epoch: Updates of an epoch.
-        lower_is_better: Whether the metric of the validation is a loss.
 
     Returns:
         The schedule, None with --sched none, and the number of epochs until it ends.
     """
     with named_errors(f'--sched {args.sched}'):
         scheduler, epochs = create_scheduler_v2(
-            optimizer,
-            **scheduler_kwargs(args, decreasing_metric=lower_is_better),
-            updates_per_epoch=updates_per_epoch,
+            optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch
         )
     if args.stop_epoch and args.stop_epoch > epochs:
         raise ReparamError(f'--stop-epoch {args.stop_epoch}: the schedule has {epochs} epochs; give fewer')
@@ -361,7 +355,7 @@ def create_scheduler(
 def wrap_model(args: Namespace, model: nn.Module, task: TrainingTask, device: torch.device) -> None:
     """Compile and distribute what trains. The plain model shares its parameters and buffers."""
     if args.torchcompile:
-        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+        task.compile(backend=args.torchcompile)
     if args.distributed:
         _share_frozen_kernels(model, trained_module(task))
         task.prepare_distributed(device_ids=None if device.type == 'cpu' else [device])
