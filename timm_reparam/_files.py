@@ -1,6 +1,7 @@
 """Files that are complete or not there at all, and tables that are read or refused in one line."""
 
 import csv
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TextIO
 
 from .errors import ReparamError
 
-__all__ = ['check_folder', 'open_csv', 'write_whole']
+__all__ = ['check_folder', 'flush', 'open_csv', 'write_whole']
 
 
 def check_folder(path: str | Path) -> None:
@@ -41,11 +42,25 @@ def write_whole(path: str | Path, content: bytes) -> None:
             return
         try:
             partial.write_bytes(content)
+            flush(partial)
             partial.replace(path)
+            flush(path.parent)
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
         raise ReparamError(f'{path}: cannot be written ({error.strerror})') from error
+
+
+def flush(*paths: Path) -> None:
+    """Wait until files and folders are on the disk."""
+    for path in paths:
+        if path.is_dir() and os.name == 'nt':
+            continue  # folders cannot be opened there
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from timm.models._hub import save_config_for_hf
 from timm.utils import unwrap_model
 from torch import nn
 
+from .._files import flush
 from ..convert import fuse_model, is_variant, record_options, stock_architecture, variant_of
 from ..errors import ReparamError
 from ..verify import FusionReport, seeded_images, verify_fusion
@@ -614,7 +615,7 @@ def write_all(drafts: Sequence[Draft | _Copy], complete: Callable[[Sequence[str]
                 complete([sha256_of(_partial(draft.target) / WEIGHTS_NAME) for draft in drafts])
             for draft in drafts:
                 draft.write_texts(_partial(draft.target))
-                _flush(*_partial(draft.target).iterdir(), _partial(draft.target))
+                flush(*_partial(draft.target).iterdir(), _partial(draft.target))
             _swap_in([draft.target for draft in drafts])
         finally:
             for draft in drafts:
@@ -648,21 +649,9 @@ def _swap_in(targets: Sequence[Path]) -> None:
                 shutil.rmtree(target)
             _bring_back(target)
         raise
-    _flush(targets[0].parent)
+    flush(targets[0].parent)
     for target in targets:
         shutil.rmtree(_previous(target), ignore_errors=True)
-
-
-def _flush(*paths: Path) -> None:
-    """Wait until files and folders are on the disk."""
-    for path in paths:
-        if path.is_dir() and os.name == 'nt':
-            continue  # folders cannot be opened there
-        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _write_facts(folder: Path, facts: Mapping[str, Any]) -> None:

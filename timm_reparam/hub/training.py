@@ -27,8 +27,19 @@ __all__ = ['base_model_facts', 'load_training', 'read_training', 'told_settings'
 # and how its images were made. Others tell of a machine, its folders or an account.
 _RECIPE = (
     *('model', 'pretrained', 'num_classes', 'gp', 'img_size', 'in_chans', 'input_size', 'crop_pct', 'mean', 'std'),
-    *('interpolation', 'model_kwargs', 'variant', 'conv_options', 'head_init_scale', 'head_init_bias', 'drop'),
-    *('drop_connect', 'drop_path', 'drop_block', 'bn_momentum', 'bn_eps', 'sync_bn', 'dist_bn', 'split_bn', 'task'),
+    *('interpolation', 'model_kwargs', 'variant', 'conv_options', 'variant_lr', 'head_init_scale', 'head_init_bias'),
+    *(
+        'drop',
+        'drop_connect',
+        'drop_path',
+        'drop_block',
+        'bn_momentum',
+        'bn_eps',
+        'sync_bn',
+        'dist_bn',
+        'split_bn',
+        'task',
+    ),
     *('target_format', 'multilabel_threshold', 'batch_size', 'validation_batch_size', 'grad_accum_steps', 'fast_norm'),
     *('grad_checkpointing', 'channels_last', 'amp', 'amp_dtype', 'model_dtype', 'synchronize_step', 'torchcompile'),
     *('torchscript', 'torchcompile_mode', 'opt', 'opt_eps', 'opt_betas', 'momentum', 'weight_decay', 'clip_grad'),

@@ -1,0 +1,1 @@
+"""What train.py is made of. ``import timm_reparam`` does not import it."""

@@ -1,0 +1,398 @@
+"""The model of a run, its task and its optimizer."""
+
+import logging
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.distributed as dist
+from timm.data import resolve_input_data_config
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm
+from timm.loss import create_classification_loss
+from timm.models import load_checkpoint
+from timm.optim import create_optimizer_v2, optimizer_kwargs, param_groups_layer_decay, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask, TrainingTask
+from torch import nn
+
+from ..convert import is_variant, variant_of
+from ..errors import ReparamError
+from ..hub.client import CLIENT_ERRORS, one_line
+from ..layers import ReparamLayer
+from ..models import register_variant
+from ..variants import VARIANTS
+
+__all__ = [
+    'TIMM_ERRORS',
+    'added_kernels',
+    'architecture_of',
+    'clipped_parameters',
+    'convert_norms',
+    'create_model',
+    'create_optimizer',
+    'create_scheduler',
+    'create_task',
+    'input_config',
+    'learning_rate',
+    'model_name',
+    'named_errors',
+    'set_temperature_schedule',
+    'trained_module',
+    'wrap_model',
+]
+
+_logger = logging.getLogger(__name__)
+
+# What timm lets through, also of the Hub's client: its error of a dropped connection is not one of Python's.
+TIMM_ERRORS: tuple[type[Exception], ...] = (
+    *(AssertionError, ImportError, LookupError, TypeError, ValueError),
+    *CLIENT_ERRORS,
+)
+
+
+@contextmanager
+def named_errors(place: str) -> Iterator[None]:
+    """Turn an error of timm into one that names the flags it is about."""
+    try:
+        yield
+    except ReparamError:
+        raise
+    except TIMM_ERRORS as error:
+        raise ReparamError(f'{place}: {one_line(error)} ({type(error).__name__})') from error
+
+
+def model_name(args: Namespace) -> str:
+    """Name of the architecture to train, registered with timm if it was not."""
+    if ':' in args.model:
+        if args.variant:
+            raise ReparamError(
+                f'--variant {args.variant}: converts architectures by name, as resnet18.a1_in1k, not {args.model}'
+            )
+        return args.model
+    architecture, dot, tag = args.model.partition('.')
+    stock, _, suffix = architecture.rpartition('_')
+    if suffix in VARIANTS and args.variant in (None, suffix):
+        wanted = (stock, suffix)
+    elif suffix in VARIANTS:
+        raise ReparamError(
+            f'--variant {args.variant}: {architecture} is a variant already; give the stock architecture, {stock}'
+        )
+    elif args.variant:
+        wanted = (architecture, args.variant)
+    else:
+        return args.model
+    name = '_'.join(wanted)
+    return (name if timm.is_model(name) else register_variant(*wanted)) + dot + tag
+
+
+def create_model(args: Namespace) -> Any:
+    """Create the model of a run, with the weights that it starts from.
+
+    Args:
+        args: The arguments of the run; ``num_classes`` is filled in where it is None.
+
+    Returns:
+        A timm model, on the CPU.
+
+    Raises:
+        ReparamError: timm cannot create it, or a flag does not fit it.
+    """
+    name = model_name(args)
+    conv_options = _conv_options(args)
+    if conv_options and ':' not in name and name.partition('.')[0].rpartition('_')[2] not in VARIANTS:
+        raise ReparamError(f'--conv-options: {name} has no convolutions of this package; add --variant')
+    if ':' not in name and not timm.is_model(name.partition('.')[0]):
+        raise ReparamError(f'--model {name}: no architecture of timm, nor a variant of one; see timm.list_models()')
+    overlay = None
+    if args.pretrained_path:
+        path = Path(args.pretrained_path)
+        file = path / 'model.safetensors' if path.is_dir() else path
+        if not file.is_file():
+            raise ReparamError(f'--pretrained-path {file}: no such file')
+        overlay = dict(file=str(file), num_classes=-1)  # -1: whatever the checkpoint's classifier is, it gets adapted
+    with _passed_on_warnings(args), named_errors(f'--model {args.model}'):
+        model: Any = timm.create_model(  # with methods that nn.Module does not declare
+            name,
+            pretrained=args.pretrained or bool(args.pretrained_path),
+            pretrained_cfg_overlay=overlay,
+            in_chans=args.in_chans or (args.input_size[0] if args.input_size else 3),
+            num_classes=args.num_classes,
+            drop_rate=args.drop,
+            drop_path_rate=args.drop_path,
+            **{**args.model_kwargs, **({'conv_options': conv_options} if conv_options else {})},
+        )
+    if args.variant_lr != 1 and variant_of(model) is None:
+        raise ReparamError(f'--variant-lr {args.variant_lr:g}: {name} has no kernels of a variant; add --variant')
+    if args.initial_checkpoint:
+        _load_initial_checkpoint(model, args.initial_checkpoint)
+    if args.num_classes is None:
+        args.num_classes = model.num_classes
+    if args.grad_checkpointing:
+        with named_errors(f'--grad-checkpointing, {name}'):
+            model.set_grad_checkpointing(enable=True)
+    return model
+
+
+def _conv_options(args: Namespace) -> dict[str, Any]:
+    return {**args.model_kwargs.get('conv_options', {}), **args.conv_options}
+
+
+@contextmanager
+def _passed_on_warnings(args: Namespace) -> Iterator[None]:
+    """Log the warnings of creating a model once, and none about a start that a checkpoint replaces."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        yield
+    if not args.resume and not args.initial_checkpoint:
+        for message in dict.fromkeys(str(warning.message) for warning in caught):
+            _logger.warning(message)
+
+
+def _load_initial_checkpoint(model: nn.Module, path: str) -> None:
+    """Load a checkpoint of exactly this architecture, or of the stock one, which its layers take as a lift."""
+    try:
+        load_checkpoint(model, path)
+    except FileNotFoundError as error:
+        raise ReparamError(f'--initial-checkpoint {path}: no such file') from error
+    except RuntimeError as error:
+        raise ReparamError(
+            f'--initial-checkpoint {path}: not of {architecture_of(model)}, nor of its stock architecture; weights for '
+            f'another number of classes are for --pretrained-path. {error}'
+        ) from error
+
+
+def input_config(args: Namespace, model: nn.Module) -> dict[str, Any]:
+    """Preprocessing of the model's images, after the flags."""
+    try:
+        return resolve_input_data_config(model, vars(args))
+    except ValueError as error:
+        raise ReparamError(
+            f'--model {args.model}: {error} See --img-size, --input-size and --in-chans, and whether the model takes '
+            '--model-kwargs img_size=N'
+        ) from error
+
+
+def architecture_of(model: nn.Module) -> str:
+    """Name under which timm creates the model."""
+    cfg: Any = model.pretrained_cfg
+    return cfg['architecture']
+
+
+def variant_layers(model: nn.Module) -> list[ReparamLayer]:
+    """The over-parameterised convolutions of a model."""
+    return [module for module in model.modules() if is_variant(module)]
+
+
+def set_temperature_schedule(args: Namespace, model: nn.Module, batches: int, epochs: int) -> None:
+    """Let the attention of dynamic convolutions anneal over 10 epochs, or the first third of a shorter run.
+
+    The layers count their forward passes, so with gradient accumulation several make an update. A length that the user
+    gave stays, and so does a schedule that a loaded checkpoint has begun.
+
+    Args:
+        args: The arguments of the run.
+        model: Its model.
+        batches: Batches, forward passes that is, of an epoch.
+        epochs: Epochs of the run.
+    """
+    if 'temperature_steps' in _conv_options(args):
+        return
+    steps = max(1, round(batches * min(10, epochs / 3)))
+    dynamic: list[Any] = [layer for layer in variant_layers(model) if hasattr(layer, 'reset_temperature')]
+    fresh = [layer for layer in dynamic if layer.temperature_position is not None and layer.temperature_position == 0]
+    for layer in fresh:
+        layer.reset_temperature(steps)
+    if fresh:
+        _logger.info('temperature of %d dynamic convolutions: down to 1 over %d forward passes', len(fresh), steps)
+
+
+def convert_norms(args: Namespace, model: nn.Module, device: torch.device) -> nn.Module:
+    """Replace the batch norms as --split-bn and --sync-bn ask; the latter makes --dist-bn unnecessary."""
+    if args.split_bn:
+        model = convert_splitbn_model(model, max(args.aug_splits, 2))
+    if args.sync_bn and args.distributed:
+        if device.type == 'cpu':
+            raise ReparamError('--sync-bn: PyTorch synchronises batch norms on accelerators only; leave it out')
+        args.dist_bn = ''
+        model = convert_sync_batchnorm(model)
+    return model
+
+
+def create_loss(args: Namespace, soft_targets: bool) -> nn.Module:
+    """Loss of the training."""
+    given = {} if args.bce_target_thresh is None else dict(bce_target_thresh=args.bce_target_thresh)
+    return create_classification_loss(
+        'jsd' if args.jsd_loss else 'bce' if args.bce_loss else None,
+        smoothing=args.smoothing,
+        soft_targets=soft_targets,  # mixing smooths the labels itself
+        jsd_splits=args.aug_splits,
+        **given,
+    )
+
+
+def create_task(args: Namespace, model: nn.Module, device: torch.device, soft_targets: bool) -> TrainingTask:
+    """Create the forward pass of training: classification, or distillation from a teacher.
+
+    Args:
+        args: The arguments of the run.
+        model: The model that trains.
+        device: Its device.
+        soft_targets: Whether the labels are mixed.
+    """
+    loss = create_loss(args, soft_targets).to(device)
+    common: dict[str, Any] = dict(criterion=loss, device=device, verbose=args.rank == 0)
+    if args.kd_model_name is None:
+        return ClassificationTask(model, **common)
+    common.update(
+        student_model=model,
+        teacher_model=args.kd_model_name,
+        distill_loss_weight=args.distill_loss_weight,
+        task_loss_weight=args.task_loss_weight,
+    )
+    with named_errors(f'--kd-model-name {args.kd_model_name}, --kd-distill-type {args.kd_distill_type}'):
+        if args.kd_distill_type == 'logit':
+            return LogitDistillationTask(**common, temperature=args.kd_temperature)
+        return FeatureDistillationTask(**common)
+
+
+def trained_module(task: TrainingTask) -> nn.Module:
+    """What the optimizer trains: the model, or a wrapper around it."""
+    module = task.get_trainable_module()
+    assert module is not None  # only an average may be missing
+    return module
+
+
+def learning_rate(args: Namespace) -> float:
+    """The learning rate that --lr gives, or that follows from --lr-base and the images of an update."""
+    if args.lr:
+        return args.lr
+    images = args.batch_size * args.world_size * args.grad_accum_steps
+    adaptive = any(name in args.opt.lower() for name in ('ada', 'lamb'))
+    scale = args.lr_base_scale or ('sqrt' if adaptive else 'linear')
+    ratio = images / args.lr_base_size
+    lr = args.lr_base * (ratio**0.5 if scale == 'sqrt' else ratio)
+    _logger.info('learning rate: %g, for %g images an update (%s scaling)', lr, images, scale)
+    return lr
+
+
+def added_kernels(model: nn.Module) -> list[nn.Parameter]:
+    """Return the kernels and maps that a variant adds, which --variant-lr is for.
+
+    These are the parameters of a variant layer with more than one dimension, but for the stock weight and the layers
+    that compute an attention. Gammas, scales and biases have one dimension.
+    """
+    return [
+        parameter
+        for layer in variant_layers(model)
+        for name, parameter in layer.named_parameters()
+        if name != 'weight' and parameter.dim() > 1 and not name.startswith('attention.')
+    ]
+
+
+def create_optimizer(args: Namespace, model: nn.Module, module: nn.Module) -> torch.optim.Optimizer:
+    """Create timm's optimizer; with --variant-lr, the kernels that a variant adds are in groups of their own.
+
+    Args:
+        args: The arguments of the run.
+        model: The model, whose layers tell which parameters a variant adds.
+        module: What trains: the model, or the module of a task around it.
+    """
+    options: dict[str, Any] = {}
+    if args.variant_lr != 1:
+        options['param_group_fn'] = _groups_with_factor(args, {id(parameter) for parameter in added_kernels(model)})
+    with named_errors(f'--opt {args.opt}'):
+        return create_optimizer_v2(module, **optimizer_kwargs(cfg=args), **options, **args.opt_kwargs)
+
+
+def _groups_with_factor(args: Namespace, added: set[int]) -> Callable[[nn.Module], list[dict[str, Any]]]:
+    """Return a function that splits timm's groups of parameters: those in `added` get their own rate."""
+
+    def groups(module: Any) -> list[dict[str, Any]]:
+        rules = dict(weight_decay=args.weight_decay)
+        if hasattr(module, 'no_weight_decay'):
+            rules['no_weight_decay_list'] = module.no_weight_decay()
+        if args.layer_decay is None:
+            timms = param_groups_weight_decay(module, **rules)
+        else:
+            decay = dict(layer_decay=args.layer_decay, min_scale=args.layer_decay_min_scale)
+            timms = param_groups_layer_decay(module, **rules, **decay)
+        split = []
+        for group in timms:
+            scale = group.get('lr_scale', 1.0)
+            for members, factor in ((False, 1.0), (True, args.variant_lr)):
+                chosen = [parameter for parameter in group['params'] if (id(parameter) in added) == members]
+                if chosen:  # the schedules of timm multiply every rate by lr_scale
+                    split.append({**group, 'params': chosen, 'lr_scale': scale * factor})
+        return split
+
+    return groups
+
+
+def create_scheduler(args: Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> tuple[Any, int]:
+    """Create timm's schedule of the learning rate.
+
+    Args:
+        args: The arguments of the run.
+        optimizer: Its optimizer.
+        updates_per_epoch: Updates of an epoch.
+
+    Returns:
+        The schedule, None with --sched none, and the number of epochs until it ends.
+    """
+    with named_errors(f'--sched {args.sched}'):
+        scheduler, epochs = create_scheduler_v2(
+            optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch
+        )
+    if args.stop_epoch and args.stop_epoch > epochs:
+        raise ReparamError(f'--stop-epoch {args.stop_epoch}: the schedule has {epochs} epochs; give fewer')
+    return scheduler, epochs
+
+
+def wrap_model(args: Namespace, model: nn.Module, task: TrainingTask, device: torch.device) -> None:
+    """Compile and distribute what trains. The plain model shares its parameters and buffers."""
+    if args.torchcompile:
+        task.compile(backend=args.torchcompile)
+    if args.distributed:
+        _share_frozen_kernels(model, trained_module(task))
+        task.prepare_distributed(device_ids=None if device.type == 'cpu' else [device])
+
+
+def _share_frozen_kernels(model: nn.Module, module: nn.Module) -> None:
+    """Copy frozen kernels, RefConv's, from the first process to the others, once.
+
+    They are buffers, which DistributedDataParallel would send at every step.
+    """
+    frozen = [layer.weight for layer in variant_layers(model) if not isinstance(layer.weight, nn.Parameter)]
+    for kernel in frozen:
+        dense = kernel.contiguous()
+        dist.broadcast(dense, 0)
+        kernel.copy_(dense)
+    addresses = {kernel.data_ptr() for kernel in frozen}
+    names = [name for name, buffer in module.named_buffers() if buffer.data_ptr() in addresses]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+
+
+def clipped_parameters(args: Namespace, model: nn.Module, task: TrainingTask) -> list[nn.Parameter] | None:
+    """Parameters whose gradients are clipped; None without --clip-grad.
+
+    Adaptive clipping allows a gradient in proportion to the parameter. The parameters that a variant adds start at or
+    near zero, where that would all but freeze them: they are exempt, like the classifier.
+    """
+    if args.clip_grad is None:
+        return None
+    adaptive = args.clip_mode == 'agc'
+    parameters = list(task.get_clip_parameters(exclude_head=adaptive))
+    if not adaptive:
+        return parameters
+    added = {
+        parameter.data_ptr()
+        for layer in variant_layers(model)
+        for name, parameter in layer.named_parameters()
+        if name not in ('weight', 'bias')
+    }
+    return [parameter for parameter in parameters if parameter.data_ptr() not in added]
