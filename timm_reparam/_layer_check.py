@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from ._compare import differing_settings
-from .convert import is_variant
 from .fold import norm_scale_shift, scale_outputs
 from .layers.base import CALL_HOOKS, Fusible, exact, exact_copy
+from .variants import is_variant
 
 __all__ = [
     'ALGEBRA_BOUND',

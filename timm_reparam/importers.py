@@ -14,11 +14,11 @@ from timm.models import clean_state_dict
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from .convert import entries_by_module, fresh_layer, is_variant, listed_problems, prefix_remedy
 from .errors import ReparamError
 from .layers import ReparamLayer
 from .layers.base import Imported, conv_arguments
-from .variants import VARIANTS
+from .lift import entries_by_module, fresh_layer, listed_problems, prefix_remedy
+from .variants import VARIANTS, is_variant
 
 __all__ = ['export_state_dict', 'import_state_dict']
 

@@ -34,8 +34,10 @@ from timm.models._hub import save_config_for_hf
 from timm.utils import unwrap_model
 from torch import nn
 
-from ..convert import fuse_model, is_variant, record_options, stock_architecture, variant_of
 from ..errors import ReparamError
+from ..fuse import fuse_model
+from ..timm_model import record_options, stock_architecture
+from ..variants import is_variant, variant_of
 from ..verify import FusionReport, seeded_images, verify_fusion
 from .card import render_card
 from .facts import (
