@@ -21,7 +21,8 @@ from torch.nn.utils import prune
 import timm_reparam
 from timm_reparam import ACBlock2d, ReparamError, convert_model, fuse_model, is_variant, verify_fusion
 from timm_reparam._measure import cpu_allocations
-from timm_reparam.convert import lift_state_dict, record_options
+from timm_reparam.lift import lift_state_dict
+from timm_reparam.timm_model import record_options
 from timm_reparam.variants import VARIANTS
 
 STATIC = ('acconv', 'doconv', 'refconv')

@@ -17,8 +17,8 @@ from layers.cases import relative_difference
 from torch import nn
 
 from timm_reparam import fuse_model
-from timm_reparam.convert import stock_architecture
 from timm_reparam.hub import load_checkpoint
+from timm_reparam.timm_model import stock_architecture
 from timm_reparam.variants import VARIANTS
 
 pytestmark = pytest.mark.slow

@@ -24,12 +24,11 @@ from timm.utils import reparameterize_model
 
 import timm_reparam
 from timm_reparam import ReparamError, hub
-from timm_reparam.convert import variant_of
 from timm_reparam.hub.facts import sha256_of
 from timm_reparam.hub.gate import check_card
 from timm_reparam.hub.training import load_training
 from timm_reparam.hub.untrusted import check_folder
-from timm_reparam.variants import VARIANTS
+from timm_reparam.variants import VARIANTS, variant_of
 
 FIXTURES = Path(__file__).with_name('fixtures')
 FOLDERS = sorted(path.parent for path in FIXTURES.glob('*/*/config.json'))

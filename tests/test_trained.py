@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 import timm
 
-from timm_reparam.convert import variant_of
 from timm_reparam.hub import load_checkpoint, render_card, verify, verify_checkpoint
 from timm_reparam.hub.facts import read_facts, sha256_of
 from timm_reparam.hub.gate import check_card
 from timm_reparam.results import Summary, format_summary, read_results, summarize
-from timm_reparam.variants import VARIANTS
+from timm_reparam.variants import VARIANTS, variant_of
 
 sys.path.insert(0, str(Path(__file__).parent / 'benchmarks'))
 import accuracy  # noqa: E402

@@ -1,8 +1,9 @@
 """Over-parameterised convolutions for timm backbones: accuracy while training, the stock architecture afterwards."""
 
 from . import models  # registers the models with timm
-from .convert import convert_model, fuse_model, is_variant, plan_conversion
+from .convert import convert_model, plan_conversion
 from .errors import ReparamError
+from .fuse import fuse_model
 from .importers import export_state_dict, import_state_dict
 from .layers import (
     ACBlock2d,
@@ -14,6 +15,7 @@ from .layers import (
     RefConvTranspose2d,
 )
 from .models import register_variant
+from .variants import is_variant
 from .verify import FusionReport, LayerReport, verify_fusion
 from .version import __version__
 

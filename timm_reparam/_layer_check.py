@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from ._compare import differing_settings
-from .convert import is_variant
 from .fold import scale_outputs
 from .layers._base import CALL_HOOKS, Fusible
 from .layers._tensor import float64_copy, scale_shift, to_float64
+from .variants import is_variant
 
 __all__ = [
     'ALGEBRA_BOUND',

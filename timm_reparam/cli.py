@@ -17,8 +17,8 @@ from timm.utils import ParseKwargs
 from torch import nn
 
 from ._files import check_folder, write_whole
-from .convert import fuse_model, is_variant, stock_architecture, variant_of
 from .errors import ReparamError
+from .fuse import fuse_model
 from .hub import convert_checkpoint, fuse_checkpoint, load_checkpoint, publish, pull, sync, verify, verify_pair
 from .hub.client import limit_requests, one_line, without_secrets
 from .hub.facts import read_config
@@ -28,7 +28,8 @@ from .models._registry import ensure_registered, is_variant_name
 from .plot import check_plot, plot_curves, plot_gains, plot_kernels, plot_profiles
 from .profile import compare_profiles, format_csv, format_json, format_profiles
 from .results import format_summary, read_results, summarize
-from .variants import VARIANTS
+from .timm_model import stock_architecture
+from .variants import VARIANTS, is_variant, variant_of
 from .version import __version__
 
 __all__ = ['main']

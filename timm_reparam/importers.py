@@ -14,11 +14,12 @@ from timm.models import clean_state_dict
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from .convert import entries_by_module, fresh_layer, is_variant, listed_problems, prefix_remedy
 from .errors import ReparamError
 from .formats import FORMATS, Entries, TranslatedEntries
 from .layers import ReparamLayer
 from .layers._base import conv_arguments
+from .lift import entries_by_module, fresh_layer, listed_problems, prefix_remedy
+from .variants import is_variant
 
 __all__ = ['export_state_dict', 'import_state_dict']
 

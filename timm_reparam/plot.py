@@ -22,13 +22,12 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from ._files import check_folder, open_csv, write_whole
-from .convert import is_variant
 from .errors import ReparamError
 from .layers._base import Fusible
 from .layers._tensor import float64_copy, to_float64
 from .profile import Profile, reference_words, setting_words
 from .results import Summary, setup_words
-from .variants import colors
+from .variants import colors, is_variant
 
 __all__ = [
     'Curve',

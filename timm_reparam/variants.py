@@ -1,6 +1,9 @@
 """The table of variants, one line each; every list of methods is read from it when it is needed."""
 
 from dataclasses import dataclass, field
+from typing import TypeGuard
+
+import torch.nn as nn
 
 from .errors import ReparamError
 from .layers import (
@@ -14,7 +17,7 @@ from .layers import (
     ReparamLayer,
 )
 
-__all__ = ['STOCK', 'VARIANTS', 'Variant', 'colors', 'known_variant', 'run_methods']
+__all__ = ['STOCK', 'VARIANTS', 'Variant', 'colors', 'is_variant', 'known_variant', 'run_methods', 'variant_of']
 
 # What a results file calls a run without a variant, and its colour in pictures.
 STOCK = ('stock', 'tab:gray')
@@ -64,6 +67,20 @@ def known_variant(name: str) -> Variant:
     if name not in VARIANTS:
         raise ReparamError(f'unknown variant {name!r}; the variants are: {", ".join(sorted(VARIANTS))}')
     return VARIANTS[name]
+
+
+def is_variant(module: nn.Module) -> TypeGuard[ReparamLayer]:
+    """Whether a module is an over-parameterised convolution of this package."""
+    return isinstance(module, ReparamLayer)
+
+
+def variant_of(model: nn.Module) -> str | None:
+    """Name of the variant whose layers a model holds, or None for a model without any."""
+    for module in model.modules():
+        for name, variant in VARIANTS.items():
+            if isinstance(module, variant.layers):
+                return name
+    return None
 
 
 def run_methods() -> dict[str, str | None]:

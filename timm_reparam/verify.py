@@ -29,10 +29,12 @@ from ._layer_check import (
     sizes,
     worst_ratio,
 )
-from .convert import architecture_of, fuse_model, unwrap, unwrap_converted, with_fused_layers
+from .convert import unwrap
 from .errors import ReparamError
+from .fuse import fuse_model, unwrap_converted, with_fused_layers
 from .layers._base import Fusible
 from .layers._tensor import autocast_disabled, float64_copy, kept_tensors
+from .timm_model import architecture_of
 
 __all__ = ['FusionReport', 'LayerReport', 'verify_fusion']
 

@@ -54,7 +54,6 @@ from torch import nn
 from timm_reparam import ACBlock2d, fuse_model, plan_conversion, register_variant, verify_fusion
 from timm_reparam._files import write_whole
 from timm_reparam._measure import device_name
-from timm_reparam.convert import variant_of
 from timm_reparam.hub.facts import read_facts
 from timm_reparam.hub.folder import add_facts, save_checkpoint, save_pair
 from timm_reparam.layers import RefConv2d
@@ -69,7 +68,7 @@ from timm_reparam.results import (
     setup_of,
     summarize,
 )
-from timm_reparam.variants import run_methods
+from timm_reparam.variants import run_methods, variant_of
 
 NUM_CLASSES, SIDE, CROP_PADDING = 10, 32, 4
 # Largest number of images that are evaluated at once.

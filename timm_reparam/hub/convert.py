@@ -10,10 +10,12 @@ from timm.models import load_state_dict
 from timm.models._hub import load_model_config_from_path
 from torch import nn
 
-from ..convert import fuse_model, prefix_remedy, stock_architecture, variant_of
 from ..errors import ReparamError
+from ..fuse import fuse_model
+from ..lift import prefix_remedy
 from ..models._registry import cfg_with_weights, ensure_registered, is_variant_name, saved_arguments
-from ..variants import VARIANTS
+from ..timm_model import stock_architecture
+from ..variants import VARIANTS, variant_of
 from ..verify import FusionReport, verify_fusion
 from .facts import WEIGHTS_NAME, read_config, read_facts, sha256_of
 from .folder import (

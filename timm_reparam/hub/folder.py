@@ -35,8 +35,10 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from .._files import flush
-from ..convert import fuse_model, is_variant, record_options, stock_architecture, variant_of
 from ..errors import ReparamError
+from ..fuse import fuse_model
+from ..timm_model import record_options, stock_architecture
+from ..variants import is_variant, variant_of
 from ..verify import FusionReport, seeded_images, verify_fusion
 from .card import render_card
 from .facts import (

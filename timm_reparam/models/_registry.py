@@ -26,10 +26,12 @@ from timm.models import (
 from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureHookNet
 
 from .._defaults import with_defaults_of_0_1_0
-from ..convert import convert_model, is_variant, lift_state_dict, record_options
+from ..convert import convert_model
 from ..errors import ReparamError
 from ..importers import import_state_dict
-from ..variants import VARIANTS, known_variant
+from ..lift import lift_state_dict
+from ..timm_model import record_options
+from ..variants import VARIANTS, is_variant, known_variant
 from ._backbones import BACKBONES
 
 __all__ = ['register_families', 'register_variant']

@@ -20,9 +20,9 @@ from timm.task import TrainingTask
 from torch import nn
 
 from .._files import write_whole
-from ..convert import record_options
 from ..errors import ReparamError
 from ..hub.training import read_training
+from ..timm_model import record_options
 from .model import architecture_of
 from .rng import restore_random_state
 

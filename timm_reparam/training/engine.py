@@ -16,8 +16,9 @@ from timm.data import Mixup
 from timm.task import TrainingTask, evaluation_sample_limit
 from torch import nn
 
-from ..convert import fuse_model, is_variant
 from ..errors import ReparamError
+from ..fuse import fuse_model
+from ..variants import is_variant
 from ..verify import FusionReport, verify_fusion
 from .checkpoint import CheckpointState, Position, Saver
 from .data import prepare_batch, set_epoch

@@ -20,12 +20,11 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask, TrainingTask
 from torch import nn
 
-from ..convert import is_variant, variant_of
 from ..errors import ReparamError
 from ..hub.client import CLIENT_ERRORS, one_line
 from ..layers import ReparamLayer
 from ..models import register_variant
-from ..variants import VARIANTS
+from ..variants import VARIANTS, is_variant, variant_of
 
 __all__ = [
     'TIMM_ERRORS',

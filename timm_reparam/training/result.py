@@ -13,13 +13,13 @@ import torch
 from timm.task import TrainingTask
 from torch import nn
 
-from ..convert import is_variant, variant_of
 from ..errors import ReparamError
 from ..hub import base_model_facts, check_pair, folder_name, publish, save_checkpoint, save_pair
 from ..hub.client import check_repo_id, limit_requests
 from ..hub.facts import missing_license
 from ..hub.training import told_settings
 from ..profile import compare_profiles, format_comparison, format_profiles
+from ..variants import is_variant, variant_of
 from ..version import __version__
 from .data import class_names, prepare_batch
 from .engine import fuse_form, noise_images, verify_form
