@@ -3,7 +3,8 @@
 A variant is a small subclass of ``nn.Conv2d`` (or ``nn.ConvTranspose2d``) whose ``weight`` and ``bias`` keep the stock
 names and shapes; everything a method adds lies beside them and is a residual from identity. A method is one file beside
 this one: a class that derives from :class:`ReparamLayer` and the torch layer, and that writes down what it adds
-(``__init__``), how that starts (``_init_variant``) and the kernel it stands for (``_compose``).
+(``__init__``), how that starts (``_init_variant``) and the kernel it stands for (``_compose``). A method that is more
+than one convolution with that kernel also has its own ``_forward_impl``.
 """
 
 import dataclasses

@@ -92,17 +92,7 @@ class ACConv2d(ReparamConv2d):
     With ``branch_norm='none'`` the layer is ``y = scale * (W + W_v + W_h)*x``, one convolution in training as well.
 
     Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        kernel_size: Sides of the kernel, odd.
-        stride: Stride of the convolution.
-        padding: Zeros (see padding_mode) added to each side of the input, or 'same' or 'valid'.
-        dilation: Spacing between kernel elements.
-        groups: Blocked connections from input to output channels.
-        bias: Whether the output gets a learned bias.
-        padding_mode: 'zeros', 'reflect', 'replicate' or 'circular'.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
+        in_channels, ..., dtype: As in ``nn.Conv2d``; kernel sides are odd.
         branch_norm: 'batch' scales each branch by its variance, 'none' adds the kernels as they are.
         gamma_init: Start of gamma with init='scratch' (default 1); 'batch' only.
         scale: Factor on the sum of the kernels; 'none' only.

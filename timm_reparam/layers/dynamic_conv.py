@@ -97,17 +97,7 @@ class DynamicConv2d(TemperatureSchedule, PerSampleConv2d):
     Paper: `Dynamic Convolution: Attention over Convolution Kernels` - https://arxiv.org/abs/1912.03458
 
     Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        kernel_size: Sides of the kernel.
-        stride: Stride of the convolution.
-        padding: Zeros (see padding_mode) added to each side of the input, or 'same' or 'valid'.
-        dilation: Spacing between kernel elements.
-        groups: Blocked connections from input to output channels.
-        bias: Whether the output gets K learned biases.
-        padding_mode: 'zeros', 'reflect', 'replicate' or 'circular'.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
+        in_channels, ..., dtype: As in ``nn.Conv2d``; with `bias` there are K biases.
         num_kernels: K, the number of kernels.
         reduction: The attention's hidden layer has in_channels // reduction features (at least 4).
         temperature: T at the start, at least 1, or None for no schedule.
