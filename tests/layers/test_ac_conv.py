@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from timm_reparam import ReparamError
 from timm_reparam.layers import ACBlock2d, ACConv2d
-from timm_reparam.layers._branches import add_scaled
+from timm_reparam.layers._branches import add_on_middle, add_scaled
 
 from . import oracles
 from .cases import (
@@ -282,6 +282,45 @@ def test_gradients_of_branches_in_either_layout(layout: torch.memory_format) -> 
         gradients.append([tensor.grad for tensor in inputs])
     for found, expected in zip(*gradients, strict=True):
         assert relative_difference(found, expected) <= ALGEBRA
+
+
+@pytest.mark.parametrize('count', [1, 3])
+def test_any_number_of_branches(count: int) -> None:
+    random = generator(1)
+    tensors = [torch.randn(2, 3, 4, 5, generator=random, dtype=torch.float64) for _ in range(count + 1)]
+    gammas = torch.randn(count, 3, generator=random, dtype=torch.float64)
+    gradients = []
+    for ours in (True, False):
+        y, *branches, scales = inputs = [tensor.clone().requires_grad_() for tensor in (*tensors, gammas)]
+        if ours:
+            sum_, variances = add_scaled(y.clone(), branches, scales, 1e-2)
+            assert variances.shape == (count, 3)
+        else:
+            norms = [branch.var((0, 2, 3), unbiased=False) for branch in branches]
+            factors = [(scale / (norm + 1e-2).sqrt()).view(-1, 1, 1) for scale, norm in zip(scales, norms)]
+            sum_ = y + sum(factor * branch for factor, branch in zip(factors, branches))
+        gradients.append([sum_, *torch.autograd.grad(sum_.square().sum(), inputs)])
+    for found, expected in zip(*gradients, strict=True):
+        assert relative_difference(found, expected) <= ALGEBRA
+
+
+def test_kernels_of_any_size_are_added_on_the_middle() -> None:
+    kernel = torch.zeros(1, 1, 5, 3, requires_grad=True)
+    sizes, insets = [(5, 1), (1, 3), (3, 3), (1, 1), (5, 3)], [(0, 1), (2, 0), (1, 0), (2, 1), (0, 0)]
+    branches = [torch.ones(1, 1, *size, requires_grad=True) for size in sizes]
+    found = add_on_middle(kernel, branches, insets)
+    assert found[0, 0].tolist() == [[1, 2, 1], [2, 3, 2], [3, 5, 3], [2, 3, 2], [1, 2, 1]]
+    found.sum().backward()
+    assert all(torch.equal(each.grad, torch.ones_like(each)) for each in (kernel, *branches))
+
+
+def test_gradients_of_a_1x1_kernel_accumulate() -> None:
+    """The three kernels get the same gradient, and each needs memory of its own for it."""
+    layer = ACConv2d(2, 2, 1, branch_norm='none')
+    for passes in (1, 2, 3):
+        layer(torch.ones(1, 2, 1, 1)).sum().backward()
+        for weight in (layer.weight, layer.vertical_weight, layer.horizontal_weight):
+            assert torch.equal(weight.grad, torch.full_like(weight, passes))
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])

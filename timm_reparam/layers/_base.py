@@ -3,7 +3,8 @@
 A variant is a small subclass of ``nn.Conv2d`` (or ``nn.ConvTranspose2d``) whose ``weight`` and ``bias`` keep the stock
 names and shapes; everything a method adds lies beside them and is a residual from identity. A method is one file beside
 this one: a class that derives from :class:`ReparamLayer` and the torch layer, and that writes down what it adds
-(``__init__``), how that starts (``_init_variant``) and the kernel it stands for (``_compose``).
+(``__init__``), how that starts (``_init_variant``) and the kernel it stands for (``_compose``). A method that is more
+than one convolution with that kernel also has its own ``_forward_impl``.
 """
 
 import dataclasses
@@ -36,8 +37,6 @@ __all__ = [
     'ReparamConvTranspose2d',
     'check_init',
     'conv_arguments',
-    'fx_leaf',
-    'is_symbolic',
 ]
 
 PaddingMode = Literal['zeros', 'reflect', 'replicate', 'circular']
@@ -54,12 +53,7 @@ HOOKS = (
 )
 
 
-def is_symbolic(x: Any) -> bool:
-    """Whether torch.fx is tracing with this input."""
-    return isinstance(x, Proxy)
-
-
-def fx_leaf(layer: nn.Module, *inputs: Any) -> Any:
+def _fx_leaf(layer: nn.Module, *inputs: Any) -> Any:
     """A call of the layer as one node of the graph that torch.fx is tracing, as for torch's own layers."""
     tracer = inputs[0].tracer
     return tracer.create_proxy('call_module', tracer.path_of_module(layer), inputs, {})
@@ -463,28 +457,36 @@ class ReparamConv2d(ReparamLayer, nn.Conv2d):
         self.tf_same = isinstance(conv, Conv2dSame)
 
     def _pad(self, x: torch.Tensor) -> torch.Tensor:
-        """The input with the padding of the plain convolution around it."""
+        """The input with all the padding of the plain convolution around it."""
         if self.tf_same:
             # timm declares lists
             return pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
         mode = 'constant' if self.padding_mode == 'zeros' else self.padding_mode
         return F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
 
+    def _pad_partly(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """The input, padded if a convolution cannot pad it so, and the padding that is left to the convolution."""
+        left, right, top, bottom = self._reversed_padding_repeated_twice
+        if self.tf_same or self.padding_mode != 'zeros' or (left, top) != (right, bottom):
+            return self._pad(x), (0, 0)
+        return x, (top, left)
+
     def _convolve(self, x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """One convolution with `kernel` and `bias`, padded as the plain convolution pads."""
         if self.tf_same:
-            # timm declares lists
-            x = pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
-            return F.conv2d(x, kernel, bias, self.stride, (0, 0), self.dilation, self.groups)
+            return F.conv2d(self._pad(x), kernel, bias, self.stride, (0, 0), self.dilation, self.groups)
         return self._conv_forward(x, kernel, bias)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Convolve (batch, in_channels, height, width) with the equivalent kernel."""
+        """Convolve (batch, in_channels, height, width), batched or unbatched."""
         if not torch.jit.is_scripting():
-            if is_symbolic(input):
-                return fx_leaf(self, input)
+            if isinstance(input, Proxy):  # torch.fx is tracing
+                return _fx_leaf(self, input)
             self._warn_of_training()
-        return self._convolve(input, self.equivalent_kernel(), self.bias)
+        return self._forward_impl(input)
+
+    def _forward_impl(self, x: torch.Tensor) -> torch.Tensor:
+        return self._convolve(x, self.equivalent_kernel(), self.bias)
 
 
 @register_notrace_module
@@ -498,8 +500,8 @@ class ReparamConvTranspose2d(ReparamLayer, nn.ConvTranspose2d):
     def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
         """Transposed convolution of (batch, in_channels, height, width) with the equivalent kernel."""
         if not torch.jit.is_scripting():
-            if is_symbolic(input):
-                return fx_leaf(self, input, output_size)
+            if isinstance(input, Proxy):  # torch.fx is tracing
+                return _fx_leaf(self, input, output_size)
             self._warn_of_training()
         return self._convolve(input, self.equivalent_kernel(), self.bias, output_size)
 

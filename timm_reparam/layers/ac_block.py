@@ -33,16 +33,8 @@ class ACBlock2d(Fusible):
     Official code: https://github.com/DingXiaoH/ACNet
 
     Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        kernel_size: Sides of the square kernel, odd.
-        stride: Stride of the convolutions.
-        padding: Padding of the square convolution, or 'same' or 'valid'; the thin ones are aligned with it.
-        dilation: Spacing between kernel elements.
-        groups: Blocked connections from input to output channels.
-        padding_mode: 'zeros', 'reflect', 'replicate' or 'circular'.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
+        in_channels, ..., dtype: As in ``nn.Conv2d``, without `bias`. Kernel sides are odd. The padding is that of the
+            square convolution; the thin ones are aligned with it.
         affine: Whether the three norms have a learned scale and shift.
         gamma_init: Start of the scale of all three norms (default 1).
         reduce_gamma: Start the scale of all three norms at 1/3.

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .._defaults import DEFAULTS_OF_0_1_0
 from ..errors import ReparamError
-from ._base import Method, PaddingMode, ReparamConv2d, fx_leaf, is_symbolic
+from ._base import Method, PaddingMode, ReparamConv2d
 from ._branch_norm import BranchNorm, BranchStatistics
 from ._branches import (
     add_on_middle,
@@ -92,17 +92,7 @@ class ACConv2d(ReparamConv2d):
     With ``branch_norm='none'`` the layer is ``y = scale * (W + W_v + W_h)*x``, one convolution in training as well.
 
     Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        kernel_size: Sides of the kernel, odd.
-        stride: Stride of the convolution.
-        padding: Zeros (see padding_mode) added to each side of the input, or 'same' or 'valid'.
-        dilation: Spacing between kernel elements.
-        groups: Blocked connections from input to output channels.
-        bias: Whether the output gets a learned bias.
-        padding_mode: 'zeros', 'reflect', 'replicate' or 'circular'.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
+        in_channels, ..., dtype: As in ``nn.Conv2d``; kernel sides are odd.
         branch_norm: 'batch' scales each branch by its variance, 'none' adds the kernels as they are.
         gamma_init: Start of gamma with init='scratch' (default 1); 'batch' only.
         scale: Factor on the sum of the kernels; 'none' only.
@@ -255,23 +245,13 @@ class ACConv2d(ReparamConv2d):
         scaled_horizontal = horizontal_scale.view(-1, 1, 1, 1) * horizontal
         return add_on_middle(self.weight, [scaled_vertical, scaled_horizontal], _insets(self.kernel_size))
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Convolve (batch, in_channels, height, width)."""
-        if not torch.jit.is_scripting():
-            if is_symbolic(input):
-                return fx_leaf(self, input)
-        x = input
+    def _forward_impl(self, x: torch.Tensor) -> torch.Tensor:
         if self.vertical_gamma is None:
             return self._convolve(x, self.equivalent_kernel(), self.bias)
         if not self.vertical_norm.training:
             return self._convolve(x, self.equivalent_kernel(), self.bias)
         y = self._convolve(x, self.weight, self.bias)
-        if self.tf_same or self.padding_mode != 'zeros':
-            x = self._pad(x)
-            padding = (0, 0)
-        else:
-            # left and right, top and bottom are equal: sides are odd
-            padding = (self._reversed_padding_repeated_twice[2], self._reversed_padding_repeated_twice[0])
+        x, padding = self._pad_partly(x)
         weights: list[torch.Tensor] = [self.vertical_weight, self.horizontal_weight]
         gammas = torch.stack([self.vertical_gamma, self.horizontal_gamma])
         # gradients of torch.func cannot be checkpointed

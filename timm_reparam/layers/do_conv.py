@@ -160,17 +160,7 @@ class DOConv2d(_DepthwiseOverParameterised, ReparamConv2d):
     the official code's reshape pairs D with the wrong channels there. A 1x1 kernel gets no D, as in the official code.
 
     Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        kernel_size: Sides of the kernel.
-        stride: Stride of the convolution.
-        padding: Zeros (see padding_mode) added to each side of the input, or 'same' or 'valid'.
-        dilation: Spacing between kernel elements.
-        groups: Blocked connections from input to output channels.
-        bias: Whether the output gets a learned bias.
-        padding_mode: 'zeros', 'reflect', 'replicate' or 'circular'.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
+        in_channels, ..., dtype: As in ``nn.Conv2d``.
         depth_multiplier: Columns of D, at least kh*kw (the default).
 
     Raises:
@@ -232,18 +222,7 @@ class DOConvTranspose2d(_DepthwiseOverParameterised, ReparamConvTranspose2d):
     kw) leads with the input channel.
 
     Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        kernel_size: Sides of the kernel.
-        stride: Stride of the convolution.
-        padding: ``dilation * (kernel_size - 1) - padding`` zeros are added to each side of the input.
-        output_padding: Size added to one side of the output.
-        groups: Blocked connections from input to output channels.
-        bias: Whether the output gets a learned bias.
-        dilation: Spacing between kernel elements.
-        padding_mode: 'zeros', the only one that transposed convolutions have.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
+        in_channels, ..., dtype: As in ``nn.ConvTranspose2d``.
         depth_multiplier: Columns of D, at least kh*kw (the default).
 
     Raises:

@@ -10,25 +10,23 @@ Paper: `Dynamic Convolution: Attention over Convolution Kernels` - https://arxiv
     start:  fc2 = 0, so pi is uniform, every coefficient is 0 and every sample's kernel is W, bit for bit
 """
 
-import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import is_exportable
-from timm.layers.padding import pad_same
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..errors import ReparamError
-from ._base import Method, PaddingMode, ReparamConv2d, conv_arguments, fx_leaf, is_symbolic
+from ._base import Method, PaddingMode, conv_arguments
+from ._per_sample import PerSampleConv2d
+from ._temperature import TemperatureSchedule, check_integer
 from ._tensor import (
     autocast_disabled,
     fast_uniform_,
     float64_copy,
-    is_tracing_or_transforming,
     is_transforming,
     materialize,
 )
@@ -55,49 +53,6 @@ _MIN_HIDDEN = 4
 _LIFT_RESIDUAL = 0.1
 
 
-def _temperature(position: torch.Tensor, steps: torch.Tensor, start: float) -> torch.Tensor:
-    """Temperature at a position of the schedule, falling linearly from `start` to 1 over `steps`, in float32."""
-    # not the quotient of the integers, which is of whatever dtype is the default one
-    return 1 + (start - 1) * (1 - position.float() / steps).clamp(min=0)
-
-
-def _inside_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
-def _take_step(
-    position: torch.Tensor, pending: torch.Tensor, steps: torch.Tensor, start: float, counts: bool
-) -> torch.Tensor:
-    """Temperature of a training-mode forward pass, which moves the schedule if the pass counts.
-
-    Gradient checkpointing runs a pass twice, the second time inside the backward pass. A first pass with gradients
-    counts at once. One without (reentrant checkpointing) is pending, and the second one counts. So a pass without
-    gradients that no backward pass repeats, as in ``update_bn``, never counts.
-    """
-    if _inside_backward():
-        temperature = _temperature(position - 1 + pending, steps, start)
-        position.add_(pending)
-        pending.zero_()
-        return temperature
-    temperature = _temperature(position, steps, start)
-    if counts:
-        position.add_(1)
-    pending.fill_(0 if counts else 1)
-    return temperature
-
-
-# One opaque operation for torch.compile: it would otherwise recompute the temperature in the backward pass, from a
-# position that has moved on by then, and could not tell a repeated pass, which only shows at run time.
-_take_step_compiled = torch.library.custom_op(
-    'timm_reparam::take_step', _take_step, mutates_args={'position', 'pending'}
-)
-
-
-@_take_step_compiled.register_fake
-def _(position: torch.Tensor, pending: torch.Tensor, steps: torch.Tensor, start: float, counts: bool) -> torch.Tensor:
-    return torch.empty((), device=position.device)
-
-
 class KernelAttention(nn.Module):
     """Squeeze-and-excitation style attention: pooled features to one logit a kernel.
 
@@ -119,41 +74,7 @@ class KernelAttention(nn.Module):
         return self.fc2(F.relu(self.fc1(pooled)))
 
 
-class _Mix(torch.autograd.Function):
-    """``mean + coefficients @ residuals``, (batch, elements), as one product with fewer passes over the result.
-
-    The products with coefficients of 1 and 0 are exact in float32 on the CPU, though not in TF32 on a GPU.
-    """
-
-    generate_vmap_rule = True  # for what checkpointing repeats in a batched backward pass, where nothing is batched
-
-    @staticmethod
-    def is_faster(coefficients: torch.Tensor, mean: torch.Tensor, residuals: torch.Tensor) -> bool:
-        """Whether there are enough samples to make up for a copy of the K kernels."""
-        plain = coefficients.device.type == 'cpu' and not is_tracing_or_transforming([coefficients, mean, residuals])
-        return plain and len(coefficients) >= 8
-
-    @staticmethod
-    def forward(coefficients: torch.Tensor, mean: torch.Tensor, residuals: torch.Tensor) -> torch.Tensor:
-        return torch.mm(_with_ones(coefficients), torch.cat([mean, residuals]))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        coefficients, _, residuals = inputs
-        ctx.save_for_backward(coefficients, residuals)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        (gradient,), (coefficients, residuals) = gradients, ctx.saved_tensors
-        for_kernels = torch.mm(_with_ones(coefficients).t(), gradient)
-        return torch.mm(gradient, residuals.t()), for_kernels[:1], for_kernels[1:]
-
-
-def _with_ones(coefficients: torch.Tensor) -> torch.Tensor:
-    return F.pad(coefficients, (1, 0), value=1.0)
-
-
-class DynamicConv2d(ReparamConv2d):
+class DynamicConv2d(TemperatureSchedule, PerSampleConv2d):
     """Dynamic convolution, ``y_b = (sum_k pi_k(x_b) W_k) * x_b + sum_k pi_k(x_b) b_k`` for each sample b.
 
     K kernels are mixed by an attention ``pi(x) = softmax(fc2(relu(fc1(avgpool(x)))) / T)``. Held as the mean kernel
@@ -162,35 +83,21 @@ class DynamicConv2d(ReparamConv2d):
     attention sums to one, the sample's kernel is ``W + sum_k (pi_k - pi_K) R_k``. Biases are held likewise.
 
     The temperature falls linearly from `temperature` to 1 over `temperature_steps` training-mode forward passes of this
-    layer, in any training loop: position and length are buffers, so the schedule is saved, moved and resumed with the
-    model. A pass that gradient checkpointing repeats counts once, at one temperature (that of the latest one, where a
-    layer runs several times before the backward pass). A pass under ``torch.no_grad``, as in
-    ``torch.optim.swa_utils.update_bn``, does not count. Evaluation uses the current temperature. With
-    ``temperature=None`` there is no schedule and T = 1: the form for inference.
+    layer, in any training loop, and stays there; evaluation uses the current temperature. A pass that gradient
+    checkpointing repeats counts once, and one under ``torch.no_grad`` does not count. Position and length are buffers,
+    so the schedule is saved, moved and resumed with the model. With ``temperature=None`` there is no schedule and
+    T = 1: the form for inference.
 
     The kernel depends on the input, so there is no equivalent kernel; :meth:`fuse` gives the form for inference.
 
-    There are two ways to compute it. Either each sample is convolved with its own mix of the kernels: by a matrix
-    product for each sample where kernels are 1x1, elsewhere by one convolution with batch * groups groups. Or the
-    outputs of K convolutions are mixed: K times the arithmetic, but no kernel for each sample, which is less where
-    there are few output positions. Built under timm's ``set_exportable(True)``
-    (``create_model(..., exportable=True)``), and in any export to ONNX, the layer always mixes outputs, which is a
-    graph of fixed shape; so it does in ``torch.jit.trace``, 1x1 kernels aside.
+    The layer mixes kernels or outputs, whichever is faster on the input. Built under timm's ``set_exportable(True)``
+    (``create_model(..., exportable=True)``), and in any export to ONNX, it always mixes outputs, which is a graph of
+    fixed shape; so it does in ``torch.jit.trace``, 1x1 kernels aside.
 
     Paper: `Dynamic Convolution: Attention over Convolution Kernels` - https://arxiv.org/abs/1912.03458
 
     Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        kernel_size: Sides of the kernel.
-        stride: Stride of the convolution.
-        padding: Zeros (see padding_mode) added to each side of the input, or 'same' or 'valid'.
-        dilation: Spacing between kernel elements.
-        groups: Blocked connections from input to output channels.
-        bias: Whether the output gets K learned biases.
-        padding_mode: 'zeros', 'reflect', 'replicate' or 'circular'.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
+        in_channels, ..., dtype: As in ``nn.Conv2d``; with `bias` there are K biases.
         num_kernels: K, the number of kernels.
         reduction: The attention's hidden layer has in_channels // reduction features (at least 4).
         temperature: T at the start, at least 1, or None for no schedule.
@@ -200,16 +107,8 @@ class DynamicConv2d(ReparamConv2d):
         ReparamError: an option out of its range.
     """
 
-    __constants__ = [*ReparamConv2d.__constants__, 'exportable']
     method = _METHOD
     input_dependent = True
-    schedule_options = ('temperature', 'temperature_steps')
-    if TYPE_CHECKING:  # not for TorchScript, which then would not know whether they are None
-        residual_weight: torch.Tensor
-        residual_bias: torch.Tensor | None
-        temperature_position: torch.Tensor | None
-        temperature_steps: torch.Tensor  # None with temperature_position
-        temperature_pending: torch.Tensor  # likewise
 
     def __init__(
         self,
@@ -230,14 +129,9 @@ class DynamicConv2d(ReparamConv2d):
         temperature: float | None = 30.0,
         temperature_steps: int = 10_000,
     ) -> None:
-        _check_integer('num_kernels', num_kernels, 2)
-        _check_integer('reduction', reduction, 1)
-        _check_integer('temperature_steps', temperature_steps, 1)
-        is_number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
-        if temperature is not None and not (is_number and 1 <= temperature < math.inf):
-            raise ReparamError(
-                f'DynamicConv2d: temperature must be a number of at least 1, or None, got {temperature!r}'
-            )
+        check_integer('DynamicConv2d', 'num_kernels', num_kernels, 2)
+        check_integer('DynamicConv2d', 'reduction', reduction, 1)
+        self.check_schedule('DynamicConv2d', temperature, temperature_steps)
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
@@ -245,7 +139,6 @@ class DynamicConv2d(ReparamConv2d):
         self.num_kernels = num_kernels
         self.reduction = reduction
         self.exportable = is_exportable()
-        self.temperature = None if temperature is None else float(temperature)
         shape = self.weight.shape
         # 4-D, because model.to(memory_format=torch.channels_last) refuses 5-D parameters
         self.residual_weight = nn.Parameter(torch.empty((num_kernels - 1) * shape[0], *shape[1:], **factory))
@@ -255,30 +148,13 @@ class DynamicConv2d(ReparamConv2d):
         self.attention = KernelAttention(
             in_channels, max(in_channels // reduction, _MIN_HIDDEN), num_kernels, device=device, dtype=dtype
         )
-        # Integers: a float counter stops at 256 in bfloat16, and weight averaging would average it.
-        schedule = dict(dtype=torch.int64, device=device)
-        scheduled = temperature is not None
-        self.register_buffer('temperature_position', torch.zeros((), **schedule) if scheduled else None)
-        self.register_buffer('temperature_steps', torch.zeros((), **schedule) if scheduled else None)
-        # whether a pass without gradients waits to be repeated, see _take_step
-        self.register_buffer(
-            'temperature_pending', torch.zeros((), **schedule) if scheduled else None, persistent=False
-        )
-        self._length = temperature_steps
+        self._add_schedule(temperature, temperature_steps, device)
         self._complete = True
         self._start('scratch')
 
     @classmethod
     def selects(cls, conv: _ConvNd, is_stem: bool) -> bool:
         return not is_stem
-
-    def options(self) -> dict[str, Any]:
-        return dict(super().options(), temperature_steps=self._length)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        if self.temperature_steps is not None and not self.temperature_steps.is_meta:
-            self._length = int(self.temperature_steps)
 
     def _stacks(self) -> dict[str, torch.Tensor]:
         """All K kernels (num_kernels, *weight.shape) as `weight`, all K biases as `bias` if there are any."""
@@ -320,49 +196,6 @@ class DynamicConv2d(ReparamConv2d):
         if self.temperature is not None:
             self.reset_temperature()
 
-    def reset_temperature(self, steps: int | None = None) -> None:
-        """Start the temperature's schedule again.
-
-        Args:
-            steps: New length of the schedule in training-mode forward passes; None keeps it.
-
-        Raises:
-            ReparamError: steps is not a positive integer, or the layer has no schedule.
-        """
-        if self.temperature_position is None:
-            raise ReparamError(
-                'DynamicConv2d: this layer has no temperature schedule (temperature=None) to start again'
-            )
-        if steps is not None:
-            _check_integer('steps', steps, 1)
-            self.temperature_steps.fill_(steps)
-            self._length = steps
-        self.temperature_position.zero_()
-        self.temperature_pending.zero_()
-
-    def current_temperature(self) -> torch.Tensor:
-        """The temperature of evaluation and of the next training-mode forward pass, as a 0-dim tensor."""
-        return self._temperature_at(self.temperature_position)
-
-    def _temperature_at(self, position: torch.Tensor | None) -> torch.Tensor:
-        if position is None or self.temperature is None or self.temperature_steps is None:
-            return torch.ones((), device=self.weight.device)
-        return _temperature(position, self.temperature_steps, self.temperature)
-
-    def _next_temperature(self) -> torch.Tensor:
-        """Temperature of this forward pass, which counts if it is one of training."""
-        position = self.temperature_position
-        if position is None or self.temperature is None or not self.training:
-            return self._temperature_at(position)
-        counts = torch.is_grad_enabled()
-        if not torch.jit.is_scripting():
-            take_step = _take_step_compiled if torch.compiler.is_compiling() else _take_step
-            return take_step(position, self.temperature_pending, self.temperature_steps, self.temperature, counts)
-        temperature = self._temperature_at(position)
-        if counts:
-            position.add_(1)
-        return temperature
-
     def _coefficients(self, x: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
         """pi_k - pi_K, (batch, num_kernels - 1), in the parameters' dtype."""
         # not x.mean, whose gradient is a tensor of the input's size; in float32 at least, float16 is soon too small
@@ -372,15 +205,6 @@ class DynamicConv2d(ReparamConv2d):
         attention = _softmax(logits / temperature)
         others, last = attention.split([self.num_kernels - 1, 1], dim=1)
         return others - last
-
-    def _mix(self, coefficients: torch.Tensor, mean: torch.Tensor, residuals: torch.Tensor) -> torch.Tensor:
-        """mean + sum_k coefficients_k residuals_k for each sample, (batch, *mean.shape)."""
-        flat, residuals = mean.reshape(1, -1), residuals.reshape(self.num_kernels - 1, -1)
-        if torch.jit.is_scripting() or not _Mix.is_faster(coefficients, flat, residuals):
-            mixed = flat + torch.matmul(coefficients, residuals)
-        else:
-            mixed = _Mix.apply(coefficients, flat, residuals)
-        return mixed.unflatten(1, mean.shape)
 
     def sample_kernels(self, x: torch.Tensor) -> torch.Tensor:
         """The kernel of each sample at the current temperature; the schedule is not advanced.
@@ -420,12 +244,7 @@ class DynamicConv2d(ReparamConv2d):
             'for the kernels of a batch, or fuse() for the form for inference'
         )
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Convolve each sample of (batch, in_channels, height, width) with its own kernel."""
-        if not torch.jit.is_scripting():
-            if is_symbolic(input):
-                return fx_leaf(self, input)
-        x = input
+    def _forward_impl(self, x: torch.Tensor) -> torch.Tensor:
         unbatched = x.dim() == 3
         if unbatched:
             x = x.unsqueeze(0)
@@ -435,119 +254,8 @@ class DynamicConv2d(ReparamConv2d):
         else:
             with autocast_disabled(self.weight.device.type):
                 coefficients = self._coefficients(x, temperature)
-        if self._is_static():
-            y = self._mix_outputs(x, coefficients)
-        elif not self._has_few_positions(x):
-            y = self._mix_kernels(x, coefficients)
-        elif self._is_pointwise() and self.groups == 1:
-            y = self._mix_outputs_1x1(x, coefficients)
-        else:
-            y = self._mix_outputs(x, coefficients)
+        y = self._convolve_mixed(x, coefficients)
         return y.squeeze(0) if unbatched else y
-
-    def _is_static(self) -> bool:
-        """Whether the graph of this forward pass has to be the same for every batch size."""
-        if torch.jit.is_scripting():
-            return self.exportable
-        # a trace takes the groups of a convolution for constants, and so the samples of a convolution of all samples
-        is_traced = torch.jit.is_tracing() and not self._is_pointwise()
-        return self.exportable or torch.onnx.is_in_onnx_export() or is_traced
-
-    def _is_pointwise(self) -> bool:
-        return self.kernel_size == (1, 1) and max(self._reversed_padding_repeated_twice) == 0
-
-    def _has_few_positions(self, x: torch.Tensor) -> bool:
-        """Whether it takes less time to mix outputs than kernels.
-
-        Kernels for each sample cost time for each of their elements, K outputs for each element and output position.
-        """
-        if x.shape[0] == 0:  # no convolution has 0 groups
-            return True
-        if x.shape[0] == 1 or self.groups == self.in_channels:  # one kernel, or kernels of few elements
-            return False
-        positions = (x.shape[2] // self.stride[0]) * (x.shape[3] // self.stride[1])
-        # measured by tests/benchmarks/dynamic_conv.py; a kernel larger than 1x1 costs more for each sample
-        return positions <= (12 if self.kernel_size == (1, 1) else 49)
-
-    def _mix_outputs(self, x: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
-        """K convolutions of the whole batch, the K-1 with the residuals as one."""
-        y = self._convolve(x, self.weight, self.bias)
-        # (groups, K-1, output channels of a group, ..), the order of the groups of a convolution; a view if it has one
-        order = (self.num_kernels - 1, self.groups, self.out_channels // self.groups)
-        residuals = self.residual_weight.unflatten(0, order).transpose(0, 1).flatten(0, 2)
-        biases = self.residual_bias
-        if biases is not None:
-            biases = biases.unflatten(0, order).transpose(0, 1).flatten()
-        changes = self._convolve(x, residuals, biases)
-        height, width = y.shape[2], y.shape[3]
-        changes = changes.unflatten(1, (order[1], order[0], order[2])).flatten(3)
-        change = torch.matmul(coefficients.to(y.dtype)[:, None, None, :], changes)
-        return y + change.view(-1, self.out_channels, height, width)
-
-    def _mix_outputs_1x1(self, x: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
-        """The same with matrix products of all positions, for 1x1 kernels without groups."""
-        x = x[:, :, :: self.stride[0], :: self.stride[1]]
-        batch_size, in_channels, height, width = x.shape
-        x = x.flatten(2).transpose(1, 2).reshape(batch_size * height * width, in_channels)
-        y = F.linear(x, self.weight.flatten(1), self.bias)
-        changes = F.linear(x, self.residual_weight.flatten(1), self.residual_bias)
-        changes = changes.unflatten(1, (self.num_kernels - 1, self.out_channels))
-        coefficients = coefficients.to(y.dtype).repeat_interleave(height * width, dim=0)
-        y = torch.baddbmm(y.unsqueeze(1), coefficients.unsqueeze(1), changes)
-        y = y.view(batch_size, height * width, self.out_channels).transpose(1, 2)
-        return y.reshape(batch_size, self.out_channels, height, width)
-
-    def _mix_kernels(self, x: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
-        """Mix the kernels: one convolution with a kernel for each sample."""
-        if torch.jit.is_scripting():
-            kernels, biases = self._mix_all(coefficients)
-        else:
-            with autocast_disabled(self.weight.device.type):
-                kernels, biases = self._mix_all(coefficients)
-        y = self._convolve_samples(x, kernels)
-        if biases is not None:
-            y = y + biases.to(y.dtype)[:, :, None, None]
-        return y
-
-    def _mix_all(self, coefficients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        kernels = self._mix(coefficients, self.weight, self.residual_weight)
-        if self.bias is not None and self.residual_bias is not None:
-            return kernels, self._mix(coefficients, self.bias, self.residual_bias)
-        return kernels, None
-
-    def _convolve_samples(self, x: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
-        """Convolve sample b of x with kernels[b]."""
-        left, right, top, bottom = self._reversed_padding_repeated_twice
-        padding = (top, left)
-        if self.tf_same:
-            # timm declares lists
-            x = pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
-            padding = (0, 0)
-        elif self.padding_mode != 'zeros' or (left, top) != (right, bottom) or self._pads_itself(x):
-            mode = 'constant' if self.padding_mode == 'zeros' else self.padding_mode
-            x = F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
-            padding = (0, 0)
-        batch_size, in_channels, height, width = x.shape
-        if self.kernel_size == (1, 1) and padding == (0, 0):  # padded above, if at all
-            # a matrix product for each sample, much faster than a convolution of batch * groups groups
-            x = x[:, :, :: self.stride[0], :: self.stride[1]]
-            height, width = x.shape[2], x.shape[3]
-            x = x.reshape(batch_size, self.groups, in_channels // self.groups, height * width)
-            kernels = kernels.reshape(batch_size, self.groups, self.out_channels // self.groups, x.shape[2])
-            return torch.matmul(kernels, x).view(batch_size, self.out_channels, height, width)
-        # the samples side by side as groups of one convolution
-        x = x.reshape(1, batch_size * in_channels, height, width)
-        kernels = kernels.flatten(0, 1)
-        y = F.conv2d(x, kernels, None, self.stride, padding, self.dilation, batch_size * self.groups)
-        return y.view(batch_size, self.out_channels, y.shape[2], y.shape[3])
-
-    def _pads_itself(self, x: torch.Tensor) -> bool:
-        """Whether to pad before the convolution of all samples, on a map smaller than the kernel.
-
-        With the padding left to it, the backward pass of torch's 3x3 convolution takes 5 to 9 times as long on the CPU.
-        """
-        small = x.shape[2] < self.kernel_size[0] or x.shape[3] < self.kernel_size[1]
-        return small and x.device.type == 'cpu'
 
     @torch.no_grad()
     def fuse(self) -> 'DynamicConv2d':
@@ -620,8 +328,3 @@ def _softmax(logits: torch.Tensor) -> torch.Tensor:
     # written out, because no gradient flows back through the forward mode of torch's own
     exponentials = (logits - logits.amax(-1, keepdim=True).detach()).exp()
     return exponentials / exponentials.sum(-1, keepdim=True)
-
-
-def _check_integer(name: str, value: Any, at_least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ReparamError(f'DynamicConv2d: {name} must be an integer of at least {at_least}, got {value!r}')

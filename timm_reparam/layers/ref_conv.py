@@ -154,17 +154,7 @@ class RefConv2d(_Refocusing, ReparamConv2d):
     square are supported.
 
     Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        kernel_size: Sides of the kernel.
-        stride: Stride of the convolution.
-        padding: Zeros (see padding_mode) added to each side of the input, or 'same' or 'valid'.
-        dilation: Spacing between kernel elements.
-        groups: Blocked connections from input to output channels.
-        bias: Whether the output gets a learned bias.
-        padding_mode: 'zeros', 'reflect', 'replicate' or 'circular'.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
+        in_channels, ..., dtype: As in ``nn.Conv2d``.
         map_kernel_size: Sides of the map's kernel, at most.
 
     Raises:
@@ -201,18 +191,7 @@ class RefConvTranspose2d(_Refocusing, ReparamConvTranspose2d):
     kh, kw).
 
     Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        kernel_size: Sides of the kernel.
-        stride: Stride of the convolution.
-        padding: ``dilation * (kernel_size - 1) - padding`` zeros are added to each side of the input.
-        output_padding: Size added to one side of the output.
-        groups: Blocked connections from input to output channels.
-        bias: Whether the output gets a learned bias.
-        dilation: Spacing between kernel elements.
-        padding_mode: 'zeros', the only one that transposed convolutions have.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
+        in_channels, ..., dtype: As in ``nn.ConvTranspose2d``.
         map_kernel_size: Sides of the map's kernel, at most.
 
     Raises:
