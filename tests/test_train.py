@@ -715,6 +715,8 @@ def test_what_is_compiled_shares_its_state_with_what_is_saved(model, flags):
     assert not still
 
 
+# timm's reader leaves the archive open
+@pytest.mark.filterwarnings('ignore:.*pictures.tar:pytest.PytestUnraisableExceptionWarning')
 def test_tar(flags, photos, tmp_path):
     archive = shutil.make_archive(str(tmp_path / 'pictures'), 'tar', photos / 'train')
     assert train.main([*flags('--epochs', '1', '--val-split='), '--data-dir', archive]) == 0

@@ -1,6 +1,7 @@
 """train.py: what each flag becomes, where timm takes it. Nothing is trained."""
 
 import argparse
+import subprocess
 import sys
 import types
 from functools import partial
@@ -310,3 +311,9 @@ def test_statistics_of_processes(monkeypatch):
         args.distributed, args.world_size = True, 4
         engine.distribute_statistics(args, torch.nn.Identity())
     assert seen == [(4, True), (4, False)]
+
+
+def test_the_plugin_does_not_import_the_training():
+    code = "import sys, timm_reparam.cli; print(any(name.startswith('timm_reparam.training') for name in sys.modules))"
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.stdout, done.stderr) == ('False\n', '')

@@ -405,46 +405,32 @@ def check_args(args: argparse.Namespace) -> None:
             raise ReparamError(f'{flag} {value}: read by datasets of kind {", ".join(kinds)} only, not by {kind}')
     mixing = args.mixup > 0 or args.cutmix > 0
     scratch = not args.pretrained or args.pretrained_path or args.initial_checkpoint
-    wrong: tuple[tuple[Any, str], ...] = (
-        (
-            kind == 'folder' and not args.data_dir,
-            f'--dataset {args.dataset}: its folder is missing; give --data-dir',
-        ),
+    # fmt: off
+    for wrong, message in (
+        (kind == 'folder' and not args.data_dir, f'--dataset {args.dataset}: its folder is missing; give --data-dir'),
         (args.sched == 'plateau', f'--sched plateau: deprecated by timm; {_OTHER_SCRIPT}'),
         (args.aug_splits == 1, '--aug-splits: expected 0 or at least 2, got 1'),
         (args.jsd_loss and args.bce_loss, '--jsd-loss and --bce-loss: choose one'),
         (args.jsd_loss and args.aug_splits < 2, '--jsd-loss: compares augmentation splits; add --aug-splits 3'),
         (args.split_bn and not args.aug_splits, '--split-bn: needs --aug-splits'),
         (args.split_bn and args.sync_bn, '--split-bn and --sync-bn: both replace the same layers; choose one'),
-        (
-            mixing and args.aug_splits and not args.no_prefetcher,
-            '--mixup and --cutmix with --aug-splits: the prefetcher cannot mix split batches; add --no-prefetcher',
-        ),
-        (
-            mixing and args.batch_size * max(args.aug_splits, 1) % 2,
-            f'--batch-size {args.batch_size}: --mixup and --cutmix pair the images of a batch; give an even size',
-        ),
-        (
-            args.variant_lr != 1 and args.sched == 'none',
-            f'--variant-lr {args.variant_lr:g}: the schedule applies the factor; give --sched constant, not none',
-        ),
-        (
-            args.resume == 'auto' and not args.experiment,
-            '--resume auto: looks into the folder of --experiment; name one',
-        ),
+        (mixing and args.aug_splits and not args.no_prefetcher,
+         '--mixup and --cutmix with --aug-splits: the prefetcher cannot mix split batches; add --no-prefetcher'),
+        (mixing and args.batch_size * max(args.aug_splits, 1) % 2,
+         f'--batch-size {args.batch_size}: --mixup and --cutmix pair the images of a batch; give an even size'),
+        (args.variant_lr != 1 and args.sched == 'none',
+         f'--variant-lr {args.variant_lr:g}: the schedule applies the factor; give --sched constant, not none'),
+        (args.resume == 'auto' and not args.experiment,
+         '--resume auto: looks into the folder of --experiment; name one'),
         (args.license and not args.publish, '--license: is for --publish; add it'),
-        (
-            args.publish and not args.license and scratch,
-            '--publish: weights trained from scratch, or from a file, have no known licence; add --license',
-        ),
-        (
-            args.log_wandb and importlib.util.find_spec('wandb') is None,
-            '--log-wandb: the package wandb is not installed; pip install wandb, or leave the flag out',
-        ),
-    )
-    for is_wrong, message in wrong:
-        if is_wrong:
+        (args.publish and not args.license and scratch,
+         '--publish: weights trained from scratch, or from a file, have no known licence; add --license'),
+        (args.log_wandb and importlib.util.find_spec('wandb') is None,
+         '--log-wandb: the package wandb is not installed; pip install wandb, or leave the flag out'),
+    ):
+        if wrong:
             raise ReparamError(message)
+    # fmt: on
     check_tag(result_tag(args))
 
 
