@@ -17,6 +17,7 @@ from torch import nn
 import timm_reparam
 from timm_reparam import ReparamError, convert_model, fuse_model, is_variant, verify_fusion
 from timm_reparam.hub import publish, save_checkpoint, save_pair
+from timm_reparam.layers._branch_norm import BranchStatistics
 from timm_reparam.variants import VARIANTS
 
 # architecture, variant, how many norms fold and how many stay
@@ -86,7 +87,8 @@ def converted(stock: str, variant: str) -> nn.Module:
 
 
 def norms(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    found = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return [module for module in found if not isinstance(module, BranchStatistics)]  # norms of branches go with these
 
 
 @torch.no_grad()
