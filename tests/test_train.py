@@ -827,12 +827,17 @@ def test_a_stock_model_has_no_kernels_of_a_variant(flags, capsys):
     assert '--variant-lr 2: resnet18 has no kernels of a variant; add --variant' in message
 
 
-def test_the_average_is_validated_and_saved(flags, tmp_path):
+def test_the_average_is_validated_and_saved(flags, tmp_path, monkeypatch):
+    start = prepare(flags('--model-ema', experiment='start')).state.model.fc.weight
+    averaged = []
+    monkeypatch.setattr(train, 'distribute_statistics', lambda args, model: averaged.append(model))
     assert train.main(flags('--model-ema', '--model-ema-decay', '0.5')) == 0
+    assert len(averaged) == 4 and len({id(model) for model in averaged}) == 2  # model and average, after each epoch
     best = torch.load(tmp_path / 'output/run/model_best.pth.tar', weights_only=True)
     saved = load_folder(tmp_path / 'zoo/resnet18_doconv.photos').state_dict()
     same(dict(saved), dict(best['state_dict_ema']))
     assert not torch.equal(saved['fc.weight'], best['state_dict']['fc.weight'])
+    assert not torch.equal(saved['fc.weight'], start)
 
 
 def test_not_a_number(flags, tmp_path, capsys):
@@ -1109,7 +1114,9 @@ def assert_same_run(folder: Path, whole: Path) -> None:
 @pytest.mark.parametrize(
     'model, extra, file',
     [
-        pytest.param('resnet18_acconv', ['--epochs', '3'], 'checkpoint-1', marks=pytest.mark.slow),
+        pytest.param(
+            *('resnet18_acconv', ['--epochs', '3', '--checkpoint-hist', '2'], 'checkpoint-1'), marks=pytest.mark.slow
+        ),
         ('resnet18_doconv', ['--workers', '1', '--recovery-interval', '1'], 'recovery-1-1'),
     ],
     ids=['after an epoch', 'in an epoch, with loader processes'],
