@@ -206,7 +206,7 @@ def lifted_kernels_are_exact(model: nn.Module, x: torch.Tensor) -> bool:
     return bool(exact) and all(exact)
 
 
-def rows(architecture: str, variants: Iterable[str] = tuple(VARIANTS)) -> list[dict[str, str]]:
+def rows(architecture: str, variants: Iterable[str] = tuple(sorted(VARIANTS))) -> list[dict[str, str]]:
     """The rows of one architecture; what does not hold is in them with the figure, or with the error's text."""
     with float64():
         stock, x = random_stock(architecture)
@@ -245,7 +245,7 @@ def even_kernels(stock: nn.Module, variant: str) -> list[str]:
 
 @torch.no_grad()
 def reports(
-    architecture: str, variants: Iterable[str] = tuple(VARIANTS), dtype: torch.dtype = torch.float32
+    architecture: str, variants: Iterable[str] = tuple(sorted(VARIANTS)), dtype: torch.dtype = torch.float32
 ) -> Iterator[tuple[str, FusionReport]]:
     """What `verify_fusion` says of the right fusion in each variant that converts anything, all random as in `rows`."""
     stock, x = random_stock(architecture)

@@ -63,6 +63,7 @@ class TemperatureSchedule(ReparamLayer):
     does not count. Without a schedule (``temperature=None``) the temperature is 1.
     """
 
+    schedule_options = ('temperature', 'temperature_steps')
     if TYPE_CHECKING:  # not for TorchScript, which then would not know whether they are None
         temperature: float | None
         temperature_position: torch.Tensor | None
