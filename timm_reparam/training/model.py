@@ -114,7 +114,7 @@ def create_model(args: Namespace) -> Any:
         if not file.is_file():
             raise ReparamError(f'--pretrained-path {file}: no such file')
         overlay = dict(file=str(file), num_classes=-1)  # -1: whatever the checkpoint's classifier is, it gets adapted
-    with _passed_on_warnings(args), named_errors(f'--model {args.model}'):
+    with _passed_on_warnings(), named_errors(f'--model {args.model}'):
         model: Any = timm.create_model(  # with methods that nn.Module does not declare
             name,
             pretrained=args.pretrained or bool(args.pretrained_path),
@@ -142,14 +142,13 @@ def _conv_options(args: Namespace) -> dict[str, Any]:
 
 
 @contextmanager
-def _passed_on_warnings(args: Namespace) -> Iterator[None]:
-    """Log the warnings of creating a model once, and none about a start that a checkpoint replaces."""
+def _passed_on_warnings() -> Iterator[None]:
+    """Log the warnings of creating a model, each once."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         yield
-    if not args.resume and not args.initial_checkpoint:
-        for message in dict.fromkeys(str(warning.message) for warning in caught):
-            _logger.warning(message)
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
+        _logger.warning(message)
 
 
 def _load_initial_checkpoint(model: nn.Module, path: str) -> None:
