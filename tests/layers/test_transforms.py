@@ -669,10 +669,6 @@ def assert_traced(method: Method, case: Any, training: bool, batch: int, others:
             torch.testing.assert_close(traced.state_dict()[entry], tensor, rtol=1e-7, atol=0, msg=f'{name}: {entry}')
 
 
-def others_of(method: Method, training: bool) -> tuple[int, ...]:
-    return (1, 2, 9) if training and method.cls is ACConv2d else (1, 2, 9, 0)  # see the last of these tests
-
-
 without_warnings_of_traces = pytest.mark.filterwarnings(
     'ignore:.*torch.jit.*', 'ignore::torch.jit.TracerWarning', 'ignore:Converting a tensor'
 )
@@ -683,7 +679,7 @@ without_warnings_of_traces = pytest.mark.filterwarnings(
 @both_modes
 def test_traced_at_one_batch_size_and_called_at_others(method: Method, training: bool) -> None:
     for case in WAYS:
-        assert_traced(method, case, training, 2, others_of(method, training))
+        assert_traced(method, case, training, 2, (1, 2, 9, 0))
 
 
 @without_warnings_of_traces
@@ -692,14 +688,7 @@ def test_traced_at_one_batch_size_and_called_at_others(method: Method, training:
 @both_modes
 def test_everything_traced_at_one_batch_size_and_called_at_others(training: bool, batch: int) -> None:
     for method, case, _ in TABLE:
-        assert_traced(method, case, training, batch, others_of(method, training))
-
-
-@without_warnings_of_traces
-@pytest.mark.xfail(strict=True, reason='a trace in training takes the number of values for more than none')
-def test_traced_in_training_and_called_with_an_empty_batch() -> None:
-    """BatchNorm's running statistics stay as they are."""
-    assert_traced(KEPT, MANY, True, 2, (0,))
+        assert_traced(method, case, training, batch, (1, 2, 9, 0))
 
 
 def test_recomputed_branches_are_those_of_functional_call() -> None:

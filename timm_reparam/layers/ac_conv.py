@@ -263,7 +263,11 @@ class ACConv2d(ReparamConv2d):
             )
             y = y + change
         if y.numel() > 0:
-            self._update_running_vars(unbiased.to(self.vertical_running_var.dtype))
+            unbiased = unbiased.to(self.vertical_running_var.dtype)
+            if not torch.jit.is_scripting() and torch.jit.is_tracing():  # for a call with an empty batch later
+                known = torch.stack([self.vertical_running_var, self.horizontal_running_var])
+                unbiased = torch.where(torch._shape_as_tensor(y).prod() > 0, unbiased, known)
+            self._update_running_vars(unbiased)
         return y
 
     def _branches(self, x: torch.Tensor, weights: list[torch.Tensor], padding: tuple[int, int]) -> list[torch.Tensor]:
