@@ -103,7 +103,7 @@ def test_what_a_tool_reads_and_writes_is_the_layers_own() -> None:
         assert norm.weight is layer.get_parameter(f'{branch}_gamma')
         assert norm.running_var is layer.get_buffer(f'{branch}_running_var')
         nn.init.constant_(norm.bias, 0)
-        assert not norm.running_mean.any()
+        assert not norm.running_mean.any() and not norm.num_batches_tracked.zero_()
         norm.running_var = torch.full((6,), 3.0)
         assert (layer.get_buffer(f'{branch}_running_var') == 3).all()
         norm.reset_running_stats()

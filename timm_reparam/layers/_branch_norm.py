@@ -19,8 +19,7 @@ __all__ = ['BranchNorm', 'BranchStatistics']
 class BranchStatistics(nn.Module):
     """What the norms of a branch share; `weight` and `running_var` are the layer's own tensors."""
 
-    __jit_unused_properties__ = ['weight', 'bias', 'running_mean', 'running_var']
-    num_batches_tracked = None
+    __jit_unused_properties__ = ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
 
     def __init__(self, layer: nn.Module, branch: str, num_features: int, eps: float, momentum: float) -> None:
         nn.Module.__init__(self)  # none of the parameters and buffers of a BatchNorm
@@ -74,6 +73,15 @@ class BranchStatistics(nn.Module):
 
     @running_mean.setter
     def running_mean(self, value: torch.Tensor | None) -> None:
+        """Nothing is kept."""
+
+    @property
+    def num_batches_tracked(self) -> torch.Tensor:
+        """Batches of a cumulative average; a number of its own, for code that sets those of BatchNorms to zero."""
+        return torch.tensor(self._batches)
+
+    @num_batches_tracked.setter
+    def num_batches_tracked(self, value: torch.Tensor | None) -> None:
         """Nothing is kept."""
 
     @torch.no_grad()
