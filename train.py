@@ -30,6 +30,7 @@ from timm import utils
 
 from timm_reparam import ReparamError
 from timm_reparam.hub.client import without_secrets
+from timm_reparam.hub.folder import architecture_of
 from timm_reparam.training.checkpoint import CheckpointState, Position, find_checkpoint, open_saver
 from timm_reparam.training.data import (
     create_datasets,
@@ -48,7 +49,6 @@ from timm_reparam.training.engine import (
 )
 from timm_reparam.training.flags import parse_args
 from timm_reparam.training.model import (
-    architecture_of,
     convert_norms,
     create_model,
     create_optimizer,

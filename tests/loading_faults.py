@@ -33,10 +33,6 @@ def variant_net(variant: str) -> nn.Module:
     return disturbed(convert_model(Net(), variant), 2).double().eval()
 
 
-def state(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
 def refused(model: nn.Module, entries: dict[str, torch.Tensor]) -> str:
     """The error of a strict load, '' if there is none."""
     try:
@@ -51,7 +47,7 @@ def problems(variant: str) -> list[str]:
     """What is wrong with how a variant loads."""
     torch.manual_seed(0)
     stock, model, found = stock_net(seed=5), variant_net(variant), []
-    untouched, before, drawn = copy.deepcopy(model), state(model), torch.random.get_rng_state()
+    untouched, before, drawn = copy.deepcopy(model), copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
     name, layer = next((name, module) for name, module in model.named_modules() if is_variant(module))
     added = [f'{name}.{key}' for key in layer.state_dict() if key not in ('weight', 'bias')]
 

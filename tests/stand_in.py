@@ -3,6 +3,7 @@
 import tempfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -38,6 +39,22 @@ def disturbed(model: nn.Module, seed: int = 3) -> nn.Module:
         if name.endswith('temperature_position'):
             buffer.fill_(4_000)
     return model
+
+
+# A narrow ResNet.
+TINY: dict[str, Any] = dict(num_classes=4, channels=(8, 8, 8, 8), stem_width=4)
+
+
+def tiny_stock() -> nn.Module:
+    """A narrow ResNet, away from its start, in eval mode."""
+    torch.manual_seed(5)
+    return disturbed(timm.create_model('resnet10t', **TINY), 5).eval()
+
+
+def tiny_variant(variant: str, **options: Any) -> nn.Module:
+    """A variant of it whose every parameter, statistic and schedule is away from its start, in eval mode."""
+    torch.manual_seed(6)
+    return disturbed(timm.create_model(f'resnet10t_{variant}', **TINY, **options), seed=2).eval()
 
 
 def images(*size: int, seed: int = 0) -> torch.Tensor:

@@ -1,32 +1,19 @@
 """Stock checkpoints load into variants by themselves, through every loader that ends in `load_state_dict`."""
 
 from pathlib import Path
-from typing import Any
 
 import loading_faults
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from stand_in import disturbed, images, randomise
+from stand_in import TINY, disturbed, images, tiny_stock, tiny_variant
 from torch import nn
 
 import timm_reparam.hub
 from timm_reparam import ReparamError, convert_model, fuse_model, verify_fusion
 from timm_reparam.layers._base import ReparamLayer
 from timm_reparam.variants import VARIANTS
-
-TINY: dict[str, Any] = dict(num_classes=4, channels=(8, 8, 8, 8), stem_width=4)
-
-
-def stock() -> nn.Module:
-    torch.manual_seed(5)
-    return randomise(timm.create_model('resnet10t', **TINY), seed=5).eval()
-
-
-def trained(variant: str, **options: Any) -> nn.Module:
-    """A variant whose every parameter, statistic and schedule is away from its start."""
-    return disturbed(timm.create_model(f'resnet10t_{variant}', **TINY, **options), seed=2).eval()
 
 
 def assert_same_function(model: nn.Module, reference: nn.Module) -> None:
@@ -40,7 +27,7 @@ def assert_same_function(model: nn.Module, reference: nn.Module) -> None:
 @pytest.mark.parametrize('strict', [True, False])
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_load_state_dict(variant: str, strict: bool) -> None:
-    model, reference = trained(variant), stock()
+    model, reference = tiny_variant(variant), tiny_stock()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     torch.manual_seed(0)
     drawn = torch.random.get_rng_state()
@@ -58,51 +45,51 @@ def test_load_state_dict(variant: str, strict: bool) -> None:
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_under_prefixes_and_wrappers(variant: str) -> None:
-    reference = stock()
-    wrapped = nn.ModuleDict({'encoder': nn.Sequential(trained(variant))})
+    reference = tiny_stock()
+    wrapped = nn.ModuleDict({'encoder': nn.Sequential(tiny_variant(variant))})
     wrapped.load_state_dict({f'encoder.0.{name}': value for name, value in reference.state_dict().items()})
     assert_same_function(wrapped['encoder'][0], reference)
-    averaged = torch.optim.swa_utils.AveragedModel(trained(variant))
-    state = {f'module.{name}': value for name, value in stock().state_dict().items()}
+    averaged = torch.optim.swa_utils.AveragedModel(tiny_variant(variant))
+    state = {f'module.{name}': value for name, value in tiny_stock().state_dict().items()}
     averaged.load_state_dict({**state, 'n_averaged': torch.tensor(0)})
-    assert_same_function(averaged.module, stock())
+    assert_same_function(averaged.module, tiny_stock())
 
 
 @pytest.mark.parametrize('kind', ['safetensors', 'pth', 'pth.tar'])
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_checkpoint_path(tmp_path: Path, variant: str, kind: str) -> None:
     """Also what timm's train script calls for --initial-checkpoint."""
-    reference, path = stock(), tmp_path / f'stock.{kind}'
+    reference, path = tiny_stock(), tmp_path / f'stock.{kind}'
     if kind == 'safetensors':
         save_file(reference.state_dict(), path)
     else:
         state = reference.state_dict()
         torch.save({'state_dict': state, 'epoch': 3} if kind == 'pth.tar' else state, path)
     model = timm.create_model(f'resnet10t_{variant}', checkpoint_path=str(path), **TINY)
-    assert_same_function(model, stock())
+    assert_same_function(model, tiny_stock())
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_assigned_and_from_the_meta_device(variant: str) -> None:
-    model = trained(variant)
-    model.load_state_dict(stock().state_dict(), assign=True)
-    assert_same_function(model, stock())
+    model = tiny_variant(variant)
+    model.load_state_dict(tiny_stock().state_dict(), assign=True)
+    assert_same_function(model, tiny_stock())
     with torch.device('meta'):
         model = timm.create_model(f'resnet10t_{variant}', **TINY)
-    model.load_state_dict({name: value.double() for name, value in stock().state_dict().items()}, assign=True)
+    model.load_state_dict({name: value.double() for name, value in tiny_stock().state_dict().items()}, assign=True)
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     assert not [name for name, tensor in tensors.items() if tensor.is_meta]
     assert {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()} == {torch.float64}
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     assert not frozen
-    assert_same_function(model, stock())
+    assert_same_function(model, tiny_stock())
     assert verify_fusion(model, fuse_model(model)).passed
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_parameters_that_are_assigned(variant: str) -> None:
     """A frozen kernel stays one."""
-    model, reference = trained(variant), stock()
+    model, reference = tiny_variant(variant), tiny_stock()
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     model.load_state_dict(reference.state_dict(keep_vars=True), assign=True)
     assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trainable
@@ -111,7 +98,7 @@ def test_parameters_that_are_assigned(variant: str) -> None:
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_train_time_checkpoints_load_as_they_are(variant: str) -> None:
-    model, other = trained(variant), timm.create_model(f'resnet10t_{variant}', **TINY)
+    model, other = tiny_variant(variant), timm.create_model(f'resnet10t_{variant}', **TINY)
     other.load_state_dict(model.state_dict())
     for name, value in model.state_dict().items():
         assert torch.equal(other.state_dict()[name], value), name
@@ -119,21 +106,21 @@ def test_train_time_checkpoints_load_as_they_are(variant: str) -> None:
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_incomplete_and_foreign_entries_are_missing_as_ever(variant: str) -> None:
-    model = trained(variant)
+    model = tiny_variant(variant)
     name, layer = next((name, m) for name, m in model.named_modules() if isinstance(m, ReparamLayer))
     added = [f'{name}.{key}' for key in layer.state_dict() if key not in ('weight', 'bias')]
     if len(added) > 1:  # some but not all
         state = {key: value for key, value in model.state_dict().items() if key != added[0]}
         with pytest.raises(RuntimeError, match=f'Missing key.*{added[0]}'):
             model.load_state_dict(state)
-    other = trained('refconv' if variant == 'doconv' else 'doconv')
+    other = tiny_variant('refconv' if variant == 'doconv' else 'doconv')
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(RuntimeError, match=f'(?s)Missing key.*{added[0]}.*Unexpected key'):
         model.load_state_dict(other.state_dict())
     assert all(torch.equal(before[key], model.state_dict()[key]) for key in added), 'gates of a failed load stay'
     # a kernel of another shape is no stock one
     with pytest.raises(RuntimeError, match='size mismatch'):
-        model.load_state_dict({**stock().state_dict(), f'{name}.weight': torch.zeros(1, 1, 1, 1)})
+        model.load_state_dict({**tiny_stock().state_dict(), f'{name}.weight': torch.zeros(1, 1, 1, 1)})
     assert all(torch.equal(before[key], model.state_dict()[key]) for key in added)
 
 
@@ -144,14 +131,14 @@ def test_options_without_an_exact_lift(strict: bool) -> None:
     with pytest.raises(
         RuntimeError, match=r'layer1\.0\.conv1\.weight: of a plain convolution: .*exact at scale 1 only'
     ):
-        model.load_state_dict(stock().state_dict(), strict=strict)
+        model.load_state_dict(tiny_stock().state_dict(), strict=strict)
 
 
 def test_part_of_a_model() -> None:
     """What the given entries name is lifted, and nothing else."""
-    model = trained('acconv')
+    model = tiny_variant('acconv')
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    given = {name: value for name, value in stock().state_dict().items() if name.startswith('layer1.')}
+    given = {name: value for name, value in tiny_stock().state_dict().items() if name.startswith('layer1.')}
     found = model.load_state_dict(given, strict=False)
     assert found.missing_keys and not any(name.startswith('layer1.') for name in found.missing_keys)
     for name, value in model.state_dict().items():
@@ -181,8 +168,8 @@ def test_shared_and_transposed_layers() -> None:
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_where_completeness_is_promised_stock_files_are_refused(tmp_path: Path, variant: str) -> None:
-    folder = timm_reparam.hub.save_checkpoint(trained(variant), tmp_path / 'folder')
-    save_file(stock().state_dict(), folder / 'model.safetensors', metadata={'format': 'pt'})
+    folder = timm_reparam.hub.save_checkpoint(tiny_variant(variant), tmp_path / 'folder')
+    save_file(tiny_stock().state_dict(), folder / 'model.safetensors', metadata={'format': 'pt'})
     with pytest.raises(ReparamError, match='folder'):
         timm_reparam.hub.load_checkpoint(folder)
 
@@ -190,7 +177,7 @@ def test_where_completeness_is_promised_stock_files_are_refused(tmp_path: Path, 
 @pytest.mark.parametrize('prefix', ['model.', 'backbone.encoder.'])
 def test_a_prefix_that_no_key_of_the_model_has_is_named(tmp_path: Path, prefix: str) -> None:
     path = tmp_path / 'lightning.pth'
-    torch.save({f'{prefix}{name}': value for name, value in stock().state_dict().items()}, path)
+    torch.save({f'{prefix}{name}': value for name, value in tiny_stock().state_dict().items()}, path)
     overlay = dict(file=str(path))
     with pytest.raises(ReparamError, match=f"all of them start with '{prefix}': take that off") as raised:
         timm.create_model('resnet10t_doconv', pretrained=True, pretrained_cfg_overlay=overlay, **TINY)
@@ -200,7 +187,7 @@ def test_a_prefix_that_no_key_of_the_model_has_is_named(tmp_path: Path, prefix: 
 @pytest.mark.parametrize('num_classes', [None, 4])
 def test_convert_names_such_a_prefix(tmp_path: Path, num_classes: int | None) -> None:
     path = tmp_path / 'last.ckpt'
-    torch.save({f'model.{name}': value for name, value in stock().state_dict().items()}, path)
+    torch.save({f'model.{name}': value for name, value in tiny_stock().state_dict().items()}, path)
     arguments = dict(TINY, num_classes=num_classes)
     with pytest.raises(ReparamError, match="last.ckpt: no checkpoint of .*all of them start with 'model.'"):
         timm_reparam.hub.convert_checkpoint(path, tmp_path / 'out', 'resnet10t_doconv', **arguments)
@@ -208,7 +195,7 @@ def test_convert_names_such_a_prefix(tmp_path: Path, num_classes: int | None) ->
 
 @pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.'])
 def test_official_layouts_under_wrappers(prefix: str) -> None:
-    model = trained('dyconv')
+    model = tiny_variant('dyconv')
     official = timm_reparam.export_state_dict(model)
     wrapped = {f'{prefix}{name}': value for name, value in official.items()}
     assert list(timm_reparam.import_state_dict(wrapped, model)) == list(timm_reparam.import_state_dict(official, model))
@@ -218,7 +205,7 @@ def test_official_layouts_under_wrappers(prefix: str) -> None:
 
 
 def test_what_is_not_recognised_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    model = trained('dyconv')
+    model = tiny_variant('dyconv')
     state = {f'net.{name}': value for name, value in model.state_dict().items()}
     with caplog.at_level('WARNING'):
         assert timm_reparam.import_state_dict(state, model) == state

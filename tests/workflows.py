@@ -16,7 +16,7 @@ from typing import Any
 
 import timm
 import torch
-from stand_in import disturbed, images
+from stand_in import TINY, disturbed, images, tiny_stock, tiny_variant
 from timm.utils import ModelEmaV3, freeze, reparameterize_model
 from torch import nn
 from torch.nn.utils import fusion, parametrizations, prune
@@ -27,7 +27,6 @@ from timm_reparam import ReparamError, convert_model, fuse_model, verify_fusion
 from timm_reparam.variants import VARIANTS
 
 TABLE = Path(__file__).with_name('workflows.csv')
-TINY: dict[str, Any] = dict(num_classes=4, channels=(8, 8, 8, 8), stem_width=4)
 WORKFLOWS: dict[str, Callable[[str], None]] = {}
 BOUND = 1e-10
 
@@ -38,14 +37,11 @@ def workflow(function: Callable[[str], None]) -> Callable[[str], None]:
 
 
 def stock() -> nn.Module:
-    torch.manual_seed(5)
-    return disturbed(timm.create_model('resnet10t', **TINY), 5).double().eval()
+    return tiny_stock().double()
 
 
 def trained(variant: str) -> nn.Module:
-    """A variant whose every parameter, statistic and schedule is away from its start."""
-    torch.manual_seed(6)
-    return disturbed(timm.create_model(f'resnet10t_{variant}', **TINY), 2).double().eval()
+    return tiny_variant(variant).double()
 
 
 def layer_of(variant: str, bias: bool = False) -> Any:

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.modules.conv import _ConvNd
 
 from ._compare import differing_settings
 from .fold import scale_outputs
-from .layers._base import CALL_HOOKS, Fusible
+from .layers._base import CALL_HOOKS, Fusible, first_conv
 from .layers._tensor import float64_copy, scale_shift, to_float64
 from .variants import is_variant
 
@@ -208,7 +207,7 @@ class LayerCheck:
 
     def _noise(self) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
-        layer = next(module for module in self.exact.modules() if isinstance(module, _ConvNd))
+        layer = first_conv(self.exact)
         size = (_NOISE_SAMPLES, layer.in_channels, *self._noise_size(layer))
         x = torch.randn(size, generator=generator, device='cpu')
         # samples that differ in their means, for what depends on those

@@ -17,6 +17,7 @@ from .variants import is_variant
 
 __all__ = [
     'fuse_model',
+    'holds_fusible',
     'unwrap_converted',
     'with_fused_layers',
 ]
@@ -127,9 +128,14 @@ def _fold_norms(model: nn.Module) -> nn.Module:
     return folded
 
 
+def holds_fusible(module: nn.Module) -> bool:
+    """Whether there is something in a module that is fused."""
+    return any(isinstance(part, Fusible) for part in module.modules())
+
+
 def unwrap_converted(model: nn.Module, caller: str = 'fuse_model') -> nn.Module:
-    """The same of a model that has to hold variant layers."""
+    """The model inside wrappers; ReparamError, in the name of the caller, if it holds nothing to fuse."""
     model = unwrap(model, caller)
-    if not any(isinstance(module, Fusible) for module in model.modules()):
+    if not holds_fusible(model):
         raise ReparamError(f'{type(model).__name__} holds no over-parameterised convolution: there is nothing to fuse')
     return model

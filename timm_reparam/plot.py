@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from ._files import check_folder, open_csv, write_whole
 from .errors import ReparamError
-from .layers._base import Fusible
+from .layers._base import Fusible, first_conv
 from .layers._tensor import float64_copy, to_float64
 from .profile import Profile, reference_words, setting_words
 from .results import Summary, setup_words
@@ -267,7 +266,7 @@ def _square_kernels(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
         conv: Any = module
         if isinstance(module, Fusible):  # its first convolution has the geometry of the fused one
             inside |= {id(part) for part in module.modules()}
-            conv = next(part for part in module.modules() if isinstance(part, _ConvNd))
+            conv = first_conv(module)
         if isinstance(conv, nn.Conv2d | nn.ConvTranspose2d) and conv.kernel_size[0] == conv.kernel_size[1]:
             yield name, module, conv.kernel_size[0]
 

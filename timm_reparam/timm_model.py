@@ -25,7 +25,7 @@ def architecture_of(model: nn.Module) -> str | None:
 
 def stock_architecture(model: nn.Module) -> str | None:
     """Name of the stock timm architecture behind a timm model, or None for other models."""
-    architecture = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture')
+    architecture = architecture_of(model)
     return architecture and architecture.removesuffix(f'_{variant_of(model)}')
 
 

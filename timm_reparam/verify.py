@@ -31,7 +31,7 @@ from ._layer_check import (
 )
 from .convert import unwrap
 from .errors import ReparamError
-from .fuse import fuse_model, unwrap_converted, with_fused_layers
+from .fuse import fuse_model, holds_fusible, unwrap_converted, with_fused_layers
 from .layers._base import Fusible
 from .layers._tensor import autocast_disabled, float64_copy, kept_tensors
 from .timm_model import architecture_of
@@ -181,11 +181,6 @@ def verify_fusion(
         )
     with _evaluation(model, fused, device=device):
         return _Verification(model, fused, remedy).run(batches)
-
-
-def _holds_layers(module: nn.Module) -> bool:
-    """Whether there is something in a module that is fused."""
-    return any(isinstance(part, Fusible) for part in module.modules())
 
 
 def _check_fused(model: nn.Module, fused: nn.Module, remedy: str) -> None:
@@ -409,7 +404,7 @@ class _Verification:
             rounds = 'stored'  # nothing else differs
         if rounds is not None:
             children = self.model.named_children()
-            part = next((path for path, child in children if _holds_layers(child)), '')
+            part = next((path for path, child in children if holds_fusible(child)), '')
             remedy = f'verify_fusion(model.{part}, fused.{part})' if part else 'a module whose outputs are of one shape'
             raise ReparamError(
                 f'verify_fusion: {name}: expected outputs whose number does not depend on rounding, got {expected} and '

@@ -37,6 +37,7 @@ from torch import nn
 from .._files import flush
 from ..errors import ReparamError
 from ..fuse import fuse_model
+from ..timm_model import architecture_of as recorded_architecture
 from ..timm_model import record_options, stock_architecture
 from ..variants import is_variant, variant_of
 from ..verify import FusionReport, seeded_images, verify_fusion
@@ -494,8 +495,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
 def architecture_of(model: nn.Module) -> str:
     """The name a model is saved under; ReparamError if it has none, or is not what the name stands for."""
     model = unwrap_model(model)
-    cfg = getattr(model, 'pretrained_cfg', None)
-    architecture = cfg.get('architecture') if isinstance(cfg, dict) else None
+    architecture = recorded_architecture(model)
     if not architecture:
         raise ReparamError(
             f'{type(model).__name__}: expected a model of timm.create_model, got one without pretrained_cfg'

@@ -37,6 +37,7 @@ __all__ = [
     'ReparamConvTranspose2d',
     'check_init',
     'conv_arguments',
+    'first_conv',
 ]
 
 PaddingMode = Literal['zeros', 'reflect', 'replicate', 'circular']
@@ -91,7 +92,7 @@ class Method:
 class Fusible(nn.Module):
     """A module that ``fuse_model`` folds into one convolution, and that ``verify_fusion`` compares with it.
 
-    The first convolution in it (which may be the module itself) has the geometry of the fused one.
+    The first convolution in it (:func:`first_conv`) has the geometry of the fused one.
 
     Attributes:
         input_dependent: Whether the kernel depends on the input, so that fusing gives a form for inference only.
@@ -128,6 +129,17 @@ class Fusible(nn.Module):
         # what hides one of the class, such as a forward, is of this class alone
         own = vars(self._fresh()).keys() | dir(type(self))
         return {name: value for name, value in vars(self).items() if name not in own}
+
+
+def first_conv(module: nn.Module) -> Any:
+    """The first convolution in a module, which may be the module itself."""
+    return next(part for part in module.modules() if isinstance(part, _ConvNd))
+
+
+@functools.cache
+def _attributes_of(conv_type: Any) -> frozenset[str]:
+    """The attributes of a new convolution of torch's or timm's."""
+    return frozenset(vars(conv_type(1, 1, 1, device='meta')))
 
 
 class ReparamLayer(Fusible, _ConvNd):
@@ -224,7 +236,7 @@ class ReparamLayer(Fusible, _ConvNd):
                 f'{name} replaces {expected} exactly, got {type(conv).__name__}; leave it out with skip='
             )
         conv_type: Any = type(conv)
-        added = vars(conv).keys() - vars(conv_type(1, 1, 1, device='meta'))
+        added = vars(conv).keys() - _attributes_of(conv_type)
         hiding = sorted(attribute for attribute in added if hasattr(conv_type, attribute))
         if any(getattr(conv, hooks, None) for hooks in HOOKS) or hiding:
             raise ReparamError(

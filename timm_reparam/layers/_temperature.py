@@ -7,6 +7,7 @@ import torch
 
 from ..errors import ReparamError
 from ._base import ReparamLayer
+from ._tensor import inside_backward
 
 __all__ = ['TemperatureSchedule', 'check_integer']
 
@@ -15,10 +16,6 @@ def _temperature(position: torch.Tensor, steps: torch.Tensor, start: float) -> t
     """Temperature at a position of the schedule, falling linearly from `start` to 1 over `steps`, in float32."""
     # not the quotient of the integers, which is of whatever dtype is the default one
     return 1 + (start - 1) * (1 - position.float() / steps).clamp(min=0)
-
-
-def _inside_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 def _take_step(
@@ -30,7 +27,7 @@ def _take_step(
     counts at once. One without (reentrant checkpointing) is pending, and the second one counts. So a pass without
     gradients that no backward pass repeats, as in ``update_bn``, never counts.
     """
-    if _inside_backward():
+    if inside_backward():
         temperature = _temperature(position - 1 + pending, steps, start)
         position.add_(pending)
         pending.zero_()

@@ -14,6 +14,7 @@ __all__ = [
     'autocast_disabled',
     'fast_uniform_',
     'float64_copy',
+    'inside_backward',
     'is_tracing_or_transforming',
     'is_transforming',
     'kept_tensors',
@@ -46,9 +47,14 @@ def is_transforming(tensors: list[torch.Tensor]) -> bool:
     if torch.compiler.is_compiling():
         return False
     if torch._C._are_functorch_transforms_active():
-        return torch._C._current_graph_task_id() == -1
+        return not inside_backward()
     in_forward_mode = forward_ad._current_level >= 0
     return in_forward_mode and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def inside_backward() -> bool:
+    """True during a backward pass, where gradient checkpointing repeats a forward pass."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def to_float64(tensor: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from ..errors import ReparamError
 from ._base import Fusible, PaddingMode, conv_arguments
 from ._branches import add_on_middle, convolve_branches
 from ._tensor import autocast_disabled, float64_copy, scale_shift
-from .ac_conv import _EPS, _MOMENTUM, _check_odd, _insets
+from .ac_conv import EPS, MOMENTUM, check_odd, insets_of
 
 __all__ = ['ACBlock2d']
 
@@ -65,12 +65,12 @@ class ACBlock2d(Fusible):
         reduce_gamma: bool = False,
         single_init: bool = False,
         last_norm: bool = False,
-        eps: float = _EPS,
-        momentum: float = _MOMENTUM,
+        eps: float = EPS,
+        momentum: float = MOMENTUM,
     ) -> None:
         super().__init__()
         sides: tuple[int, int] = to_2tuple(kernel_size)
-        _check_odd('ACBlock2d', sides)
+        check_odd('ACBlock2d', sides)
         starts = [
             name
             for name, given in (
@@ -118,7 +118,7 @@ class ACBlock2d(Fusible):
         weights: list[torch.Tensor] = [self.ver_conv.weight, self.hor_conv.weight]
         sides, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
         # torch declares tuples of any length
-        vertical, horizontal = convolve_branches(x, weights, _insets(sides), stride, padding, dilation, conv.groups)  # type: ignore[arg-type]
+        vertical, horizontal = convolve_branches(x, weights, insets_of(sides), stride, padding, dilation, conv.groups)  # type: ignore[arg-type]
         y = y + self.ver_bn(vertical) + self.hor_bn(horizontal)
         if self.last_bn is not None:
             y = self.last_bn(y)
@@ -146,7 +146,7 @@ class ACBlock2d(Fusible):
                 biases.append(shift)
             square, vertical, horizontal = kernels
             height, width = self.square_conv.kernel_size
-            kernel = add_on_middle(square, [vertical, horizontal], _insets((height, width)))
+            kernel = add_on_middle(square, [vertical, horizontal], insets_of((height, width)))
             bias = sum(biases[1:], biases[0])
             if self.last_bn is not None:
                 scale, shift = scale_shift(self.last_bn)

@@ -37,7 +37,7 @@ from ._tensor import (
     is_transforming,
 )
 
-__all__ = ['ACConv2d']
+__all__ = ['ACConv2d', 'EPS', 'MOMENTUM', 'check_odd', 'insets_of']
 
 
 _METHOD = Method(
@@ -55,16 +55,16 @@ _METHOD = Method(
 
 
 # As in torch's BatchNorm.
-_EPS = 1e-5
-_MOMENTUM = 0.1
+EPS = 1e-5
+MOMENTUM = 0.1
 
 
-def _check_odd(owner: str, kernel_size: tuple[int, int]) -> None:
+def check_odd(owner: str, kernel_size: tuple[int, int]) -> None:
     if any(side % 2 == 0 for side in kernel_size):
         raise ReparamError(f'{owner} needs odd kernel sides, got {tuple(kernel_size)}; leave it out with skip=')
 
 
-def _insets(kernel_size: tuple[int, int]) -> list[tuple[int, int]]:
+def insets_of(kernel_size: tuple[int, int]) -> list[tuple[int, int]]:
     """The rows and columns of the square kernel on each side of the vertical and of the horizontal one."""
     return [(0, kernel_size[1] // 2), (kernel_size[0] // 2, 0)]
 
@@ -131,11 +131,11 @@ class ACConv2d(ReparamConv2d):
         branch_norm: str = 'batch',
         gamma_init: float | None = None,
         scale: float = 1.0,
-        eps: float = _EPS,
-        momentum: float = _MOMENTUM,
+        eps: float = EPS,
+        momentum: float = MOMENTUM,
         recompute: bool = False,
     ) -> None:
-        _check_odd('ACConv2d', to_2tuple(kernel_size))
+        check_odd('ACConv2d', to_2tuple(kernel_size))
         if branch_norm not in ('batch', 'none'):
             raise ReparamError(f"ACConv2d: branch_norm must be 'batch' or 'none', got {branch_norm!r}")
         if branch_norm == 'batch' and scale != 1:
@@ -237,13 +237,13 @@ class ACConv2d(ReparamConv2d):
     def _compose(self) -> torch.Tensor:
         vertical, horizontal = self.vertical_weight, self.horizontal_weight
         if self.vertical_gamma is None:
-            kernel = add_on_middle(self.weight, [vertical, horizontal], _insets(self.kernel_size))
+            kernel = add_on_middle(self.weight, [vertical, horizontal], insets_of(self.kernel_size))
             return kernel if self.scale == 1 else self.scale * kernel
         vertical_scale = self.vertical_gamma * torch.rsqrt(self.vertical_running_var + self.eps)
         horizontal_scale = self.horizontal_gamma * torch.rsqrt(self.horizontal_running_var + self.eps)
         scaled_vertical = vertical_scale.view(-1, 1, 1, 1) * vertical
         scaled_horizontal = horizontal_scale.view(-1, 1, 1, 1) * horizontal
-        return add_on_middle(self.weight, [scaled_vertical, scaled_horizontal], _insets(self.kernel_size))
+        return add_on_middle(self.weight, [scaled_vertical, scaled_horizontal], insets_of(self.kernel_size))
 
     def _forward_impl(self, x: torch.Tensor) -> torch.Tensor:
         if self.vertical_gamma is None:
@@ -272,7 +272,7 @@ class ACConv2d(ReparamConv2d):
 
     def _branches(self, x: torch.Tensor, weights: list[torch.Tensor], padding: tuple[int, int]) -> list[torch.Tensor]:
         """Outputs of the vertical and of the horizontal convolution."""
-        insets = _insets(self.kernel_size)
+        insets = insets_of(self.kernel_size)
         return convolve_branches(x, weights, insets, self.stride, padding, self.dilation, self.groups)
 
     def _add_branches(

@@ -21,9 +21,9 @@ from torch import nn
 
 from .._files import write_whole
 from ..errors import ReparamError
+from ..hub.folder import architecture_of
 from ..hub.training import read_training
 from ..timm_model import record_options
-from .model import architecture_of
 from .rng import restore_random_state
 
 __all__ = [

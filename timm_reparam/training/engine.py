@@ -18,7 +18,7 @@ from torch import nn
 
 from ..errors import ReparamError
 from ..fuse import fuse_model
-from ..variants import is_variant
+from ..variants import variant_of
 from ..verify import FusionReport, verify_fusion
 from .checkpoint import CheckpointState, Position, Saver
 from .data import prepare_batch, set_epoch
@@ -221,15 +221,10 @@ def fuse_form(args: Namespace, form: nn.Module, weights: dict[str, torch.Tensor]
     """
     # auxiliary batch norms of --split-bn serve training only
     form.load_state_dict({name: value for name, value in weights.items() if '.aux_bn.' not in name})
-    fused = fuse_model(form) if has_variant(form) else form
+    fused = fuse_model(form) if variant_of(form) else form
     if args.channels_last:
         fused.to(memory_format=torch.channels_last)
     return fused.eval()
-
-
-def has_variant(model: nn.Module) -> bool:
-    """Whether a model has over-parameterised convolutions."""
-    return any(is_variant(module) for module in model.modules())
 
 
 def verify_form(
@@ -309,7 +304,7 @@ def validate(
         total=len(loader), desc='validation', unit='batch', leave=False, disable=None if primary else True
     ) as bar:
         for index, input, target in draw(loader, stream, prepare):
-            if index == 0 and primary and has_variant(form):
+            if index == 0 and primary and variant_of(form):
                 noise = noise_images(data_config, device)
                 with stream:
                     report = verify_form(form, fused, lambda: [input], noise, f'epoch {epoch}')  # noqa: B023

@@ -22,6 +22,7 @@ from torch import nn
 
 from ..errors import ReparamError
 from ..hub.client import CLIENT_ERRORS, one_line
+from ..hub.folder import architecture_of
 from ..layers import ReparamLayer
 from ..models import register_variant
 from ..variants import VARIANTS, is_variant, variant_of
@@ -29,7 +30,6 @@ from ..variants import VARIANTS, is_variant, variant_of
 __all__ = [
     'TIMM_ERRORS',
     'added_kernels',
-    'architecture_of',
     'clipped_parameters',
     'convert_norms',
     'create_model',
@@ -173,12 +173,6 @@ def input_config(args: Namespace, model: nn.Module) -> dict[str, Any]:
             f'--model {args.model}: {error} See --img-size, --input-size and --in-chans, and whether the model takes '
             '--model-kwargs img_size=N'
         ) from error
-
-
-def architecture_of(model: nn.Module) -> str:
-    """Name under which timm creates the model."""
-    cfg: Any = model.pretrained_cfg
-    return cfg['architecture']
 
 
 def variant_layers(model: nn.Module) -> list[ReparamLayer]:

@@ -17,6 +17,7 @@ from ..errors import ReparamError
 from ..hub import base_model_facts, check_pair, folder_name, publish, save_checkpoint, save_pair
 from ..hub.client import check_repo_id, limit_requests
 from ..hub.facts import missing_license
+from ..hub.folder import architecture_of
 from ..hub.training import told_settings
 from ..profile import compare_profiles, format_comparison, format_profiles
 from ..variants import is_variant, variant_of
@@ -24,7 +25,6 @@ from ..version import __version__
 from .data import class_names, prepare_batch
 from .engine import fuse_form, noise_images, verify_form
 from .flags import build_parser, result_tag
-from .model import architecture_of
 from .rng import VALIDATION, RandomStream, draw
 
 __all__ = ['check_result', 'publish_result', 'save_result']
