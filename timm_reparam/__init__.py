@@ -8,9 +8,11 @@ from .importers import export_state_dict, import_state_dict
 from .layers import (
     ACBlock2d,
     ACConv2d,
+    DBBConv2d,
     DOConv2d,
     DOConvTranspose2d,
     DynamicConv2d,
+    OREPAConv2d,
     RefConv2d,
     RefConvTranspose2d,
 )
@@ -22,11 +24,13 @@ from .version import __version__
 __all__ = [
     'ACBlock2d',
     'ACConv2d',
+    'DBBConv2d',
     'DOConv2d',
     'DOConvTranspose2d',
     'DynamicConv2d',
     'FusionReport',
     'LayerReport',
+    'OREPAConv2d',
     'RefConv2d',
     'RefConvTranspose2d',
     'ReparamError',

@@ -8,10 +8,12 @@ import torch.nn as nn
 from .errors import ReparamError
 from .layers import (
     ACConv2d,
+    DBBConv2d,
     DOConv2d,
     DOConvTranspose2d,
     DynamicConv2d,
     Method,
+    OREPAConv2d,
     RefConv2d,
     RefConvTranspose2d,
     ReparamLayer,
@@ -59,6 +61,8 @@ VARIANTS: dict[str, Variant] = {
     'acconv': Variant((ACConv2d,), 'tab:orange', {'acconv_none': 'tab:red', 'acblock': 'tab:brown'}),
     'refconv': Variant((RefConv2d, RefConvTranspose2d), 'tab:green'),
     'dyconv': Variant((DynamicConv2d,), 'tab:purple'),
+    'dbbconv': Variant((DBBConv2d,), 'tab:cyan'),
+    'orepaconv': Variant((OREPAConv2d,), 'tab:pink'),
 }
 
 

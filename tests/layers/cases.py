@@ -11,7 +11,16 @@ import torch
 import torch.nn as nn
 from timm.layers import Conv2dSame
 
-from timm_reparam.layers import ACConv2d, DOConv2d, DOConvTranspose2d, DynamicConv2d, RefConv2d, RefConvTranspose2d
+from timm_reparam.layers import (
+    ACConv2d,
+    DBBConv2d,
+    DOConv2d,
+    DOConvTranspose2d,
+    DynamicConv2d,
+    OREPAConv2d,
+    RefConv2d,
+    RefConvTranspose2d,
+)
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
@@ -196,14 +205,22 @@ def has_middle(case: Any) -> bool:
     return all(side % 2 for side in case.sides)
 
 
+def has_middle_or_depthwise(case: Any) -> bool:
+    return has_middle(case) or case.groups == case.in_channels == case.out_channels
+
+
 METHODS = (
     Method('doconv', DOConv2d, over_parameterises=has_area),
     # One whole further identity block and three columns beyond it.
     Method('doconv_surplus', DOConv2d, lambda case: {'depth_multiplier': 2 * case.area + 3}, admits=has_area),
     Method('acconv', ACConv2d, admits=has_middle),
+    Method('acconv_scale', ACConv2d, lambda case: {'branch_norm': 'scale'}, admits=has_middle),
     Method('acconv_plain', ACConv2d, lambda case: {'branch_norm': 'none'}, admits=has_middle),
     Method('refconv', RefConv2d),
     Method('refconv_map_1', RefConv2d, lambda case: {'map_kernel_size': 1}),
+    Method('dbbconv', DBBConv2d, admits=has_middle_or_depthwise),
+    Method('dbbconv_scale', DBBConv2d, lambda case: {'branch_norm': 'scale'}, admits=has_middle_or_depthwise),
+    Method('orepaconv', OREPAConv2d, admits=has_middle),
     Method('dyconv', DynamicConv2d),
     Method('dyconv_2', DynamicConv2d, lambda case: {'num_kernels': 2, 'reduction': 1, 'temperature_steps': 8}),
 )

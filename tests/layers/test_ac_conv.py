@@ -306,9 +306,9 @@ def test_any_number_of_branches(count: int) -> None:
 
 def test_kernels_of_any_size_are_added_on_the_middle() -> None:
     kernel = torch.zeros(1, 1, 5, 3, requires_grad=True)
-    sizes, insets = [(5, 1), (1, 3), (3, 3), (1, 1), (5, 3)], [(0, 1), (2, 0), (1, 0), (2, 1), (0, 0)]
+    sizes = [(5, 1), (1, 3), (3, 3), (1, 1), (5, 3)]
     branches = [torch.ones(1, 1, *size, requires_grad=True) for size in sizes]
-    found = add_on_middle(kernel, branches, insets)
+    found = add_on_middle(kernel, branches)
     assert found[0, 0].tolist() == [[1, 2, 1], [2, 3, 2], [3, 5, 3], [2, 3, 2], [1, 2, 1]]
     found.sum().backward()
     assert all(torch.equal(each.grad, torch.ones_like(each)) for each in (kernel, *branches))

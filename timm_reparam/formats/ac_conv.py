@@ -5,7 +5,6 @@ import torch
 from ..layers import ACConv2d
 from ..layers._branches import add_on_middle
 from ..layers._tensor import scale_shift
-from ..layers.ac_conv import insets_of
 from ._format import Entries, Format, TranslatedEntries
 
 __all__ = ['FORMAT']
@@ -35,7 +34,7 @@ def read(layer: ACConv2d, entries: Entries) -> TranslatedEntries:
     for branch, kernel in kernels.items():
         deviation = norms[branch].scale * norms[branch].running_var.sqrt()
         deviations.append(kernel * (deviation / kernel.flatten(1).norm(dim=1).clamp_min(1e-30)).view(-1, 1, 1, 1))
-    deviation = add_on_middle(deviations[0], deviations[1:], insets_of(layer.kernel_size))
+    deviation = add_on_middle(deviations[0], deviations[1:])
     variance = deviation.flatten(1).square().sum(1)
     constant = sum((norm.shift for norm in norms.values()), zero)
     gain = torch.ones_like(mean)

@@ -21,6 +21,7 @@ __all__ = [
     'add_scaled_synchronised',
     'convolve_branches',
     'per_channel',
+    'pointwise_then',
     'shares_of_newest',
 ]
 
@@ -30,8 +31,8 @@ __all__ = [
 
 def convolve_branches(
     x: torch.Tensor,
-    weights: list[torch.Tensor],
-    insets: list[tuple[int, int]],
+    kernels: list[torch.Tensor],
+    kernel_size: tuple[int, int],
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
@@ -41,38 +42,44 @@ def convolve_branches(
 
     Args:
         x: Input (batch, in_channels, height, width), batched or unbatched.
-        weights: Kernels of the branches.
-        insets: As in :func:`add_on_middle`.
+        kernels: Kernels of the branches.
+        kernel_size: Sides of the stock kernel.
         stride: Stride of the stock convolution.
         padding: Its padding.
         dilation: Its dilation.
         groups: Its groups.
     """
     outputs = []
-    for weight, inset in zip(weights, insets):
-        pad_h, pad_w = padding[0] - dilation[0] * inset[0], padding[1] - dilation[1] * inset[1]
+    for kernel in kernels:
+        rows, columns = _inset(kernel_size, kernel)
+        pad_h, pad_w = padding[0] - dilation[0] * rows, padding[1] - dilation[1] * columns
         # no convolution takes a negative padding, which crops
         crop_h, crop_w = max(-pad_h, 0), max(-pad_w, 0)
         seen = x
         if crop_h > 0 or crop_w > 0:
             seen = x[..., crop_h : x.shape[-2] - crop_h, crop_w : x.shape[-1] - crop_w]
-        outputs.append(F.conv2d(seen, weight, None, stride, (max(pad_h, 0), max(pad_w, 0)), dilation, groups))
+        outputs.append(F.conv2d(seen, kernel, None, stride, (max(pad_h, 0), max(pad_w, 0)), dilation, groups))
     return outputs
 
 
-def add_on_middle(kernel: torch.Tensor, branches: list[torch.Tensor], insets: list[tuple[int, int]]) -> torch.Tensor:
+def _inset(kernel_size: tuple[int, int], kernel: torch.Tensor) -> tuple[int, int]:
+    """The rows and the columns on each side of a kernel on the middle of one of the given size."""
+    return (kernel_size[0] - kernel.shape[2]) // 2, (kernel_size[1] - kernel.shape[3]) // 2
+
+
+def add_on_middle(kernel: torch.Tensor, branches: list[torch.Tensor]) -> torch.Tensor:
     """Add the kernels of branches to the middle of a kernel.
 
     Args:
         kernel: Kernel (.., kh, kw).
         branches: Kernels of the branches (.., kh - 2 * rows, kw - 2 * columns).
-        insets: The (rows, columns) of the kernel on each side of a branch's kernel.
     """
+    size = (kernel.shape[2], kernel.shape[3])
     if not torch.jit.is_scripting() and not is_tracing_or_transforming([kernel] + branches):
-        return _AddOnMiddle.apply(kernel, insets, *branches)
+        return _AddOnMiddle.apply(kernel, [_inset(size, branch) for branch in branches], *branches)
     total = kernel
-    for branch, inset in zip(branches, insets):
-        rows, columns = inset
+    for branch in branches:
+        rows, columns = _inset(size, branch)
         total = total + F.pad(branch, [columns, columns, rows, rows])
     return total.view(kernel.shape)  # the legacy ONNX exporter does not know the shape after a pad
 
@@ -97,6 +104,22 @@ class _AddOnMiddle(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return gradients[0], None, *(_middle(gradients[0], inset) for inset in ctx.insets)
+
+
+def pointwise_then(inner: torch.Tensor, outer: torch.Tensor, groups: int) -> torch.Tensor:
+    """The kernel of a 1x1 convolution and the convolution that follows it.
+
+    Args:
+        inner: Kernel (inner_channels, in_channels/groups, 1, 1).
+        outer: Kernel (out_channels, inner_channels/groups, kh, kw).
+        groups: Groups of both.
+
+    Returns:
+        Kernel (out_channels, in_channels/groups, kh, kw).
+    """
+    maps = inner.view(groups, 1, inner.shape[0] // groups, inner.shape[1]).transpose(2, 3)
+    kernels = outer.reshape(groups, outer.shape[0] // groups, outer.shape[1], -1)
+    return torch.matmul(maps, kernels).view(outer.shape[0], inner.shape[1], outer.shape[2], outer.shape[3])
 
 
 def _middle(kernel: torch.Tensor, inset: tuple[int, int]) -> torch.Tensor:

@@ -15,9 +15,9 @@ from timm.layers import to_2tuple
 
 from ..errors import ReparamError
 from ._base import Fusible, PaddingMode, conv_arguments
+from ._branched_conv import EPS, MOMENTUM, check_odd
 from ._branches import add_on_middle, convolve_branches
 from ._tensor import autocast_disabled, float64_copy, scale_shift
-from .ac_conv import EPS, MOMENTUM, check_odd, insets_of
 
 __all__ = ['ACBlock2d']
 
@@ -118,7 +118,7 @@ class ACBlock2d(Fusible):
         weights: list[torch.Tensor] = [self.ver_conv.weight, self.hor_conv.weight]
         sides, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
         # torch declares tuples of any length
-        vertical, horizontal = convolve_branches(x, weights, insets_of(sides), stride, padding, dilation, conv.groups)  # type: ignore[arg-type]
+        vertical, horizontal = convolve_branches(x, weights, sides, stride, padding, dilation, conv.groups)  # type: ignore[arg-type]
         y = y + self.ver_bn(vertical) + self.hor_bn(horizontal)
         if self.last_bn is not None:
             y = self.last_bn(y)
@@ -145,8 +145,7 @@ class ACBlock2d(Fusible):
                 kernels.append(scale.view(-1, 1, 1, 1) * conv.weight)
                 biases.append(shift)
             square, vertical, horizontal = kernels
-            height, width = self.square_conv.kernel_size
-            kernel = add_on_middle(square, [vertical, horizontal], insets_of((height, width)))
+            kernel = add_on_middle(square, [vertical, horizontal])
             bias = sum(biases[1:], biases[0])
             if self.last_bn is not None:
                 scale, shift = scale_shift(self.last_bn)
