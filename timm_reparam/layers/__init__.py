@@ -3,6 +3,7 @@
 from ._base import Method, ReparamConv2d, ReparamConvTranspose2d, ReparamLayer
 from .ac_block import ACBlock2d
 from .ac_conv import ACConv2d
+from .dbb_block import DBBlock2d
 from .dbb_conv import DBBConv2d
 from .do_conv import DOConv2d, DOConvTranspose2d
 from .dynamic_conv import DynamicConv2d
@@ -13,6 +14,7 @@ __all__ = [
     'ACBlock2d',
     'ACConv2d',
     'DBBConv2d',
+    'DBBlock2d',
     'DOConv2d',
     'DOConvTranspose2d',
     'DynamicConv2d',

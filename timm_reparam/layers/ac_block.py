@@ -5,24 +5,22 @@ https://arxiv.org/abs/1908.03930
 Official code: https://github.com/DingXiaoH/ACNet (this is an implementation of our own, from the paper)
 """
 
-import copy
-from collections.abc import Callable
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import to_2tuple
 
 from ..errors import ReparamError
-from ._base import Fusible, PaddingMode, conv_arguments
+from ._base import PaddingMode
+from ._block import BranchBlock2d
 from ._branched_conv import EPS, MOMENTUM, check_odd
 from ._branches import add_on_middle, convolve_branches
-from ._tensor import autocast_disabled, float64_copy, scale_shift
+from ._tensor import scale_shift
 
 __all__ = ['ACBlock2d']
 
 
-class ACBlock2d(Fusible):
+class ACBlock2d(BranchBlock2d):
     """The paper's stand-alone block, ``y = BN_s(W*x) + BN_v(W_v*x) + BN_h(W_h*x)``.
 
     For networks that are composed by hand, and for checkpoints of the official code, whose module names it keeps. It
@@ -124,45 +122,20 @@ class ACBlock2d(Fusible):
             y = self.last_bn(y)
         return y
 
-    def equivalent_kernel(self) -> torch.Tensor:
-        """Kernel (out_channels, in_channels/groups, kh, kw) of the convolution that the block equals in evaluation."""
-        return self._fold()[0]
-
-    def equivalent_bias(self) -> torch.Tensor:
-        """Bias (out_channels,) of the convolution that the block equals in evaluation."""
-        return self._fold()[1]
-
     def _fold(self) -> tuple[torch.Tensor, torch.Tensor]:
-        with autocast_disabled(self.square_conv.weight.device.type):
-            kernels, biases = [], []
-            branches = (
-                (self.square_conv, self.square_bn),
-                (self.ver_conv, self.ver_bn),
-                (self.hor_conv, self.hor_bn),
-            )
-            for conv, norm in branches:
-                scale, shift = scale_shift(norm)
-                kernels.append(scale.view(-1, 1, 1, 1) * conv.weight)
-                biases.append(shift)
-            square, vertical, horizontal = kernels
-            kernel = add_on_middle(square, [vertical, horizontal])
-            bias = sum(biases[1:], biases[0])
-            if self.last_bn is not None:
-                scale, shift = scale_shift(self.last_bn)
-                kernel, bias = scale.view(-1, 1, 1, 1) * kernel, scale * bias + shift
-            return kernel, bias
-
-    def branch_form(self) -> Callable[..., torch.Tensor]:
-        return copy.deepcopy(self).eval().forward
-
-    @torch.no_grad()
-    def fuse(self) -> nn.Conv2d:
-        """Fold the block, in float64 and rounded once, into a fresh convolution with bias; it stays as it was."""
-        kernel, bias = float64_copy(self).eval()._fold()
-        like = next(self.parameters())
-        conv = nn.Conv2d(**dict(conv_arguments(self.square_conv), bias=True), device='meta', dtype=like.dtype)
-        vars(conv).update(self.added_attributes())
-        trainable = any(p.requires_grad for p in self.parameters())
-        for name, value in (('weight', kernel), ('bias', bias)):
-            setattr(conv, name, nn.Parameter(value.to(like.device, like.dtype), requires_grad=trainable))
-        return conv.train(self.training)
+        kernels, biases = [], []
+        branches = (
+            (self.square_conv, self.square_bn),
+            (self.ver_conv, self.ver_bn),
+            (self.hor_conv, self.hor_bn),
+        )
+        for conv, norm in branches:
+            scale, shift = scale_shift(norm)
+            kernels.append(scale.view(-1, 1, 1, 1) * conv.weight)
+            biases.append(shift)
+        kernel = add_on_middle(kernels[0], kernels[1:])
+        bias = sum(biases[1:], biases[0])
+        if self.last_bn is not None:
+            scale, shift = scale_shift(self.last_bn)
+            kernel, bias = scale.view(-1, 1, 1, 1) * kernel, scale * bias + shift
+        return kernel, bias
