@@ -3,9 +3,8 @@
 import torch
 
 from ..layers import ACConv2d
-from ..layers._branches import add_on_middle
-from ..layers._tensor import scale_shift
 from ._format import Entries, Format, TranslatedEntries
+from ._norms import Norm, variance_of_sum
 
 __all__ = ['FORMAT']
 
@@ -26,20 +25,14 @@ def read(layer: ACConv2d, entries: Entries) -> TranslatedEntries:
     kernels, norms = {}, {}
     for branch in ('square', 'ver', 'hor'):
         kernels[branch] = entries.pop(f'{branch}_conv.weight').double()
-        norms[branch] = _Norm(entries, f'{branch}_bn.', layer.eps)
+        norms[branch] = Norm(entries, f'{branch}_bn.', layer.eps)
     zero = torch.zeros_like(norms['square'].running_mean)
     mean = sum((norm.scale * norm.running_mean for norm in norms.values()), zero)
-    # An estimate: no checkpoint has the covariances of the branches, so those of white noise at the input are used.
-    deviations = []
-    for branch, kernel in kernels.items():
-        deviation = norms[branch].scale * norms[branch].running_var.sqrt()
-        deviations.append(kernel * (deviation / kernel.flatten(1).norm(dim=1).clamp_min(1e-30)).view(-1, 1, 1, 1))
-    deviation = add_on_middle(deviations[0], deviations[1:])
-    variance = deviation.flatten(1).square().sum(1)
+    variance = variance_of_sum(list(kernels.values()), list(norms.values()))
     constant = sum((norm.shift for norm in norms.values()), zero)
     gain = torch.ones_like(mean)
     if 'last_bn.running_var' in entries:
-        last = _Norm(entries, 'last_bn.', layer.eps)
+        last = Norm(entries, 'last_bn.', layer.eps)
         gain, variance = last.scale, last.scale**2 * last.running_var
         mean, constant = gain * mean, gain * constant + last.shift
     new = {}
@@ -49,23 +42,13 @@ def read(layer: ACConv2d, entries: Entries) -> TranslatedEntries:
             new[f'{name}gamma'] = gain * norm.weight
             new[f'{name}running_var'] = norm.running_var
             new[f'{name}weight'] = kernels[branch]
+        elif branch != 'square' and layer.branch_norm == 'scale':
+            new[f'{name}gamma'] = gain * norm.scale
+            new[f'{name}weight'] = kernels[branch]
         else:
             new[f'{name}weight'] = (gain * norm.scale / layer.scale).view(-1, 1, 1, 1) * kernels[branch]
     new = {name: value.to(dtype) for name, value in new.items()}
     return TranslatedEntries(new, constant.to(dtype), mean.to(dtype), variance.to(dtype))
-
-
-class _Norm:
-    """A BatchNorm's entries of a checkpoint, which it takes out of them, in float64."""
-
-    def __init__(self, entries: Entries, prefix: str, eps: float) -> None:
-        entries.pop(f'{prefix}num_batches_tracked', None)
-        self.running_mean = entries.pop(f'{prefix}running_mean').double()
-        self.running_var = entries.pop(f'{prefix}running_var').double()
-        self.weight = entries.pop(f'{prefix}weight', torch.ones_like(self.running_mean)).double()
-        self.bias = entries.pop(f'{prefix}bias', torch.zeros_like(self.running_mean)).double()
-        self.eps = eps
-        self.scale, self.shift = scale_shift(self)
 
 
 FORMAT = Format(matches, read)
