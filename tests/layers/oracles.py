@@ -1,4 +1,4 @@
-"""The four convolutions written out from their formulas, index by index, in float64.
+"""The methods written out from their formulas, index by index, in float64.
 
 Nothing here calls the code under test. Kernels are built in loops over plain numbers; the last step is one
 `F.conv2d` without padding, on an input that is padded here by hand.
@@ -297,3 +297,126 @@ def dynamic_conv(layer: torch.nn.Module, x: torch.Tensor, case: Case, temperatur
             y = y + per_channel(sum(share * bias for share, bias in zip(shares, biases, strict=True)))
         outputs.append(y)
     return torch.cat(outputs)
+
+
+# DBB and OREPA --------------------------------------------------------------------------------------------------------
+
+
+def identity_of(channels: int, group_channels: int) -> torch.Tensor:
+    """A 1x1 kernel (channels, I/g) that hands on input channel i mod I/g of the group."""
+    eye = torch.zeros(channels, group_channels, dtype=torch.float64)
+    for channel in range(channels):
+        eye[channel, channel % group_channels] = 1
+    return eye
+
+
+def one_after_the_other(inner: torch.Tensor, outer: torch.Tensor, groups: int) -> torch.Tensor:
+    """K[o, i, h, w] = Σ_m outer[o, m, h, w] inner[m of o's group, i], inner (C, I/g), outer (O, C/g, kh, kw)."""
+    kernel = torch.zeros(outer.shape[0], inner.shape[1], *outer.shape[2:], dtype=torch.float64)
+    for o in range(outer.shape[0]):
+        first = o // (outer.shape[0] // groups) * outer.shape[1]
+        for m in range(outer.shape[1]):
+            for i in range(inner.shape[1]):
+                kernel[o, i] += outer[o, m] * inner[first + m, i]
+    return kernel
+
+
+def on_the_middle(point: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """A 1x1 kernel in the middle of a zero kernel."""
+    kernel = torch.zeros(shape, dtype=torch.float64)
+    kernel[:, :, shape[2] // 2, shape[3] // 2] = point[:, :, 0, 0]
+    return kernel
+
+
+def dbb_kernels(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The kernels of DBB's branches, of the stock shape."""
+    shape, area = layer.weight.shape, layer.weight[0, 0].numel()
+    inner, outer = (getattr(layer, f'{name}_weight').detach().double() for name in ('inner', 'outer'))
+    if layer.groups == layer.in_channels == layer.out_channels:
+        sequential = one_after_the_other(inner[:, :, 0, 0], outer, layer.groups)
+        return {'sequential': sequential, 'mean': torch.full(shape, 1 / area, dtype=torch.float64)}
+    inner = inner[:, :, 0, 0] + identity_of(len(inner), shape[1])
+    return {
+        'point': on_the_middle(layer.point_weight.detach().double(), shape),
+        'sequential': one_after_the_other(inner, outer, layer.groups),
+        'mean': (layer.mean_weight.detach().double() / area).expand(shape),
+    }
+
+
+def dbb_conv(
+    layer: torch.nn.Module, x: torch.Tensor, case: Case, training: bool
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """y = W*x + Σ_k s_k⊙(B_k*x) + b with s = γ/√(v + eps), or γ; and the unbiased variances of the branches."""
+    y = convolution(x, layer.weight.detach().double(), layer.bias, case)
+    variances = {}
+    for name, kernel in dbb_kernels(layer).items():
+        branch = convolution(x, kernel, None, case)
+        scale = per_channel(getattr(layer, f'{name}_gamma'))
+        if layer.branch_norm == 'batch':
+            variance = variance_of(branch) if training else getattr(layer, f'{name}_running_var').double()
+            scale = scale / torch.sqrt(per_channel(variance) + layer.eps)
+            variances[name] = variance_of(branch, correction=1)
+        y = y + scale * branch
+    return y, variances
+
+
+def orepa_cosine(channel: int, channels: int, row: int, column: int, sides: tuple[int, int]) -> float:
+    """cos(π(h + ½)(i + 1)/kh) in the first half of the channels, cos(π(w + ½)(i + 1 − O/2)/kw) in the second."""
+    if channel < channels / 2:
+        return math.cos(math.pi * (row + 0.5) * (channel + 1) / sides[0])
+    return math.cos(math.pi * (column + 0.5) * (channel + 1 - channels / 2) / sides[1])
+
+
+def orepa_kernel(layer: torch.nn.Module) -> torch.Tensor:
+    """Σ_k γ_k⊙B_k, B_k the stock kernel and the branches."""
+    parameters = {name: value.detach().double() for name, value in layer.state_dict().items()}
+    weight, groups = parameters['weight'], layer.groups
+    shape, area = weight.shape, weight[0, 0].numel()
+    kernels = {'weight': weight}
+    if area == 1:
+        first, second = parameters['first_weight'][:, :, 0, 0], parameters['second_weight']
+        kernels['product'] = one_after_the_other(first, second, groups)
+    else:
+        inner = parameters['inner_weight'][:, :, 0, 0]
+        depthwise, pointwise = parameters['depthwise_weight'][:, 0], parameters['pointwise_weight'][:, :, 0, 0]
+        kernels['mean'] = (parameters['mean_weight'] / area).expand(shape)
+        kernels['prior'] = parameters['prior_weight'] * parameters['prior'][:, None]
+        kernels['point'] = on_the_middle(parameters['point_weight'], shape)
+        inner = inner + identity_of(len(inner), shape[1])
+        kernels['sequential'] = one_after_the_other(inner, parameters['outer_weight'], groups)
+        separable = torch.zeros(shape, dtype=torch.float64)
+        for o, i, e in itertools.product(range(shape[0]), range(shape[1]), range(8)):
+            channel = o // (shape[0] // groups) * shape[1] + i
+            separable[o, i] += pointwise[o, 8 * i + e] * depthwise[8 * channel + e]
+        kernels['separable'] = separable
+    return sum(parameters[f'{name}_gamma'].view(-1, 1, 1, 1) * kernel for name, kernel in kernels.items())
+
+
+def dbb_block(block: torch.nn.Module, x: torch.Tensor, case: Case, training: bool) -> torch.Tensor:
+    """The four branches; a border of what the inner norms make of zero with their running statistics."""
+    rows, columns = pair(case.padding)
+
+    def bordered(values: torch.Tensor, norm: torch.nn.BatchNorm2d) -> torch.Tensor:
+        y = batch_norm(values, norm, training)
+        scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+        edge = per_channel(norm.bias - norm.running_mean * scale)
+        result = edge.expand(len(y), -1, y.shape[2] + 2 * rows, y.shape[3] + 2 * columns).clone()
+        result[:, :, rows : rows + y.shape[2], columns : columns + y.shape[3]] = y
+        return result
+
+    square = block.dbb_origin.conv.weight.detach()
+    y = batch_norm(convolution(x, square, None, case), block.dbb_origin.bn, training)
+    averaged = F.pad(x, [columns, columns, rows, rows])
+    if case.groups < case.out_channels:
+        point = on_the_middle(block.dbb_1x1.conv.weight.detach(), square.shape)
+        y = y + batch_norm(convolution(x, point, None, case), block.dbb_1x1.bn, training)
+        averaged = F.conv2d(x, block.dbb_avg.conv.weight, groups=case.groups)
+        averaged = bordered(averaged, block.dbb_avg.bn.bn)
+    y = y + batch_norm(F.avg_pool2d(averaged, case.sides, case.stride), block.dbb_avg.avgbn, training)
+    first, norm, second, last = block.dbb_1x1_kxk
+    kernel = first.weight
+    if len(kernel) == case.in_channels:
+        kernel = kernel + identity_of(len(kernel), kernel.shape[1])[:, :, None, None]
+    inner = bordered(F.conv2d(x, kernel, groups=case.groups), norm.bn)
+    outer = F.conv2d(inner, second.weight, None, case.stride, groups=case.groups)
+    return y + batch_norm(outer, last, training)
