@@ -16,8 +16,11 @@ from torch import nn
 from timm_reparam import (
     ACBlock2d,
     ACConv2d,
+    DBBConv2d,
+    DBBlock2d,
     DOConv2d,
     DynamicConv2d,
+    OREPAConv2d,
     ReparamError,
     export_state_dict,
     fuse_model,
@@ -307,6 +310,172 @@ def test_constant_without_a_place():
     entries, _, _ = ac_entries((6, 4, 3, 5))
     with pytest.raises(ReparamError, match=r'^0: .*no bias.*no BatchNorm'):
         loaded(ac_model(bias=False, norm=False), {f'0.{key}': value for key, value in entries.items()})
+
+
+# DBB ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('channels, groups', [((4, 6), 1), ((4, 6), 2), ((4, 4), 4)], ids=str)
+@pytest.mark.parametrize('target', [{}, dict(branch_norm='scale'), dict(variant=False)], ids=str)
+@pytest.mark.parametrize('place', ['the norm it replaced', 'the norm that follows', 'the bias'])
+def test_diverse_branch_block(channels, groups, target, place):
+    """DBBlock2d has the official keys."""
+    block = DBBlock2d(*channels, 3, padding=1, groups=groups, dtype=torch.float64).eval()
+    randomise(block, 1)
+    options = {name: value for name, value in target.items() if name != 'variant'}
+    conv = (DBBConv2d if target.get('variant', True) else nn.Conv2d)(
+        *channels, 3, padding=1, groups=groups, bias=place == 'the bias', dtype=torch.float64, **options
+    )
+    norm = [nn.BatchNorm2d(channels[1], dtype=torch.float64)] if place != 'the bias' else []
+    model = nn.Sequential(conv, *norm, nn.ReLU())
+    state = {f'0.{key}': value for key, value in block.state_dict().items()}
+    if place == 'the norm that follows':
+        state |= norm_entries('1', channels[1])
+    x = normal(2, 4, 7, 8)
+    expected = block(x)
+    if place == 'the norm that follows':
+        lines = [norm_line(state, '1', channel) for channel in range(channels[1])]
+        expected = torch.stack([a * expected[:, o] + b for o, (a, b) in enumerate(lines)], 1)
+    assert close(loaded(model, state)(x), expected.relu())
+    if target.get('variant', True):
+        assert close(fuse_model(model)(x), expected.relu())
+
+
+def test_norm_made_for_a_diverse_branch_block():
+    """The mean is that of the block's outputs in training, without the constant that the norm takes away."""
+    block = DBBlock2d(4, 6, 3, padding=1, momentum=1.0, dtype=torch.float64)
+    randomise(block, 1)
+    y = block.train()(normal(8, 4, 9, 9))
+    model = nn.Sequential(DBBConv2d(4, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)).double()
+    norm = loaded(model, {f'0.{key}': value for key, value in block.state_dict().items()})[1]
+    # each branch ends in a norm, so that the mean of the sum is the sum of their biases
+    ends = (block.dbb_origin.bn, block.dbb_1x1.bn, block.dbb_avg.avgbn, block.dbb_1x1_kxk.bn2)
+    assert close(norm.bias, sum(end.bias for end in ends)) and close(norm.bias, y.mean((0, 2, 3)))
+
+
+@pytest.mark.parametrize('variant', [True, False])
+def test_fused_diverse_branch_block(variant):
+    conv = (DBBConv2d if variant else nn.Conv2d)(4, 6, 3, padding=1, dtype=torch.float64)
+    kernel, bias = normal(6, 4, 3, 3), normal(6)
+    model = loaded(nn.Sequential(conv), {'0.dbb_reparam.weight': kernel, '0.dbb_reparam.bias': bias})
+    x = normal(2, 4, 7, 8)
+    assert close(model(x), F.conv2d(x, kernel, bias, padding=1))
+
+
+def test_diverse_branch_block_with_other_inner_channels():
+    block = DBBlock2d(4, 6, 3, inner_channels=7, dtype=torch.float64)
+    model = nn.Sequential(DBBConv2d(4, 6, 3, dtype=torch.float64))
+    with pytest.raises(ReparamError, match=r'^0: .*has 7 channels between them in the checkpoint, this layer has 4'):
+        import_state_dict({f'0.{key}': value for key, value in block.state_dict().items()}, model)
+
+
+# OREPA ----------------------------------------------------------------------------------------------------------------
+
+
+def orepa_entries(channels: tuple[int, int], groups: int = 1) -> tuple[State, torch.Tensor]:
+    """A k x k layer, and its kernel; the official code has the last 1x1 kernel as (O/groups, groups, I/groups, 8)."""
+    (in_channels, out_channels), of_group = channels, channels[0] // groups
+    inner = in_channels if groups <= 4 else 2 * in_channels
+    state = {
+        'weight_orepa_origin': normal(out_channels, of_group, 3, 3),
+        'weight_orepa_avg_conv': normal(out_channels, of_group, 1, 1),
+        'weight_orepa_pfir_conv': normal(out_channels, of_group, 1, 1),
+        'weight_orepa_1x1': normal(out_channels, of_group, 1, 1),
+        'weight_orepa_1x1_kxk_idconv1': normal(inner, of_group, 1, 1),
+        'weight_orepa_1x1_kxk_conv2': normal(out_channels, inner // groups, 3, 3),
+        'weight_orepa_gconv_dw': normal(8 * in_channels, 1, 3, 3),
+        'weight_orepa_gconv_pw': normal(out_channels, 8 * of_group, 1, 1),
+        'vector': normal(6, out_channels),
+        'weight_orepa_avg_avg': torch.full((3, 3), 1 / 9, dtype=torch.float64),
+        'id_tensor': oracles.identity_of(inner, of_group)[:, :, None, None],
+        'weight_orepa_prior': normal(out_channels, 3, 3),
+    }
+    short = {name.removeprefix('weight_orepa_'): value for name, value in state.items()}
+    first = short['1x1_kxk_idconv1'][:, :, 0, 0] + state['id_tensor'][:, :, 0, 0]
+    kernels = [
+        short['origin'],
+        short['avg_conv'] / 9 * torch.ones(3, 3),
+        short['pfir_conv'] * short['prior'][:, None],
+        oracles.one_after_the_other(first, short['1x1_kxk_conv2'], groups),
+        oracles.on_the_middle(short['1x1'], short['origin'].shape),
+        torch.zeros(short['origin'].shape, dtype=torch.float64),
+    ]
+    out_group = out_channels // groups
+    for group, o, i, e in itertools.product(range(groups), range(out_group), range(of_group), range(8)):
+        pointwise = short['gconv_pw'].reshape(out_group, groups, of_group, 8)[o, group, i, e]
+        kernels[5][group * out_group + o, i] += pointwise * short['gconv_dw'][8 * (group * of_group + i) + e, 0]
+    return state, sum(factor.view(-1, 1, 1, 1) * kernel for factor, kernel in zip(state['vector'], kernels))
+
+
+def orepa_1x1_entries(channels: tuple[int, int]) -> tuple[State, torch.Tensor]:
+    in_channels, out_channels = channels
+    middle = min(channels)
+    state = {
+        'weight_or1x1_origin': normal(out_channels, in_channels, 1, 1),
+        'weight_or1x1_l2i_conv1': normal(middle, in_channels, 1, 1),
+        'weight_or1x1_l2i_conv2': normal(out_channels, middle, 1, 1),
+        'vector': normal(2, out_channels),
+    }
+    product = state['weight_or1x1_l2i_conv2'][:, :, 0, 0] @ state['weight_or1x1_l2i_conv1'][:, :, 0, 0]
+    kernels = (state['weight_or1x1_origin'], product[:, :, None, None])
+    return state, sum(factor.view(-1, 1, 1, 1) * kernel for factor, kernel in zip(state['vector'], kernels))
+
+
+@pytest.mark.parametrize('variant', [True, False])
+@pytest.mark.parametrize('place', ['the norm it replaced', 'the bias'])
+@pytest.mark.parametrize(
+    'sides, channels, groups',
+    [(3, (4, 6), 1), (3, (4, 6), 2), (3, (12, 12), 6), (3, (6, 6), 6), (1, (4, 6), 1), (1, (6, 4), 1)],
+    ids=str,
+)
+def test_orepa(sides, channels, groups, place, variant):
+    entries, kernel = orepa_entries(channels, groups) if sides == 3 else orepa_1x1_entries(channels)
+    entries |= norm_entries('bn', channels[1])
+    conv = (OREPAConv2d if variant else nn.Conv2d)(
+        *channels, sides, padding=sides // 2, groups=groups, bias=place == 'the bias', dtype=torch.float64
+    )
+    norm = [nn.BatchNorm2d(channels[1], dtype=torch.float64)] if place != 'the bias' else []
+    model = loaded(nn.Sequential(conv, *norm), {f'0.{key}': value for key, value in entries.items()})
+    x = normal(2, channels[0], 7, 8)
+    lines = [norm_line(entries, 'bn', channel) for channel in range(channels[1])]
+    y = F.conv2d(x, kernel, padding=sides // 2, groups=groups)
+    expected = torch.stack([a * y[:, o] + b for o, (a, b) in enumerate(lines)], 1)
+    assert close(model(x), expected)
+    if variant:
+        assert close(fuse_model(model)(x), expected)
+
+
+def test_orepa_of_a_large_convolution():
+    """Three 3x3 layers in a row are one 7x7 kernel, which a plain stem takes."""
+    entries, kernels, channels = norm_entries('bn', 6), [], (3, 6, 6, 6)
+    for index in range(3):
+        state, kernel = orepa_entries(channels[index : index + 2])
+        entries |= {f'weight{index}.{key}': value for key, value in state.items()}
+        kernels.append(kernel)
+    kernel = kernels[0].transpose(0, 1)
+    for later in kernels[1:]:
+        kernel = F.conv2d(kernel, later, padding=2)
+    model = nn.Sequential(nn.Conv2d(3, 6, 7, 2, 3, bias=False), nn.BatchNorm2d(6)).double()
+    loaded(model, {f'0.{key}': value for key, value in entries.items()})
+    x = normal(2, 3, 9, 11)
+    y = F.conv2d(x, kernel.transpose(0, 1), stride=2, padding=3)
+    lines = [norm_line(entries, 'bn', channel) for channel in range(6)]
+    assert close(model(x), torch.stack([a * y[:, o] + b for o, (a, b) in enumerate(lines)], 1))
+
+
+@pytest.mark.parametrize('fused, sides', [('orepa_reparam', 3), ('or1x1_reparam', 1), ('or_large_reparam', 7)])
+def test_fused_orepa(fused, sides):
+    kernel, bias = normal(6, 4, sides, sides), normal(6)
+    conv = OREPAConv2d(4, 6, sides, padding=sides // 2, dtype=torch.float64)
+    model = loaded(nn.Sequential(conv), {f'0.{fused}.weight': kernel, f'0.{fused}.bias': bias})
+    x = normal(2, 4, 7, 8)
+    assert close(model(x), F.conv2d(x, kernel, bias, padding=sides // 2))
+
+
+def test_orepa_with_other_sides_than_3():
+    entries = {**orepa_entries((4, 6))[0], **norm_entries('bn', 6), 'weight_orepa_origin': normal(6, 4, 5, 5)}
+    with pytest.raises(ReparamError, match='^0: expected 3x3 kernels, got .5, 5.'):
+        import_state_dict({f'0.{key}': value for key, value in entries.items()}, nn.Sequential(OREPAConv2d(4, 6, 5)))
 
 
 # RefConv --------------------------------------------------------------------------------------------------------------
