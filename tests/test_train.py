@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +39,7 @@ from timm_reparam.hub.training import load_training, read_training
 from timm_reparam.training import checkpoint, data, engine, result, rng
 from timm_reparam.training import flags as command_line
 from timm_reparam.training import model as models
+from timm_reparam.training.setup import Setup, choose_device
 from timm_reparam.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,13 +109,14 @@ def parse(*argv: str) -> argparse.Namespace:
 class Start(NamedTuple):
     """What train_one_epoch is called with, in this order."""
 
-    args: argparse.Namespace
+    setup: Setup
     state: checkpoint.CheckpointState
     loader: Any
-    mixup: timm.data.Mixup | None
-    autocast: Callable
-    device: torch.device
     saver: checkpoint.Saver | None
+
+    @property
+    def args(self) -> argparse.Namespace:
+        return self.setup.args
 
 
 def prepare(argv: list[str]) -> Start:
@@ -371,7 +372,7 @@ def test_device(flags, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     config = write_yaml(tmp_path / 'args.yaml', {'device': 'cuda'})  # timm's default, asked for by nobody
     for argv in ([], ['--config', config]):
-        assert engine.choose_device(parse('--data-dir', 'somewhere', *argv)).type == 'cpu'
+        assert choose_device(parse('--data-dir', 'somewhere', *argv)).type == 'cpu'
     assert '--device cuda: there is no CUDA device' in refusal(flags('--device', 'cuda'), capsys)
 
 
@@ -660,11 +661,11 @@ def test_resuming_keeps_the_temperature(flags):
 )
 def test_losses(extra, kind, attributes):
     args = parse('somewhere', '--num-classes', '3', *extra.split())
-    loss = models.create_loss(args, data.mixup_options(args) is not None)
+    args.rank = 0
+    loss = models.create_task(args, torch.nn.Identity(), torch.device('cpu')).criterion
     assert type(loss).__name__ == kind
     assert {name: getattr(loss, name) for name in attributes} == attributes
-    mixed = data.mixup_options(args) is not None
-    target = torch.rand(6, 3).softmax(1) if mixed else torch.arange(6) % 3
+    target = torch.rand(6, 3).softmax(1) if args.mixup else torch.arange(6) % 3
     assert loss(torch.randn(6, 3), target).isfinite()
 
 
@@ -683,15 +684,14 @@ def test_stopping_before_the_end_of_the_schedule(flags, tmp_path, capsys):
 
 
 MANY_FLAGS = {
-    'binary cross-entropy, mixed by the main process': '--bce-loss --mixup 0.2 --cutmix 1 --no-prefetcher '
-    '--mixup-mode elem --bce-target-thresh 0.2 --mixup-off-epoch 1',
-    'mixed by the loader': '--mixup 0.2 --cutmix 1 --mixup-off-epoch 1 --reprob 0.5 --aa rand-m5-n1 --workers 1',
+    'mixed images': '--bce-loss --bce-target-thresh 0.2 --mixup 0.2 --cutmix 1 --mixup-off-epoch 1 --reprob 0.5 '
+    '--aa rand-m5-n1 --workers 1',
     'augmentation splits': '--aug-splits 3 --jsd-loss --split-bn --resplit --reprob 0.3 --aa augmix-m3 --epochs 1',
     'compiled': '--torchcompile eager --model-ema --clip-grad 1',
     # 32 pixels: PyTorch's own kernels give NaN gradients for 1x1 images in bfloat16 and channels_last, on some CPUs
     'mixed precision': '--amp --amp-dtype bfloat16 --channels-last --clip-grad 1 --clip-mode value '
     '--input-size 3 32 32 --epochs 1',
-    'layer decay': '--opt lamb --layer-decay 0.7 --layer-decay-min-scale 0.1 --opt-eps 1e-6 --opt-kwargs '
+    'layer decay': '--opt lamb --layer-decay 0.7 --opt-eps 1e-6 --opt-kwargs '
     'max_grad_norm=2 --variant-lr 0.5 --grad-checkpointing --grad-accum-steps 2 --drop 0.1 --drop-path 0.1 --epochs 1',
     'schedule on updates': '--sched-on-updates --sched poly --warmup-epochs 1 --warmup-prefix --lr-noise 0.2 0.9 '
     '--input-size 1 16 16 --mean 0.5 --std 0.2 --no-aug --val-split= --checkpoint-hist 1 --epochs 1',
@@ -734,21 +734,6 @@ def test_tar(flags, photos, tmp_path):
     archive = shutil.make_archive(str(tmp_path / 'pictures'), 'tar', photos / 'train')
     assert train.main([*flags('--epochs', '1', '--val-split='), '--data-dir', archive]) == 0
     assert (tmp_path / 'zoo/resnet18_doconv.pictures').is_dir()
-
-
-def test_distillation(flags, tmp_path, capsys):
-    assert train.main(flags('--epochs', '1', model='resnet18', experiment='teacher')) == 0
-    teacher = f'local-dir:{tmp_path / "zoo/resnet18.photos"}'
-    for kind in ('logit', 'feature'):
-        argv = flags(
-            '--kd-model-name', teacher, '--kd-distill-type', kind, '--epochs', '1', '--tag', kind, experiment=kind
-        )
-        assert (
-            train.main([*argv, '--task-loss-weight', '0.5', '--model-kwargs', *TINY[1:2], 'channels=(8,8,8,16)']) == 0
-        )
-        assert (tmp_path / f'zoo/resnet18_doconv.{kind}_fused').is_dir()
-    argv = flags('--kd-model-name', teacher, '--kd-distill-type', 'token', experiment='token')
-    assert "--kd-distill-type: invalid choice: 'token'" in refusal(argv, capsys)
 
 
 def test_adaptive_clipping_leaves_what_a_variant_adds_alone(flags):
@@ -903,7 +888,6 @@ def test_a_verification_is_not_a_matter_of_luck(flags, tmp_path, monkeypatch):
         ('--model resnet18.a3_in1k --variant doconv --pretrained', '--model resnet18.a3_in1k'),  # not on the Hub
         ('--model-kwargs no_such=1', '--model resnet18_doconv: '),
         ('--model dla46_c --variant doconv --grad-checkpointing --model-kwargs', '--grad-checkpointing'),
-        ('--kd-model-name no_such', '--kd-model-name no_such'),
         ('--device no_such', '--device no_such'),
         ('--device-modules no.such', '--device-modules'),
         ('--interpolation no_such', 'no_such'),
@@ -956,7 +940,7 @@ def test_batch_norms_are_not_synchronised_on_the_cpu(flags):
     run = prepare(flags('--sync-bn'))  # of no effect in one process
     run.args.distributed = True
     with pytest.raises(ReparamError, match='--sync-bn'):
-        models.convert_norms(run.args, run.state.model, run.device)
+        models.convert_norms(run.args, run.state.model, run.setup.device)
 
 
 def test_a_zoo_that_holds_another_model(flags, tmp_path, capsys):
@@ -1083,11 +1067,11 @@ def test_scaler_state_is_resumed(flags):
 
     run = scaled(flags())
     run.state.scaler._scaler.load_state_dict({**run.state.scaler.state_dict(), 'scale': 128.0})
-    run.state.position = checkpoint.Position(1, random_states=rng.gather_random_states(run.device))
+    run.state.position = checkpoint.Position(1, random_states=rng.gather_random_states(run.setup.device))
     run.saver.save_checkpoint(0, metric=1.0)
     other = scaled(flags(experiment='other'))
     last = run.saver.folder / 'last.pth.tar'
-    assert other.state.resume(other.args, last, read_training(last), other.device).epoch == 1
+    assert other.state.resume(other.args, last, read_training(last), other.setup.device).epoch == 1
     assert other.state.scaler.state_dict() == run.state.scaler.state_dict()
     assert other.state.scaler.state_dict()['scale'] == 128.0
 
@@ -1151,8 +1135,8 @@ def test_resuming_after_a_kill_is_exact(model, extra, file, flags, tmp_path):
     'model, extra',
     [
         pytest.param('resnet18_acconv', ['--workers', '1'], marks=pytest.mark.slow),
-        ('resnet18_dyconv', ['--sched-on-updates', '--no-prefetcher', '--grad-accum-steps', '1']),
-        pytest.param('resnet18_doconv', ['--sched-on-updates', '--no-prefetcher'], marks=pytest.mark.slow),
+        ('resnet18_dyconv', ['--sched-on-updates', '--grad-accum-steps', '1']),
+        pytest.param('resnet18_doconv', ['--sched-on-updates'], marks=pytest.mark.slow),
         pytest.param(
             *('resnet18_refconv', ['--variant-lr', '0.5', '--opt', 'lookahead_adam']),
             marks=pytest.mark.slow,
@@ -1309,7 +1293,8 @@ def differing(tensors):
 
 
 def probed(*run):
-    args, state, loader, mixup, autocast, device, saver = run
+    setup, state, loader, saver = run
+    args = setup.args
     weights = dict(state.model.state_dict())
     start = {name: value.clone() for name, value in weights.items()}
     assert not differing(start), differing(start)
@@ -1322,7 +1307,7 @@ def probed(*run):
     engine.distribute_statistics(args, state.model)
     assert not differing(weights), differing(weights)
     assert any(not weights[name].equal(start[name]) for name in weights)
-    index, input, target = next(rng.draw(loader, rng.RandomStream(device, args.rank), lambda *batch: batch))
+    index, input, target = next(rng.draw(loader, rng.RandomStream(setup.device, args.rank)))
     state.task(input, target)['loss'].backward()
     gradients = {name: parameter.grad for name, parameter in state.model.named_parameters()}
     assert not differing(gradients), differing(gradients)

@@ -25,16 +25,9 @@ from ..hub.folder import architecture_of
 from ..hub.training import read_training
 from ..timm_model import record_options
 from .rng import restore_random_state
+from .setup import Setup
 
-__all__ = [
-    'CheckpointState',
-    'Position',
-    'Saver',
-    'checkpoints_in',
-    'find_checkpoint',
-    'open_saver',
-    'position_of',
-]
+__all__ = ['CheckpointState', 'Position', 'Saver', 'checkpoints_in', 'find_checkpoint', 'open_saver', 'position_of']
 
 _logger = logging.getLogger(__name__)
 
@@ -114,16 +107,7 @@ class CheckpointState:
             )
 
     def resume(self, args: Namespace, path: Path, checkpoint: dict[str, Any], device: torch.device) -> Position:
-        """Load a checkpoint, random states included.
-
-        Args:
-            args: The arguments of the run.
-            path: The file, for messages.
-            checkpoint: What it holds.
-            device: Device of this process.
-
-        Returns:
-            Where the run goes on.
+        """Load what a checkpoint file holds, random states included, and return where the run goes on.
 
         Raises:
             ReparamError: The checkpoint does not fit, or is damaged.
@@ -220,11 +204,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(args: Namespace) -> tuple[Path | None, dict[str, Any] | None]:
-    """Find the checkpoint that --resume names.
-
-    Returns:
-        Its path and what it holds; None and None if the run is a new one.
-    """
+    """Return the path of the checkpoint that --resume names and what it holds, or None and None for a new run."""
     path = Path(args.resume) if args.resume else None
     if args.resume == 'auto':
         found = checkpoints_in(_output_root(args) / args.experiment) if utils.is_primary(args) else []
@@ -320,31 +300,20 @@ class Saver(utils.CheckpointSaver):
         return None
 
 
-def open_saver(
-    args: Namespace,
-    state: CheckpointState,
-    decreasing: bool,
-    image_side: int,
-    path: Path | None,
-    checkpoint: dict[str, Any] | None,
-) -> Saver:
+def open_saver(setup: Setup, state: CheckpointState, path: Path | None, checkpoint: dict[str, Any] | None) -> Saver:
     """Make the folder of a run, with its args.yaml and summary.csv, and take over the history of what is resumed.
 
     Args:
-        args: The arguments of the run.
+        setup: What does not change in the run.
         state: What its checkpoints hold.
-        decreasing: Whether a lower metric is better.
-        image_side: Side of the images, for the name of a folder that has none.
         path: The checkpoint that is resumed, if any.
         checkpoint: What that holds.
-
-    Returns:
-        The saver.
 
     Raises:
         ReparamError: The folder cannot be written, or is that of another run.
     """
-    name = f'{datetime.now().strftime("%Y%m%d-%H%M%S")}-{safe_model_name(architecture_of(state.model))}-{image_side}'
+    args, side = setup.args, setup.data_config['input_size'][-1]
+    name = f'{datetime.now().strftime("%Y%m%d-%H%M%S")}-{safe_model_name(architecture_of(state.model))}-{side}'
     folder = _output_root(args) / (args.experiment or name)
     try:
         if path is not None and not args.experiment and not args.output:
@@ -364,7 +333,7 @@ def open_saver(
         raise ReparamError(f'--output {folder}: cannot be written ({error.strerror})') from error
     write_whole(folder / 'args.yaml', yaml.safe_dump(state.settings).encode())
     _logger.info('checkpoints: %s', folder)
-    saver = Saver(folder, state, decreasing, args.checkpoint_hist)
+    saver = Saver(folder, state, args.eval_metric == 'loss' or not args.val_split, args.checkpoint_hist)
     if path is not None and checkpoint is not None:
         saver.restore_history(path, checkpoint)
     utils.trim_summary(str(folder / 'summary.csv'), state.position.epoch)

@@ -1,7 +1,7 @@
 """Random numbers: streams for one purpose each, and states that a checkpoint can hold."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -38,15 +38,7 @@ def _arguments(device: torch.device) -> tuple:
 
 
 def gather_random_states(device: torch.device, distributed: bool = False) -> list[dict[str, Any]]:
-    """Collect the random states of all processes, as entries that torch.load(weights_only=True) reads.
-
-    Args:
-        device: Device of this process.
-        distributed: Whether there are other processes; all of them have to call.
-
-    Returns:
-        One entry for each process, by rank.
-    """
+    """Random states of all processes, by rank, as entries that torch.load(weights_only=True) reads."""
     python, (name, keys, *rest), cpu, accelerator = random_state(device)
     numpy = (str(name), torch.from_numpy(keys.astype(np.int64)), *(type(value)(value) for value in rest))
     state = dict(python=python, numpy=numpy, torch=cpu, accelerator=accelerator)
@@ -93,25 +85,14 @@ class RandomStream:
         set_random_state(self.outer, self.device)
 
 
-def draw(
-    loader: Any, stream: RandomStream, prepare: Callable, skip: int = 0
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Yield (index, input, target) for the batches of an epoch, all their randomness from the stream.
-
-    Args:
-        loader: A loader of timm.
-        stream: Stream of the epoch.
-        prepare: Function of input and target that makes a batch ready for use.
-        skip: Number of batches to draw without yielding them.
-    """
+def draw(loader: Any, stream: RandomStream, skip: int = 0) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Yield (index, input, target) for the batches of an epoch but the first ones, all randomness from the stream."""
     with stream:
         iterator = iter(loader)
     index = 0
     while True:
         with stream:
             batch = next(iterator, None)
-            if batch is not None:
-                batch = prepare(*batch)
         if batch is None:
             return
         if index >= skip:
