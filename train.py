@@ -96,16 +96,16 @@ def run(args: argparse.Namespace) -> None:
 
     # resume; the schedule is a function of the epoch and the update
     state = CheckpointState(settings, model, task, optimizer, scheduler, ema, scaler)
-    path, checkpoint = find_checkpoint(args)
-    if path is not None and checkpoint is not None:
-        state.position = state.resume(args, path, checkpoint, device)
+    resumed = find_checkpoint(args)
+    if resumed is not None:
+        state.resume(setup, *resumed)
         if scheduler is not None:
             scheduler.step(state.position.epoch)
             scheduler.step_update(updates_done(args, state.position, len(train_loader)))
     wrap_model(args, model, task, device)
     saver = None
     if primary:
-        saver = open_saver(setup, state, path, checkpoint)
+        saver = open_saver(setup, state, resumed)
         if args.log_wandb:
             import wandb
 
@@ -123,8 +123,7 @@ def run(args: argparse.Namespace) -> None:
             if due and validation_loader is not None:
                 if ema is not None:
                     distribute_statistics(args, ema.module)
-                weights = (model if ema is None else ema.module).state_dict()
-                metrics = validate(setup, epoch, weights, task, validation_loader)
+                metrics = validate(setup, state, validation_loader)
             lr = current_rate(optimizer)
             text = f'epoch {epoch}: loss {loss:.4f}, lr {lr:.2e}'
             if metrics is not None:
@@ -156,7 +155,7 @@ def run(args: argparse.Namespace) -> None:
         _logger.info('best checkpoint: epoch %d%s', best['epoch'], measured)
         weights = best['state_dict' if ema is None else 'state_dict_ema']
     validation_loader = create_validation_loader(setup, datasets[1])  # of the whole split, in one process
-    print(save_result(setup, settings, weights, task, datasets, validation_loader), flush=True)
+    print(save_result(setup, state, weights, datasets, validation_loader), flush=True)
     if args.publish:  # after the result is out: the Hub may not be in reach
         print(f'\n{publish_result(args, setup.form)}')
 

@@ -1071,7 +1071,8 @@ def test_scaler_state_is_resumed(flags):
     run.saver.save_checkpoint(0, metric=1.0)
     other = scaled(flags(experiment='other'))
     last = run.saver.folder / 'last.pth.tar'
-    assert other.state.resume(other.args, last, read_training(last), other.setup.device).epoch == 1
+    other.state.resume(other.setup, last, read_training(last))
+    assert other.state.position.epoch == 1
     assert other.state.scaler.state_dict() == run.state.scaler.state_dict()
     assert other.state.scaler.state_dict()['scale'] == 128.0
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub.utils import tqdm
 from timm import utils
-from timm.task import TrainingTask, evaluation_sample_limit
+from timm.task import evaluation_sample_limit
 from torch import nn
 
 from ..errors import ReparamError
@@ -44,16 +44,9 @@ NOISE_IMAGES = 64
 
 
 def train_one_epoch(setup: Setup, state: CheckpointState, loader: Any, saver: Saver | None) -> float:
-    """Train from the position of the run to the end of its epoch.
+    """Train from the position of the run to the end of its epoch, and return the mean of the loss.
 
-    Args:
-        setup: What does not change in the run.
-        state: Model, task, optimizer and the like, and the position.
-        loader: Loader of the training split.
-        saver: Saver of recovery checkpoints, in the first process.
-
-    Returns:
-        Mean of the loss.
+    The first process has a saver of recovery checkpoints.
     """
     args, device, task, optimizer, position = setup.args, setup.device, state.task, state.optimizer, state.position
     epoch, primary = position.epoch, utils.is_primary(args)
@@ -200,35 +193,22 @@ def noise_images(setup: Setup) -> torch.Tensor:
 
 
 @torch.no_grad()
-def validate(
-    setup: Setup, epoch: int, weights: dict[str, torch.Tensor], task: TrainingTask, loader: Any
-) -> dict[str, float]:
-    """Measure accuracy on the validation split with a fused copy; its first batch goes through both forms.
-
-    Args:
-        setup: What does not change in the run.
-        epoch: The epoch, for messages.
-        weights: Weights of what trains, or of its average.
-        task: The training task, which knows its measures.
-        loader: Loader of the validation split.
-
-    Returns:
-        top1, top5 and loss.
-    """
+def validate(setup: Setup, state: CheckpointState, loader: Any) -> dict[str, float]:
+    """Measure top1, top5 and loss with a fused copy, which the first batch compares with the model."""
     args, primary = setup.args, utils.is_primary(setup.args)
     # fusing draws the random start of new layers: not from the numbers that training draws from
     stream = RandomStream(setup.device, VALIDATION, args.seed, args.rank)
     with stream:
-        fused = fuse_form(setup, weights)
-    evaluator = task.create_evaluator(max_samples=evaluation_sample_limit(loader))
+        fused = fuse_form(setup, state.weights())
+    evaluator = state.task.create_evaluator(max_samples=evaluation_sample_limit(loader))
     with _progress_bar(len(loader), 'validation', 'batch', primary) as bar:
         for index, input, target in draw(loader, stream):
             if args.channels_last:
                 input = input.contiguous(memory_format=torch.channels_last)
             if index == 0 and primary and variant_of(setup.form):
                 with stream:
-                    report = verify_form(setup, fused, lambda: [input], f'epoch {epoch}')  # noqa: B023
-                _logger.debug('epoch %d: %s', epoch, report)
+                    report = verify_form(setup, fused, lambda: [input], f'epoch {state.position.epoch}')  # noqa: B023
+                _logger.debug('epoch %d: %s', state.position.epoch, report)
             with setup.autocast():
                 output = fused(input)
             evaluator.update(output[0] if isinstance(output, (tuple, list)) else output, target)

@@ -21,6 +21,7 @@ from ..hub.training import told_settings
 from ..profile import compare_profiles, format_comparison, format_profiles
 from ..variants import is_variant, variant_of
 from ..version import __version__
+from .checkpoint import CheckpointState
 from .data import class_names
 from .engine import fuse_form, noise_images, verify_form
 from .flags import build_parser, result_tag
@@ -60,20 +61,14 @@ def check_result(args: Namespace, model: nn.Module) -> None:
 
 
 def save_result(
-    setup: Setup,
-    settings: dict[str, Any],
-    weights: dict[str, torch.Tensor],
-    task: TrainingTask,
-    datasets: tuple[Any, Any],
-    loader: Any,
+    setup: Setup, state: CheckpointState, weights: dict[str, torch.Tensor], datasets: tuple[Any, Any], loader: Any
 ) -> str:
     """Fuse the best weights, verify them on the whole validation split, save both forms, and return a table of them.
 
     Args:
         setup: What did not change in the run.
-        settings: The arguments as they were given.
+        state: Its training task, which knows its measures, and its arguments as they were given.
         weights: The best weights.
-        task: The training task, which knows its measures.
         datasets: Training split and validation split, which may be None.
         loader: Loader of the latter, or None.
 
@@ -95,7 +90,8 @@ def save_result(
         for _, input, target in draw(loader, stream):
             yield input, target
 
-    metrics, difference = _compare_forms(form, fused, task, batches())
+    metrics, difference = _compare_forms(form, fused, state.task, batches())
+    settings = state.settings
     zoo, tag, input_size = Path(args.zoo), result_tag(args), data_config['input_size']
 
     if fused is form:
