@@ -1140,7 +1140,7 @@ def test_resuming_after_a_kill_is_exact(model, extra, file, flags, tmp_path):
         pytest.param('resnet18_doconv', ['--sched-on-updates'], marks=pytest.mark.slow),
         pytest.param(
             *('resnet18_refconv', ['--variant-lr', '0.5', '--opt', 'lookahead_adam']),
-            marks=pytest.mark.slow,
+            marks=[pytest.mark.slow, pytest.mark.filterwarnings('ignore:.*without pretrained weights')],
         ),
     ],
 )
