@@ -32,21 +32,8 @@ from timm_reparam import ReparamError
 from timm_reparam.hub.client import without_secrets
 from timm_reparam.hub.folder import architecture_of
 from timm_reparam.training.checkpoint import CheckpointState, Position, find_checkpoint, open_saver
-from timm_reparam.training.data import (
-    create_datasets,
-    create_train_loader,
-    create_validation_loader,
-    mixup_options,
-)
-from timm_reparam.training.engine import (
-    choose_device,
-    choose_precision,
-    current_rate,
-    distribute_statistics,
-    train_one_epoch,
-    updates_done,
-    validate,
-)
+from timm_reparam.training.data import create_datasets, create_train_loader, create_validation_loader
+from timm_reparam.training.engine import current_rate, distribute_statistics, train_one_epoch, updates_done, validate
 from timm_reparam.training.flags import parse_args
 from timm_reparam.training.model import (
     convert_norms,
@@ -56,13 +43,12 @@ from timm_reparam.training.model import (
     create_task,
     input_config,
     learning_rate,
-    named_errors,
     set_temperature_schedule,
-    trained_module,
     wrap_model,
 )
 from timm_reparam.training.result import check_result, publish_result, save_result
 from timm_reparam.training.rng import gather_random_states
+from timm_reparam.training.setup import Setup, choose_device, choose_precision, named_errors
 
 _logger = logging.getLogger('train')
 
@@ -77,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     primary = utils.is_primary(args)
     utils.random_seed(args.seed, args.rank)
 
-    # the model; `form` stays as it was created, to be fused, verified and saved
+    # the model, and the form of it that is fused, verified and saved
     model = create_model(args)
     data_config = input_config(args, model)
     if primary:
@@ -87,41 +73,39 @@ def run(args: argparse.Namespace) -> None:
     model.to(device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
-    form = copy.deepcopy(model).eval()
+    autocast, scaler = choose_precision(args, device)
+    setup = Setup(args, copy.deepcopy(model).eval(), device, data_config, autocast)
     model = convert_norms(args, model, device)
 
     # the data
-    datasets = create_datasets(args, data_config)
-    train_loader, mixup = create_train_loader(args, datasets[0], data_config, device)
-    validation_loader = None
-    if datasets[1] is not None:
-        validation_loader = create_validation_loader(args, datasets[1], data_config, device)
+    datasets = create_datasets(setup)
+    train_loader = create_train_loader(setup, datasets[0])
+    validation_loader = create_validation_loader(setup, datasets[1])
     metric_name = 'loss' if validation_loader is None else args.eval_metric
 
     # task, optimizer and schedule
     args.lr = learning_rate(args)
-    task = create_task(args, model, device, soft_targets=mixup_options(args) is not None)
-    optimizer = create_optimizer(args, model, trained_module(task))
+    task = create_task(args, model, device)
+    optimizer = create_optimizer(args, model)
     updates = math.ceil(len(train_loader) / args.grad_accum_steps)
     scheduler, epochs = create_scheduler(args, optimizer, updates)
     set_temperature_schedule(args, model, len(train_loader), epochs)
     ema = None
     if args.model_ema:
         ema = utils.ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
-    autocast, scaler = choose_precision(args, device)
 
     # resume; the schedule is a function of the epoch and the update
     state = CheckpointState(settings, model, task, optimizer, scheduler, ema, scaler)
-    path, checkpoint = find_checkpoint(args)
-    if path is not None and checkpoint is not None:
-        state.position = state.resume(args, path, checkpoint, device)
+    resumed = find_checkpoint(args)
+    if resumed is not None:
+        state.resume(setup, *resumed)
         if scheduler is not None:
             scheduler.step(state.position.epoch)
             scheduler.step_update(updates_done(args, state.position, len(train_loader)))
     wrap_model(args, model, task, device)
     saver = None
     if primary:
-        saver = open_saver(args, state, metric_name == 'loss', data_config['input_size'][-1], path, checkpoint)
+        saver = open_saver(setup, state, resumed)
         if args.log_wandb:
             import wandb
 
@@ -132,15 +116,14 @@ def run(args: argparse.Namespace) -> None:
     try:
         while state.position.epoch < last:
             epoch, start = state.position.epoch, time.monotonic()
-            loss = train_one_epoch(args, state, train_loader, mixup, autocast, device, saver)
+            loss = train_one_epoch(setup, state, train_loader, saver)
             distribute_statistics(args, model)
             metrics = None
             due = (epoch + 1) % args.val_interval == 0 or epoch + 1 == last
             if due and validation_loader is not None:
                 if ema is not None:
                     distribute_statistics(args, ema.module)
-                weights = (model if ema is None else ema.module).state_dict()
-                metrics = validate(args, epoch, form, weights, task, validation_loader, autocast, data_config, device)
+                metrics = validate(setup, state, validation_loader)
             lr = current_rate(optimizer)
             text = f'epoch {epoch}: loss {loss:.4f}, lr {lr:.2e}'
             if metrics is not None:
@@ -171,12 +154,10 @@ def run(args: argparse.Namespace) -> None:
         measured = '' if best.get('metric') is None else f', {metric_name} {best["metric"]:.4g}'
         _logger.info('best checkpoint: epoch %d%s', best['epoch'], measured)
         weights = best['state_dict' if ema is None else 'state_dict_ema']
-    if datasets[1] is not None:  # of the whole split, in one process
-        validation_loader = create_validation_loader(args, datasets[1], data_config, device)
-    table = save_result(args, settings, form, weights, task, datasets, validation_loader, data_config, device)
-    print(table, flush=True)
+    validation_loader = create_validation_loader(setup, datasets[1])  # of the whole split, in one process
+    print(save_result(setup, state, weights, datasets, validation_loader), flush=True)
     if args.publish:  # after the result is out: the Hub may not be in reach
-        print(f'\n{publish_result(args, form)}')
+        print(f'\n{publish_result(args, setup.form)}')
 
 
 def leave_processes(args: argparse.Namespace, task) -> None:

@@ -27,7 +27,9 @@ sys.path.insert(0, str(Path(__file__).parent / 'benchmarks'))
 import accuracy  # noqa: E402
 from accuracy import Data, Settings  # noqa: E402
 
-TINY = dict(model_kwargs=dict(channels=(8, 8, 8, 8), stem_width=8), batch_size=16, lr=0.05, warmup=0.5)
+TINY = dict(
+    model_kwargs=dict(layers=(1, 0, 0, 1), channels=(8, 8, 8, 8), stem_width=8), batch_size=16, lr=0.05, warmup=0.5
+)
 CPU = torch.device('cpu')
 
 
@@ -189,7 +191,9 @@ def test_refocusing_goes_on_from_the_stock_run(data: Data, tmp_path: Path) -> No
     )
 
 
-@pytest.mark.parametrize('method', ['stock', 'acconv', 'dyconv'])
+@pytest.mark.parametrize(
+    'method', [*(pytest.param(name, marks=pytest.mark.slow) for name in ('stock', 'acconv')), 'dyconv']
+)
 def test_an_interrupted_run_goes_on_exactly(method: str, data: Data, tmp_path: Path) -> None:
     class Interrupted(Data):
         def batches(self, settings: Settings, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

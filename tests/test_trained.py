@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 
-from timm_reparam.hub import load_checkpoint, render_card, verify, verify_checkpoint
+from timm_reparam.hub import load_checkpoint, render_card, verify
 from timm_reparam.hub.facts import read_facts, sha256_of
 from timm_reparam.hub.gate import check_card
 from timm_reparam.results import Summary, format_summary, read_results, summarize
@@ -25,9 +25,10 @@ def test_there_is_a_pair_of_every_variant_and_nothing_else():
     assert sum(file.stat().st_size for file in ZOO.rglob('*')) < 3_000_000
 
 
+@pytest.mark.filterwarnings('error', 'ignore::ResourceWarning')  # of files that earlier tests left to the collector
 @pytest.mark.parametrize('folder, fused', PAIRS, ids=VARIANTS)
 def test_a_trained_pair(folder: Path, fused: Path):
-    assert verify_checkpoint(folder, fused).passed
+    assert verify(folder).passed
     facts = read_facts(folder)
     assert facts is not None and facts['metrics']['fused']['top1'] == facts['metrics']['train_time']['top1']
     table = format_summary([Summary.from_dict(entry) for entry in facts['results']])
@@ -43,9 +44,3 @@ def test_a_trained_pair(folder: Path, fused: Path):
         stock = timm.create_model('resnet10t', **timm.models.get_model_args(model))
         assert [type(module) for module in model.modules()] == [type(module) for module in stock.modules()]
     assert variant_of(load_checkpoint(folder)) == facts['variant']
-
-
-@pytest.mark.filterwarnings('error', 'ignore::ResourceWarning')  # of files that earlier tests left to the collector
-@pytest.mark.parametrize('folder', [folder for folder, _ in PAIRS], ids=VARIANTS)
-def test_a_trained_pair_is_verified_without_a_warning(folder: Path):
-    assert verify(folder).passed

@@ -24,36 +24,22 @@ from ..errors import ReparamError
 from ..hub.folder import architecture_of
 from ..hub.training import read_training
 from ..timm_model import record_options
-from .rng import restore_random_state
+from .rng import set_random_state
+from .setup import Setup
 
-__all__ = [
-    'CheckpointState',
-    'Position',
-    'Saver',
-    'checkpoints_in',
-    'find_checkpoint',
-    'open_saver',
-    'position_of',
-]
+__all__ = ['CheckpointState', 'Position', 'Saver', 'checkpoints_in', 'find_checkpoint', 'open_saver', 'position_of']
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run goes on.
-
-    Args:
-        epoch: Epoch to go on in.
-        batch: First batch of it that has not been trained on.
-        losses: Sum and number of the losses of the batches before.
-        random_states: Random states of all processes, see :func:`timm_reparam.training.rng.gather_random_states`.
-    """
+    """Where a run goes on."""
 
     epoch: int = 0
-    batch: int = 0
-    losses: tuple[float, int] = (0.0, 0)
-    random_states: list[dict[str, Any]] = field(default_factory=list)
+    batch: int = 0  # the first one that has not been trained on
+    losses: tuple[float, int] = (0.0, 0)  # sum and number of those of the batches before
+    random_states: list[dict[str, Any]] = field(default_factory=list)  # of all processes
 
 
 @dataclass
@@ -61,26 +47,20 @@ class CheckpointState:
     """What a checkpoint holds: the entries of timm's checkpoints, and the position of the run in `train_state`.
 
     Plain values and tensors only, so torch.load(weights_only=True) reads it, and so do timm's loaders.
-
-    Args:
-        settings: The arguments as they were given, before anything was worked out from them.
-        model: The plain module whose state is saved; what trains may be a wrapper around it.
-        task: Its training task.
-        optimizer: Its optimizer.
-        scheduler: Schedule of the learning rate, or None.
-        ema: Moving average of the model, or None.
-        scaler: Scaler of the loss in mixed precision, or None.
-        position: Where a run goes on from the checkpoint; set before each is saved.
     """
 
-    settings: dict[str, Any]
-    model: nn.Module
+    settings: dict[str, Any]  # the arguments as they were given, before anything was worked out from them
+    model: nn.Module  # the plain module; what trains may be a wrapper around it
     task: TrainingTask
     optimizer: torch.optim.Optimizer
     scheduler: Any = None
     ema: utils.ModelEmaV3 | None = None
     scaler: utils.NativeScaler | None = None
     position: Position = field(default_factory=Position)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights to validate: those of the average, if there is one."""
+        return (self.model if self.ema is None else self.ema.module).state_dict()
 
     def get_checkpoint_state(self, ema: bool = False, unwrap_fn: Any = None) -> dict[str, Any]:
         """The entries beside those of timm's saver, which calls this."""
@@ -113,37 +93,28 @@ class CheckpointState:
                 'nothing was saved; lower --lr, or add --clip-grad, and --resume from the last checkpoint'
             )
 
-    def resume(self, args: Namespace, path: Path, checkpoint: dict[str, Any], device: torch.device) -> Position:
-        """Load a checkpoint, random states included.
-
-        Args:
-            args: The arguments of the run.
-            path: The file, for messages.
-            checkpoint: What it holds.
-            device: Device of this process.
-
-        Returns:
-            Where the run goes on.
+    def resume(self, setup: Setup, path: Path, checkpoint: dict[str, Any]) -> None:
+        """Load what a checkpoint file holds, random states included.
 
         Raises:
             ReparamError: The checkpoint does not fit, or is damaged.
         """
         _check_history(checkpoint.get('saver') or {}, path)
         found, architecture = checkpoint.get('arch'), architecture_of(self.model)
-        if found not in (None, architecture, args.model):
+        if found not in (None, architecture, setup.args.model):
             raise ReparamError(f'--resume {path}: holds {found}, not {architecture}; change --model')
         try:
-            position = self._load(args, path, checkpoint, device)
+            self.position = self._load(setup, path, checkpoint)
         except ReparamError:
             raise
         except Exception as error:  # a file from elsewhere may hold anything
             raise ReparamError(
                 f'--resume {path}: does not fit this model or optimizer ({type(error).__name__}: {error})'
             ) from error
-        _logger.info('resumed from %s: epoch %d, batch %d', path, position.epoch, position.batch)
-        return position
+        _logger.info('resumed from %s: epoch %d, batch %d', path, self.position.epoch, self.position.batch)
 
-    def _load(self, args: Namespace, path: Path, checkpoint: dict[str, Any], device: torch.device) -> Position:
+    def _load(self, setup: Setup, path: Path, checkpoint: dict[str, Any]) -> Position:
+        args = setup.args
         _load_whole(self.model, checkpoint['state_dict'], path)
         self.task.load_task_state(checkpoint.get('task_state'))
         if self.ema is not None:
@@ -162,7 +133,7 @@ class CheckpointState:
             return Position(epoch, batch)
         states = state['random_states']
         if len(states) == args.world_size:
-            restore_random_state(states[args.rank], device)
+            set_random_state(states[args.rank], setup.device)
         else:
             _logger.warning('the checkpoint is of %d processes: random numbers start anew', len(states))
         total, count = state['losses'] if batch else (0.0, 0)
@@ -219,12 +190,8 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return [path for path in folder.glob('*.pth.tar') if not path.name.endswith('tmp.pth.tar')]
 
 
-def find_checkpoint(args: Namespace) -> tuple[Path | None, dict[str, Any] | None]:
-    """Find the checkpoint that --resume names.
-
-    Returns:
-        Its path and what it holds; None and None if the run is a new one.
-    """
+def find_checkpoint(args: Namespace) -> tuple[Path, dict[str, Any]] | None:
+    """Return the path of the checkpoint that --resume names and what it holds, or None for a new run."""
     path = Path(args.resume) if args.resume else None
     if args.resume == 'auto':
         found = checkpoints_in(_output_root(args) / args.experiment) if utils.is_primary(args) else []
@@ -233,18 +200,11 @@ def find_checkpoint(args: Namespace) -> tuple[Path | None, dict[str, Any] | None
             shared = [path]
             dist.broadcast_object_list(shared, 0)
             path = shared[0]
-    return path, None if path is None else read_training(path)
+    return None if path is None else (path, read_training(path))
 
 
 class Saver(utils.CheckpointSaver):
-    """timm's checkpoint saver, of which a kill leaves the previous file or the new one, at every moment.
-
-    Args:
-        folder: Folder of the run.
-        state: What a checkpoint holds.
-        decreasing: Whether a lower metric is better.
-        max_history: Number of checkpoints to keep.
-    """
+    """timm's checkpoint saver, of which a kill leaves the previous file or the new one, at every moment."""
 
     def __init__(self, folder: Path, state: CheckpointState, decreasing: bool, max_history: int):
         super().__init__(
@@ -320,31 +280,15 @@ class Saver(utils.CheckpointSaver):
         return None
 
 
-def open_saver(
-    args: Namespace,
-    state: CheckpointState,
-    decreasing: bool,
-    image_side: int,
-    path: Path | None,
-    checkpoint: dict[str, Any] | None,
-) -> Saver:
+def open_saver(setup: Setup, state: CheckpointState, resumed: tuple[Path, dict[str, Any]] | None) -> Saver:
     """Make the folder of a run, with its args.yaml and summary.csv, and take over the history of what is resumed.
-
-    Args:
-        args: The arguments of the run.
-        state: What its checkpoints hold.
-        decreasing: Whether a lower metric is better.
-        image_side: Side of the images, for the name of a folder that has none.
-        path: The checkpoint that is resumed, if any.
-        checkpoint: What that holds.
-
-    Returns:
-        The saver.
 
     Raises:
         ReparamError: The folder cannot be written, or is that of another run.
     """
-    name = f'{datetime.now().strftime("%Y%m%d-%H%M%S")}-{safe_model_name(architecture_of(state.model))}-{image_side}'
+    args, side = setup.args, setup.data_config['input_size'][-1]
+    path = None if resumed is None else resumed[0]
+    name = f'{datetime.now().strftime("%Y%m%d-%H%M%S")}-{safe_model_name(architecture_of(state.model))}-{side}'
     folder = _output_root(args) / (args.experiment or name)
     try:
         if path is not None and not args.experiment and not args.output:
@@ -364,9 +308,9 @@ def open_saver(
         raise ReparamError(f'--output {folder}: cannot be written ({error.strerror})') from error
     write_whole(folder / 'args.yaml', yaml.safe_dump(state.settings).encode())
     _logger.info('checkpoints: %s', folder)
-    saver = Saver(folder, state, decreasing, args.checkpoint_hist)
-    if path is not None and checkpoint is not None:
-        saver.restore_history(path, checkpoint)
+    saver = Saver(folder, state, args.eval_metric == 'loss' or not args.val_split, args.checkpoint_hist)
+    if resumed is not None:
+        saver.restore_history(*resumed)
     utils.trim_summary(str(folder / 'summary.csv'), state.position.epoch)
     return saver
 

@@ -7,22 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_dataset, create_loader
+from timm.data import AugMixDataset, FastCollateMixup, create_dataset, create_loader
 
 from ..errors import ReparamError
 from .flags import dataset_kind
-from .model import TIMM_ERRORS, named_errors
+from .setup import TIMM_ERRORS, Setup, named_errors
 
-__all__ = [
-    'Digits',
-    'class_names',
-    'create_datasets',
-    'create_train_loader',
-    'create_validation_loader',
-    'mixup_options',
-    'prepare_batch',
-    'set_epoch',
-]
+__all__ = ['Digits', 'class_names', 'create_datasets', 'create_train_loader', 'create_validation_loader', 'set_epoch']
 
 _logger = logging.getLogger(__name__)
 
@@ -63,17 +54,10 @@ class Digits(torch.utils.data.Dataset):
         return image if self.transform is None else self.transform(image), int(self.targets[index])
 
 
-def create_datasets(args: Namespace, data_config: dict[str, Any]) -> tuple[Any, Any]:
-    """Open both splits and check that they belong together.
-
-    Args:
-        args: The arguments of the run.
-        data_config: Preprocessing; the number of channels chooses between colour and grey images.
-
-    Returns:
-        The training split and the validation split, which is None without --val-split.
-    """
-    img_mode = 'RGB' if data_config['input_size'][0] == 3 else 'L'
+def create_datasets(setup: Setup) -> tuple[Any, Any]:
+    """Open the training split and the validation split, None without --val-split, and check that they fit together."""
+    args = setup.args
+    img_mode = 'RGB' if setup.data_config['input_size'][0] == 3 else 'L'
     train = _create_split(args, args.train_split, True, img_mode)
     validation = _create_split(args, args.val_split, False, img_mode) if args.val_split else None
     _check_classes(args, train, validation)
@@ -91,7 +75,6 @@ def _create_split(args: Namespace, split: str, is_training: bool, img_mode: str)
             root=args.data_dir,
             split=split,
             is_training=is_training,
-            class_map=args.class_map,
             download=args.dataset_download,
             batch_size=args.batch_size,
             input_img_mode=img_mode,
@@ -127,7 +110,7 @@ def _check_classes(args: Namespace, train: Any, validation: Any) -> None:
             differing = sorted(set(names) ^ set(class_names(validation) or ()))
             raise ReparamError(
                 f'{args.data_dir}: the splits have different classes ({", ".join(differing[:5])}), labels would '
-                'not mean the same; make the folders equal, or give --class-map'
+                'not mean the same; make the folders equal'
             )
     if names is None:
         return
@@ -153,124 +136,86 @@ def _check_split_folders(args: Namespace, train: Any, validation: Any) -> None:
         )
 
 
-def mixup_options(args: Namespace) -> dict[str, Any] | None:
-    """Arguments of timm's mixup, or None if it is off."""
-    if not (args.mixup > 0 or args.cutmix > 0):
-        return None
-    return dict(
-        mixup_alpha=args.mixup,
-        cutmix_alpha=args.cutmix,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        label_smoothing=args.smoothing,
-        num_classes=args.num_classes,
-    )
-
-
-def _common_options(args: Namespace, data_config: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return dict(
-        input_size=data_config['input_size'],
-        mean=data_config['mean'],
-        std=data_config['std'],
-        num_workers=args.workers,
-        pin_memory=args.pin_mem,
-        device=device,
-        distributed=args.distributed,
-        use_prefetcher=not args.no_prefetcher,
-    )
-
-
-def create_train_loader(
-    args: Namespace, dataset: Any, data_config: dict[str, Any], device: torch.device
-) -> tuple[Any, Mixup | None]:
-    """Create the loader of augmented training batches.
-
-    Args:
-        args: The arguments of the run.
-        dataset: The training split.
-        data_config: Preprocessing.
-        device: Device of the batches.
-
-    Returns:
-        The loader, and the mixup that its batches still have to go through: None where it is off or the loader's own.
-    """
-    options, mixup, collate_fn = mixup_options(args), None, None
-    with named_errors('--mixup, --cutmix'):
-        if options and not args.no_prefetcher:
-            collate_fn = FastCollateMixup(**options)
-        elif options:
-            mixup = Mixup(**options)
-    if args.aug_splits:
-        dataset = AugMixDataset(dataset, num_splits=args.aug_splits)
-    interpolation = args.train_interpolation
-    if args.no_aug or not interpolation:
-        interpolation = data_config['interpolation']
-    with named_errors('the training loader cannot be made'):
-        loader = create_loader(
-            dataset,
-            batch_size=args.batch_size,
-            is_training=True,
-            no_aug=args.no_aug,
-            re_prob=args.reprob,
-            re_mode=args.remode,
-            re_count=args.recount,
-            re_split=args.resplit,
-            scale=args.scale,
-            ratio=args.ratio,
-            hflip=args.hflip,
-            vflip=args.vflip,
-            color_jitter=args.color_jitter,
-            color_jitter_prob=args.color_jitter_prob,
-            grayscale_prob=args.grayscale_prob,
-            gaussian_blur_prob=args.gaussian_blur_prob,
-            auto_augment=args.aa,
-            num_aug_repeats=args.aug_repeats,
-            num_aug_splits=args.aug_splits,
-            interpolation=interpolation,
-            collate_fn=collate_fn,
-            # Workers that live on keep random states that no checkpoint holds, and do not see mixup go off.
-            persistent_workers=False,
-            **_common_options(args, data_config, device),
-        )
-    if len(loader) == 0:
-        raise ReparamError(f'--batch-size {args.batch_size}: larger than the training split ({len(dataset)} images)')
-    return loader, mixup
-
-
-def create_validation_loader(args: Namespace, dataset: Any, data_config: dict[str, Any], device: torch.device) -> Any:
-    """Create the loader of validation batches; the arguments are those of :func:`create_train_loader`."""
-    with named_errors('the validation loader cannot be made'):
+def _create_loader(setup: Setup, dataset: Any, name: str, **options: Any) -> Any:
+    """Create timm's loader with the options that both splits share."""
+    args = setup.args
+    with named_errors(f'the {name} loader cannot be made'):
         return create_loader(
             dataset,
-            batch_size=args.validation_batch_size or args.batch_size,
-            is_training=False,
-            interpolation=data_config['interpolation'],
-            crop_pct=data_config['crop_pct'],
-            **_common_options(args, data_config, device),
+            input_size=setup.data_config['input_size'],
+            mean=setup.data_config['mean'],
+            std=setup.data_config['std'],
+            num_workers=args.workers,
+            pin_memory=args.pin_mem,
+            device=setup.device,
+            distributed=args.distributed,
+            **options,
         )
 
 
-def set_epoch(args: Namespace, loader: Any, mixup: Mixup | None, epoch: int) -> None:
+def create_train_loader(setup: Setup, dataset: Any) -> Any:
+    """Create the loader of augmented and mixed training batches."""
+    args, collate_fn = setup.args, None
+    if args.mixup > 0 or args.cutmix > 0:
+        with named_errors('--mixup, --cutmix'):
+            collate_fn = FastCollateMixup(
+                mixup_alpha=args.mixup,
+                cutmix_alpha=args.cutmix,
+                prob=args.mixup_prob,
+                switch_prob=args.mixup_switch_prob,
+                label_smoothing=args.smoothing,
+                num_classes=args.num_classes,
+            )
+    if args.aug_splits:
+        dataset = AugMixDataset(dataset, num_splits=args.aug_splits)
+    interpolation = setup.data_config['interpolation'] if args.no_aug else args.train_interpolation
+    loader = _create_loader(
+        setup,
+        dataset,
+        'training',
+        batch_size=args.batch_size,
+        is_training=True,
+        no_aug=args.no_aug,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_split=args.resplit,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        auto_augment=args.aa,
+        num_aug_repeats=args.aug_repeats,
+        num_aug_splits=args.aug_splits,
+        interpolation=interpolation or setup.data_config['interpolation'],
+        collate_fn=collate_fn,
+        # Workers that live on keep random states that no checkpoint holds, and do not see mixup go off.
+        persistent_workers=False,
+    )
+    if len(loader) == 0:
+        raise ReparamError(f'--batch-size {args.batch_size}: larger than the training split ({len(dataset)} images)')
+    return loader
+
+
+def create_validation_loader(setup: Setup, dataset: Any) -> Any:
+    """Create the loader of validation batches; None where there is no split."""
+    if dataset is None:
+        return None
+    return _create_loader(
+        setup,
+        dataset,
+        'validation',
+        batch_size=setup.args.validation_batch_size or setup.args.batch_size,
+        is_training=False,
+        interpolation=setup.data_config['interpolation'],
+        crop_pct=setup.data_config['crop_pct'],
+    )
+
+
+def set_epoch(args: Namespace, loader: Any, epoch: int) -> None:
     """Tell everything that shuffles which epoch it is, and stop mixing from --mixup-off-epoch on."""
     for part in (loader.dataset, loader.batch_sampler, loader.sampler):
         if hasattr(part, 'set_epoch'):
             part.set_epoch(epoch)
-    if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
-        if mixup is not None:
-            mixup.mixup_enabled = False
-        elif hasattr(loader, 'mixup_enabled'):
-            loader.mixup_enabled = False
-
-
-def prepare_batch(
-    args: Namespace, device: torch.device, mixup: Mixup | None, input: torch.Tensor, target: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bring a batch to the device, unless the prefetcher did, and mix it."""
-    if args.no_prefetcher:
-        input, target = input.to(device), target.to(device)
-        if mixup is not None:
-            input, target = mixup(input, target)
-    if args.channels_last:
-        input = input.contiguous(memory_format=torch.channels_last)
-    return input, target
+    if args.mixup_off_epoch and epoch >= args.mixup_off_epoch and hasattr(loader, 'mixup_enabled'):
+        loader.mixup_enabled = False

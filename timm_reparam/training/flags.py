@@ -52,18 +52,20 @@ OTHER_FLAGS: dict[str, Any] = {
         'train_batches_per_epoch', 'naflex_patch_sizes', 'naflex_patch_size_probs', 'kd_student_feature_dim',
         'kd_teacher_feature_dim', 'loss', 'loss_class_weight', 'loss_pos_weight', 'class_stats', 'loss_weight_max',
         'poly_alpha', 'lr_decay_fn', 'lr_stable_timescale', 'sweep_locks', 'sweep_attempt', 'dynamo_backend',
-        'train_crop_mode', 'torchcompile_mode', 'cutmix_minmax',
+        'train_crop_mode', 'torchcompile_mode', 'cutmix_minmax', 'color_jitter_prob', 'grayscale_prob',
+        'gaussian_blur_prob', 'kd_model_name', 'distill_loss_weight', 'task_loss_weight',
     )),
     **dict.fromkeys((
         'dataset_trust_remote_code', 'fast_norm', 'torchscript', 'no_ddp_bb', 'synchronize_step', 'model_ema_force_cpu',
         'save_images', 'use_multi_epochs_loader', 'naflex_loader', 'naflex_patchify_channels_first', 'aot_autograd',
-        'apex_amp', 'native_amp', 'bn_tf', 'dynamo', 'bce_sum',
+        'apex_amp', 'native_amp', 'bn_tf', 'dynamo', 'bce_sum', 'no_prefetcher',
     ), False),
     'fuser': '', 'wandb_resume_id': '', 'wandb_tags': [], 'save_epochs': [],
     'local_rank': 0, 'epoch_repeats': 0.0, 'tta': 0, 'num_gpu': 1, 'validation_batch_size_multiplier': 1,
     'patience_epochs': 10, 'amp_impl': 'native', 'task': 'classification', 'multilabel_threshold': 0.5,
     'worker_seeding': 'all', 'lr_noise_std': 1.0, 'lr_cycle_mul': 1.0, 'lr_cycle_decay': 0.5, 'lr_cycle_limit': 1,
-    'lr_k_decay': 1.0,
+    'lr_k_decay': 1.0, 'lr_noise_pct': 0.67, 'lr_base_scale': '', 'layer_decay_min_scale': 0, 'class_map': '',
+    'mixup_mode': 'batch', 'recount': 1, 'kd_distill_type': 'logit', 'kd_temperature': 4.0,
     'train_size_schedule': 'constant', 'train_size_schedule_spread': 0.65, 'train_size_random_mix': 0.1,
     'variable_batch_loss_scale': 'none', 'naflex_train_seq_lens': [128, 256, 576, 784, 1024],
     'naflex_max_seq_len': 576, 'naflex_loss_scale': 'linear', 'kd_loss_type': 'kl', 'kd_token_distill_type': 'soft',
@@ -79,7 +81,6 @@ _OTHER_WAY = f"a flag of timm's train script that train.py does not have; {_OTHE
 _READ_BY = {
     'data_dir': ('folder', 'torch', 'hfds'),
     'dataset_download': ('torch',),
-    'class_map': ('folder', 'hfds'),
     'input_key': ('folder', 'hfds'),
     'target_key': ('hfds',),
 }
@@ -135,7 +136,6 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add('--train-split', default='train', metavar='NAME', help='split to train on')
     add('--val-split', default='validation', metavar='NAME', help='split to validate on; an empty name: none')
     add('--dataset-download', **switch, help='download a torch/ dataset that is missing')
-    add('--class-map', default='', metavar='FILE', help='file that maps class names to class indices')
     add('--input-key', metavar='NAME', help='field of a sample that holds the image')
     add('--target-key', metavar='NAME', help='field of a sample that holds the label')
 
@@ -181,19 +181,16 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add('--clip-mode', choices=('norm', 'value', 'agc'), default='norm',
         help='agc is adaptive; what a variant adds is exempt from it')
     add('--layer-decay', **number, help='factor on the learning rate from each layer to the one before it')
-    add('--layer-decay-min-scale', **number, default=0, help='least product of those factors')
     add('--opt-kwargs', **pairs, help='further arguments of the optimizer')
 
     add = parser.add_argument_group('learning rate').add_argument
     add('--sched', default='cosine', metavar='NAME', help="timm's name of the schedule")
     add('--sched-on-updates', **switch, help='move the schedule at every update, not at every epoch')
     add('--lr', **number, help='learning rate (default: from --lr-base and the batch size)')
-    add('--lr-base', **number, default=0.1, help='learning rate for --lr-base-size images an update')
+    add('--lr-base', **number, default=0.1,
+        help='learning rate for --lr-base-size images an update, scaled to the batch')
     add('--lr-base-size', **count, default=256, help='images an update that --lr-base is meant for')
-    add('--lr-base-scale', choices=('', 'linear', 'sqrt'), default='',
-        help='how the rate grows with the batch; by the optimizer if empty')
     add('--lr-noise', **number, nargs='+', help='shares of the schedule at which noise on the rate starts and stops')
-    add('--lr-noise-pct', **number, default=0.67, help='largest relative noise')
     add('--warmup-lr', **number, default=1e-5, help='rate at which the warm-up starts')
     add('--min-lr', **number, default=0, help='rate at which the schedule ends')
     add('--epochs', **count, default=300, help='epochs of the schedule')
@@ -212,22 +209,17 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add('--hflip', **number, default=0.5, help='probability of a horizontal flip')
     add('--vflip', **number, default=0.0, help='probability of a vertical flip')
     add('--color-jitter', **number, default=0.4, help='strength of colour jitter')
-    add('--color-jitter-prob', **number, help='probability of colour jitter (default: every image)')
-    add('--grayscale-prob', **number, help='probability of a conversion to grey')
-    add('--gaussian-blur-prob', **number, help='probability of a Gaussian blur')
     add('--aa', metavar='POLICY', help='AutoAugment, RandAugment, AugMix or 3-Augment, in the spelling of timm')
     add('--aug-repeats', **number, default=0, help='copies of an image over the processes of a distributed run')
     add('--aug-splits', type=_number(int, 0), metavar='N', default=0,
         help='differently augmented copies of a batch, the first one clean; 0 or at least 2')
     add('--reprob', **number, default=0.0, help='probability of random erasing')
     add('--remode', choices=('const', 'rand', 'pixel'), default='pixel', help='black, one random colour, or noise')
-    add('--recount', **count, default=1, help='most regions erased in an image')
     add('--resplit', **switch, help='erase nothing in the first, clean split')
     add('--mixup', **number, default=0.0, help='alpha of mixup; 0 is off')
     add('--cutmix', **number, default=0.0, help='alpha of cutmix; 0 is off')
     add('--mixup-prob', **number, default=1.0, help='probability that a batch is mixed')
     add('--mixup-switch-prob', **number, default=0.5, help='probability of cutmix when both are on')
-    add('--mixup-mode', choices=('batch', 'pair', 'elem', 'half'), default='batch', help='what shares its mixing')
     add('--mixup-off-epoch', **whole, default=0, help='first epoch without mixing; 0 mixes to the end')
     add('--train-interpolation', default='random', metavar='NAME', help='random, bilinear or bicubic')
 
@@ -246,13 +238,6 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add('--model-ema-decay', **number, default=0.9998, help='share of the average that an update keeps')
     add('--model-ema-warmup', **switch, help='start with a smaller share')
 
-    add = parser.add_argument_group('distillation').add_argument
-    add('--kd-model-name', metavar='NAME', help='pretrained model to learn from')
-    add('--kd-distill-type', choices=('logit', 'feature'), default='logit', help='what is learned from it')
-    add('--kd-temperature', **number, default=4.0, help='temperature of the softmax')
-    add('--distill-loss-weight', **number, help='weight of that loss (default: what --task-loss-weight leaves, or 1)')
-    add('--task-loss-weight', **number, help='weight of the loss against the labels')
-
     add = parser.add_argument_group('run').add_argument
     add('--output', default='', metavar='DIR', help='folder of experiments (output/train if empty)')
     add('--experiment', default='', metavar='NAME', help="name of the run's folder; date, time and model if empty")
@@ -269,7 +254,6 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add('--wandb-project', metavar='NAME', help='its project')
     add('-j', '--workers', type=_number(int, 0), metavar='N', default=4, help='loader processes')
     add('--pin-mem', **switch, help='page-locked memory for batches on their way to the device')
-    add('--no-prefetcher', **switch, help='normalise and erase in the loader processes, not on the device')
 
     add = parser.add_argument_group("train.py's own").add_argument
     add('--variant', choices=sorted(VARIANTS), help='turn --model into this variant')
@@ -414,9 +398,8 @@ def check_args(args: argparse.Namespace) -> None:
         (args.jsd_loss and args.aug_splits < 2, '--jsd-loss: compares augmentation splits; add --aug-splits 3'),
         (args.split_bn and not args.aug_splits, '--split-bn: needs --aug-splits'),
         (args.split_bn and args.sync_bn, '--split-bn and --sync-bn: both replace the same layers; choose one'),
-        (mixing and args.aug_splits and not args.no_prefetcher,
-         '--mixup and --cutmix with --aug-splits: the prefetcher cannot mix split batches; add --no-prefetcher'),
-        (mixing and args.batch_size * max(args.aug_splits, 1) % 2,
+        (mixing and args.aug_splits, '--mixup and --cutmix with --aug-splits: splits are not mixed; choose one'),
+        (mixing and args.batch_size % 2,
          f'--batch-size {args.batch_size}: --mixup and --cutmix pair the images of a batch; give an even size'),
         (args.variant_lr != 1 and args.sched == 'none',
          f'--variant-lr {args.variant_lr:g}: the schedule applies the factor; give --sched constant, not none'),

@@ -3,8 +3,7 @@
 import logging
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,17 @@ from timm.loss import create_classification_loss
 from timm.models import load_checkpoint
 from timm.optim import create_optimizer_v2, optimizer_kwargs, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask, TrainingTask
+from timm.task import ClassificationTask, TrainingTask
 from torch import nn
 
 from ..errors import ReparamError
-from ..hub.client import CLIENT_ERRORS, one_line
 from ..hub.folder import architecture_of
 from ..layers import ReparamLayer
 from ..models import register_variant
 from ..variants import VARIANTS, is_variant, variant_of
+from .setup import named_errors
 
 __all__ = [
-    'TIMM_ERRORS',
     'added_kernels',
     'clipped_parameters',
     'convert_norms',
@@ -39,30 +37,11 @@ __all__ = [
     'input_config',
     'learning_rate',
     'model_name',
-    'named_errors',
     'set_temperature_schedule',
-    'trained_module',
     'wrap_model',
 ]
 
 _logger = logging.getLogger(__name__)
-
-# What timm lets through, also of the Hub's client: its error of a dropped connection is not one of Python's.
-TIMM_ERRORS: tuple[type[Exception], ...] = (
-    *(AssertionError, ImportError, LookupError, TypeError, ValueError),
-    *CLIENT_ERRORS,
-)
-
-
-@contextmanager
-def named_errors(place: str) -> Iterator[None]:
-    """Turn an error of timm into one that names the flags it is about."""
-    try:
-        yield
-    except ReparamError:
-        raise
-    except TIMM_ERRORS as error:
-        raise ReparamError(f'{place}: {one_line(error)} ({type(error).__name__})') from error
 
 
 def model_name(args: Namespace) -> str:
@@ -90,13 +69,7 @@ def model_name(args: Namespace) -> str:
 
 
 def create_model(args: Namespace) -> Any:
-    """Create the model of a run, with the weights that it starts from.
-
-    Args:
-        args: The arguments of the run; ``num_classes`` is filled in where it is None.
-
-    Returns:
-        A timm model, on the CPU.
+    """Create timm's model of a run on the CPU, with the weights it starts from; fills in ``args.num_classes``.
 
     Raises:
         ReparamError: timm cannot create it, or a flag does not fit it.
@@ -114,7 +87,8 @@ def create_model(args: Namespace) -> Any:
         if not file.is_file():
             raise ReparamError(f'--pretrained-path {file}: no such file')
         overlay = dict(file=str(file), num_classes=-1)  # -1: whatever the checkpoint's classifier is, it gets adapted
-    with _passed_on_warnings(), named_errors(f'--model {args.model}'):
+    with warnings.catch_warnings(record=True) as caught, named_errors(f'--model {args.model}'):
+        warnings.simplefilter('always')
         model: Any = timm.create_model(  # with methods that nn.Module does not declare
             name,
             pretrained=args.pretrained or bool(args.pretrained_path),
@@ -125,6 +99,8 @@ def create_model(args: Namespace) -> Any:
             drop_path_rate=args.drop_path,
             **{**args.model_kwargs, **({'conv_options': conv_options} if conv_options else {})},
         )
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
+        _logger.warning(message)
     if args.variant_lr != 1 and variant_of(model) is None:
         raise ReparamError(f'--variant-lr {args.variant_lr:g}: {name} has no kernels of a variant; add --variant')
     if args.initial_checkpoint:
@@ -139,16 +115,6 @@ def create_model(args: Namespace) -> Any:
 
 def _conv_options(args: Namespace) -> dict[str, Any]:
     return {**args.model_kwargs.get('conv_options', {}), **args.conv_options}
-
-
-@contextmanager
-def _passed_on_warnings() -> Iterator[None]:
-    """Log the warnings of creating a model, each once."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter('always')
-        yield
-    for message in dict.fromkeys(str(warning.message) for warning in caught):
-        _logger.warning(message)
 
 
 def _load_initial_checkpoint(model: nn.Module, path: str) -> None:
@@ -183,14 +149,8 @@ def variant_layers(model: nn.Module) -> list[ReparamLayer]:
 def set_temperature_schedule(args: Namespace, model: nn.Module, batches: int, epochs: int) -> None:
     """Let the attention of dynamic convolutions anneal over 10 epochs, or the first third of a shorter run.
 
-    The layers count their forward passes, so with gradient accumulation several make an update. A length that the user
-    gave stays, and so does a schedule that a loaded checkpoint has begun.
-
-    Args:
-        args: The arguments of the run.
-        model: Its model.
-        batches: Batches, forward passes that is, of an epoch.
-        epochs: Epochs of the run.
+    The layers count forward passes, one for each batch. A length that the user gave stays, and so does a schedule that
+    a loaded checkpoint has begun.
     """
     if 'temperature_steps' in _conv_options(args):
         return
@@ -215,48 +175,17 @@ def convert_norms(args: Namespace, model: nn.Module, device: torch.device) -> nn
     return model
 
 
-def create_loss(args: Namespace, soft_targets: bool) -> nn.Module:
-    """Loss of the training."""
+def create_task(args: Namespace, model: nn.Module, device: torch.device) -> TrainingTask:
+    """Create the forward pass of training and its loss."""
     given = {} if args.bce_target_thresh is None else dict(bce_target_thresh=args.bce_target_thresh)
-    return create_classification_loss(
+    loss = create_classification_loss(
         'jsd' if args.jsd_loss else 'bce' if args.bce_loss else None,
         smoothing=args.smoothing,
-        soft_targets=soft_targets,  # mixing smooths the labels itself
+        soft_targets=args.mixup > 0 or args.cutmix > 0,  # mixing smooths the labels itself
         jsd_splits=args.aug_splits,
         **given,
     )
-
-
-def create_task(args: Namespace, model: nn.Module, device: torch.device, soft_targets: bool) -> TrainingTask:
-    """Create the forward pass of training: classification, or distillation from a teacher.
-
-    Args:
-        args: The arguments of the run.
-        model: The model that trains.
-        device: Its device.
-        soft_targets: Whether the labels are mixed.
-    """
-    loss = create_loss(args, soft_targets).to(device)
-    common: dict[str, Any] = dict(criterion=loss, device=device, verbose=args.rank == 0)
-    if args.kd_model_name is None:
-        return ClassificationTask(model, **common)
-    common.update(
-        student_model=model,
-        teacher_model=args.kd_model_name,
-        distill_loss_weight=args.distill_loss_weight,
-        task_loss_weight=args.task_loss_weight,
-    )
-    with named_errors(f'--kd-model-name {args.kd_model_name}, --kd-distill-type {args.kd_distill_type}'):
-        if args.kd_distill_type == 'logit':
-            return LogitDistillationTask(**common, temperature=args.kd_temperature)
-        return FeatureDistillationTask(**common)
-
-
-def trained_module(task: TrainingTask) -> nn.Module:
-    """What the optimizer trains: the model, or a wrapper around it."""
-    module = task.get_trainable_module()
-    assert module is not None  # only an average may be missing
-    return module
+    return ClassificationTask(model, criterion=loss.to(device), device=device, verbose=args.rank == 0)
 
 
 def learning_rate(args: Namespace) -> float:
@@ -264,10 +193,8 @@ def learning_rate(args: Namespace) -> float:
     if args.lr:
         return args.lr
     images = args.batch_size * args.world_size * args.grad_accum_steps
-    adaptive = any(name in args.opt.lower() for name in ('ada', 'lamb'))
-    scale = args.lr_base_scale or ('sqrt' if adaptive else 'linear')
-    ratio = images / args.lr_base_size
-    lr = args.lr_base * (ratio**0.5 if scale == 'sqrt' else ratio)
+    scale, power = ('sqrt', 0.5) if any(name in args.opt.lower() for name in ('ada', 'lamb')) else ('linear', 1)
+    lr = args.lr_base * (images / args.lr_base_size) ** power
     _logger.info('learning rate: %g, for %g images an update (%s scaling)', lr, images, scale)
     return lr
 
@@ -286,56 +213,37 @@ def added_kernels(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-def create_optimizer(args: Namespace, model: nn.Module, module: nn.Module) -> torch.optim.Optimizer:
-    """Create timm's optimizer; with --variant-lr, the kernels that a variant adds are in groups of their own.
-
-    Args:
-        args: The arguments of the run.
-        model: The model, whose layers tell which parameters a variant adds.
-        module: What trains: the model, or the module of a task around it.
-    """
+def create_optimizer(args: Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """Create timm's optimizer; with --variant-lr, the kernels that a variant adds are in groups of their own."""
     options: dict[str, Any] = {}
     if args.variant_lr != 1:
-        options['param_group_fn'] = _groups_with_factor(args, {id(parameter) for parameter in added_kernels(model)})
+        options['param_group_fn'] = partial(_groups_with_factor, args)
     with named_errors(f'--opt {args.opt}'):
-        return create_optimizer_v2(module, **optimizer_kwargs(cfg=args), **options, **args.opt_kwargs)
+        return create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **options, **args.opt_kwargs)
 
 
-def _groups_with_factor(args: Namespace, added: set[int]) -> Callable[[nn.Module], list[dict[str, Any]]]:
-    """Return a function that splits timm's groups of parameters: those in `added` get their own rate."""
-
-    def groups(module: Any) -> list[dict[str, Any]]:
-        rules = dict(weight_decay=args.weight_decay)
-        if hasattr(module, 'no_weight_decay'):
-            rules['no_weight_decay_list'] = module.no_weight_decay()
-        if args.layer_decay is None:
-            timms = param_groups_weight_decay(module, **rules)
-        else:
-            decay = dict(layer_decay=args.layer_decay, min_scale=args.layer_decay_min_scale)
-            timms = param_groups_layer_decay(module, **rules, **decay)
-        split = []
-        for group in timms:
-            scale = group.get('lr_scale', 1.0)
-            for members, factor in ((False, 1.0), (True, args.variant_lr)):
-                chosen = [parameter for parameter in group['params'] if (id(parameter) in added) == members]
-                if chosen:  # the schedules of timm multiply every rate by lr_scale
-                    split.append({**group, 'params': chosen, 'lr_scale': scale * factor})
-        return split
-
-    return groups
+def _groups_with_factor(args: Namespace, model: Any) -> list[dict[str, Any]]:
+    """Split timm's groups of parameters: what a variant adds gets a rate of its own."""
+    added = {id(parameter) for parameter in added_kernels(model)}
+    rules = dict(weight_decay=args.weight_decay)
+    if hasattr(model, 'no_weight_decay'):
+        rules['no_weight_decay_list'] = model.no_weight_decay()
+    if args.layer_decay is None:
+        timms = param_groups_weight_decay(model, **rules)
+    else:
+        timms = param_groups_layer_decay(model, **rules, layer_decay=args.layer_decay)
+    split = []
+    for group in timms:
+        scale = group.get('lr_scale', 1.0)
+        for members, factor in ((False, 1.0), (True, args.variant_lr)):
+            chosen = [parameter for parameter in group['params'] if (id(parameter) in added) == members]
+            if chosen:  # the schedules of timm multiply every rate by lr_scale
+                split.append({**group, 'params': chosen, 'lr_scale': scale * factor})
+    return split
 
 
 def create_scheduler(args: Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> tuple[Any, int]:
-    """Create timm's schedule of the learning rate.
-
-    Args:
-        args: The arguments of the run.
-        optimizer: Its optimizer.
-        updates_per_epoch: Updates of an epoch.
-
-    Returns:
-        The schedule, None with --sched none, and the number of epochs until it ends.
-    """
+    """Create timm's schedule of the learning rate, None with --sched none; return it and the epochs until it ends."""
     with named_errors(f'--sched {args.sched}'):
         scheduler, epochs = create_scheduler_v2(
             optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch
@@ -350,11 +258,11 @@ def wrap_model(args: Namespace, model: nn.Module, task: TrainingTask, device: to
     if args.torchcompile:
         task.compile(backend=args.torchcompile)
     if args.distributed:
-        _share_frozen_kernels(model, trained_module(task))
+        _share_frozen_kernels(model, task)
         task.prepare_distributed(device_ids=None if device.type == 'cpu' else [device])
 
 
-def _share_frozen_kernels(model: nn.Module, module: nn.Module) -> None:
+def _share_frozen_kernels(model: nn.Module, task: TrainingTask) -> None:
     """Copy frozen kernels, RefConv's, from the first process to the others, once.
 
     They are buffers, which DistributedDataParallel would send at every step.
@@ -365,6 +273,7 @@ def _share_frozen_kernels(model: nn.Module, module: nn.Module) -> None:
         dist.broadcast(dense, 0)
         kernel.copy_(dense)
     addresses = {kernel.data_ptr() for kernel in frozen}
+    module: Any = task.get_trainable_module()  # what DistributedDataParallel will wrap
     names = [name for name, buffer in module.named_buffers() if buffer.data_ptr() in addresses]
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
 

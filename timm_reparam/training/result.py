@@ -4,7 +4,6 @@ import logging
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,12 @@ from ..hub.training import told_settings
 from ..profile import compare_profiles, format_comparison, format_profiles
 from ..variants import is_variant, variant_of
 from ..version import __version__
-from .data import class_names, prepare_batch
+from .checkpoint import CheckpointState
+from .data import class_names
 from .engine import fuse_form, noise_images, verify_form
 from .flags import build_parser, result_tag
 from .rng import VALIDATION, RandomStream, draw
+from .setup import Setup
 
 __all__ = ['check_result', 'publish_result', 'save_result']
 
@@ -60,51 +61,37 @@ def check_result(args: Namespace, model: nn.Module) -> None:
 
 
 def save_result(
-    args: Namespace,
-    settings: dict[str, Any],
-    form: nn.Module,
-    weights: dict[str, torch.Tensor],
-    task: TrainingTask,
-    datasets: tuple[Any, Any],
-    loader: Any,
-    data_config: dict[str, Any],
-    device: torch.device,
+    setup: Setup, state: CheckpointState, weights: dict[str, torch.Tensor], datasets: tuple[Any, Any], loader: Any
 ) -> str:
-    """Fuse the best weights, verify them on the whole validation split, and save both forms.
+    """Fuse the best weights, verify them on the whole validation split, save both forms, and return a table of them.
 
     Args:
-        args: The arguments of the run.
-        settings: The arguments as they were given.
-        form: The model as it was created; it is changed.
+        setup: What did not change in the run.
+        state: Its training task, which knows its measures, and its arguments as they were given.
         weights: The best weights.
-        task: The training task, which knows its measures.
         datasets: Training split and validation split, which may be None.
         loader: Loader of the latter, or None.
-        data_config: Preprocessing.
-        device: Device of the model.
-
-    Returns:
-        A table of both forms.
 
     Raises:
         ReparamError: The fusion is not verified, or a folder cannot be written.
     """
-    fused = fuse_form(args, form, weights)
-    args.channels_last = False  # both are saved, and measured, in the ordinary order
+    args, form, data_config = setup.args, setup.form, setup.data_config
+    fused = fuse_form(setup, weights)
+    # both are saved, and measured, in the ordinary order of dimensions
     form.to(memory_format=torch.contiguous_format)
     fused.to(memory_format=torch.contiguous_format)
-    noise = noise_images(data_config, device)
 
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """The validation split; without one, seeded noise and no targets."""
         if loader is None:
-            yield noise, None
+            yield noise_images(setup), None
             return
-        stream = RandomStream(device, VALIDATION, args.seed)
-        for _, input, target in draw(loader, stream, partial(prepare_batch, args, device, None)):
+        stream = RandomStream(setup.device, VALIDATION, args.seed)
+        for _, input, target in draw(loader, stream):
             yield input, target
 
-    metrics, difference = _compare_forms(form, fused, task, batches())
+    metrics, difference = _compare_forms(form, fused, state.task, batches())
+    settings = state.settings
     zoo, tag, input_size = Path(args.zoo), result_tag(args), data_config['input_size']
 
     if fused is form:
@@ -116,7 +103,7 @@ def save_result(
         accuracy = f'top-1: {metrics[0]["top1"]:.2f} %\n' if metrics else ''
         return f'{format_profiles(profiles)}\n{accuracy}\nsaved, a stock model with nothing to fuse: {folder}'
 
-    report = verify_form(form, fused, lambda: (input for input, _ in batches()), noise, 'the best checkpoint')
+    report = verify_form(setup, fused, lambda: (input for input, _ in batches()), 'the best checkpoint')
     _logger.info('%s', report)
     profiles = compare_profiles(form, fused, input_size=input_size)
     facts = _facts(args, settings, form, datasets, metrics, difference, profiles)

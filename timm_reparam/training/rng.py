@@ -1,36 +1,39 @@
 """Random numbers: streams for one purpose each, and states that a checkpoint can hold."""
 
 import random
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from timm import utils
 
-__all__ = ['TRAINING', 'VALIDATION', 'RandomStream', 'draw', 'gather_random_states', 'restore_random_state']
+__all__ = ['TRAINING', 'VALIDATION', 'RandomStream', 'draw', 'gather_random_states', 'set_random_state']
 
 # What a stream is for. Together with seed, epoch and rank it makes the stream.
 TRAINING, VALIDATION = 0, 1
 
 
-def random_state(device: torch.device) -> tuple:
-    """Random states of Python, NumPy, torch and the device."""
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Random states of Python, NumPy, torch and the device, as entries that torch.load(weights_only=True) reads."""
+    name, keys, *rest = cast(tuple, np.random.get_state())
+    numpy = (str(name), torch.from_numpy(keys.astype(np.int64)), *(type(value)(value) for value in rest))
     accelerator = None
     if device.type != 'cpu':
         accelerator = torch.get_device_module(device).get_rng_state(*_arguments(device))
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), accelerator
+    return dict(python=random.getstate(), numpy=numpy, torch=torch.get_rng_state(), accelerator=accelerator)
 
 
-def set_random_state(state: tuple, device: torch.device) -> None:
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     """Put random states back."""
-    python, numpy, cpu, accelerator = state
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(cpu)
-    if accelerator is not None:
-        torch.get_device_module(device).set_rng_state(accelerator, *_arguments(device))
+    version, keys, gauss = state['python']
+    random.setstate((version, tuple(keys), gauss))
+    name, keys, *rest = state['numpy']
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state['torch'])
+    if state['accelerator'] is not None:
+        torch.get_device_module(device).set_rng_state(state['accelerator'], *_arguments(device))
 
 
 def _arguments(device: torch.device) -> tuple:
@@ -38,31 +41,12 @@ def _arguments(device: torch.device) -> tuple:
 
 
 def gather_random_states(device: torch.device, distributed: bool = False) -> list[dict[str, Any]]:
-    """Collect the random states of all processes, as entries that torch.load(weights_only=True) reads.
-
-    Args:
-        device: Device of this process.
-        distributed: Whether there are other processes; all of them have to call.
-
-    Returns:
-        One entry for each process, by rank.
-    """
-    python, (name, keys, *rest), cpu, accelerator = random_state(device)
-    numpy = (str(name), torch.from_numpy(keys.astype(np.int64)), *(type(value)(value) for value in rest))
-    state = dict(python=python, numpy=numpy, torch=cpu, accelerator=accelerator)
-    if not distributed:
-        return [state]
-    states: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(states, state)
+    """Random states of all processes, by rank."""
+    states: list[Any] = [random_state(device)]
+    if distributed:
+        states *= dist.get_world_size()
+        dist.all_gather_object(states, states[0])
     return states
-
-
-def restore_random_state(packed: dict[str, Any], device: torch.device) -> None:
-    """Put back one entry of :func:`gather_random_states`."""
-    name, keys, *rest = packed['numpy']
-    version, keys_python, gauss = packed['python']
-    numpy = (name, keys.numpy().astype(np.uint32), *rest)
-    set_random_state(((version, tuple(keys_python), gauss), numpy, packed['torch'], packed['accelerator']), device)
 
 
 class RandomStream:
@@ -93,25 +77,14 @@ class RandomStream:
         set_random_state(self.outer, self.device)
 
 
-def draw(
-    loader: Any, stream: RandomStream, prepare: Callable, skip: int = 0
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Yield (index, input, target) for the batches of an epoch, all their randomness from the stream.
-
-    Args:
-        loader: A loader of timm.
-        stream: Stream of the epoch.
-        prepare: Function of input and target that makes a batch ready for use.
-        skip: Number of batches to draw without yielding them.
-    """
+def draw(loader: Any, stream: RandomStream, skip: int = 0) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Yield (index, input, target) for the batches of an epoch but the first ones, all randomness from the stream."""
     with stream:
         iterator = iter(loader)
     index = 0
     while True:
         with stream:
             batch = next(iterator, None)
-            if batch is not None:
-                batch = prepare(*batch)
         if batch is None:
             return
         if index >= skip:
