@@ -192,6 +192,11 @@ class Method:
     def dynamic(self) -> bool:
         return self.cls.input_dependent
 
+    @property
+    def has_statistics(self) -> bool:
+        """Whether a pass in training moves running variances."""
+        return self.is_default and issubclass(self.cls, (ACConv2d, DBBConv2d))
+
     def lift(self, conv: nn.Module, case: Any) -> nn.Module:
         """The layer as it starts from a trained convolution."""
         return self.cls.from_conv(conv, **self.options(case))

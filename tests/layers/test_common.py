@@ -601,7 +601,7 @@ def test_empty_batch(method: Method, case: Case) -> None:
 
 
 def changes_a_buffer(method: Method) -> bool:
-    return method.dynamic or method.name in ('acconv', 'dbbconv')
+    return method.dynamic or method.has_statistics
 
 
 @every_layer

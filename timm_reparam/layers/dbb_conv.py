@@ -150,6 +150,37 @@ class DBBConv2d(BranchedConv2d):
         mean = (weights[3] / (height * width)).expand(-1, -1, height, width)
         return [weights[2], pointwise_then(inner, weights[1], self.groups), mean]
 
+    def _convolve_branches(
+        self, x: torch.Tensor, weights: list[torch.Tensor], padding: tuple[int, int]
+    ) -> list[torch.Tensor]:
+        """The outputs of the branches: the mean of the window before the 1x1 kernel, what is cheaper of the other."""
+        size, stride, dilation, groups = self.kernel_size, self.stride, self.dilation, self.groups
+        mean = self._mean_of_windows(x, padding)
+        inner, outer = weights[0], weights[1]
+        if self.point_weight is not None:
+            inner = inner + self._identity(inner)
+            mean = F.conv2d(mean, weights[3], groups=groups)
+        positions = x.numel() // max(x.shape[-3], 1)
+        if positions * inner.numel() < outer.numel() * inner.shape[1]:
+            sequential = F.conv2d(F.conv2d(x, inner, groups=groups), outer, None, stride, padding, dilation, groups)
+        else:
+            sequential = F.conv2d(x, pointwise_then(inner, outer, groups), None, stride, padding, dilation, groups)
+        if self.point_weight is None:
+            return [sequential, mean]
+        return convolve_branches(x, [weights[2]], size, stride, padding, dilation, groups) + [sequential, mean]
+
+    def _mean_of_windows(self, x: torch.Tensor, padding: tuple[int, int]) -> torch.Tensor:
+        """The mean over the window of each input channel."""
+        height, width = self.kernel_size
+        if self.dilation[0] > 1 or self.dilation[1] > 1:
+            window = torch.full(
+                (self.in_channels, 1, height, width), 1 / (height * width), dtype=x.dtype, device=x.device
+            )
+            return F.conv2d(x, window, None, self.stride, padding, self.dilation, self.in_channels)
+        if 2 * padding[0] > height or 2 * padding[1] > width:  # more than the mean takes
+            x, padding = F.pad(x, [padding[1], padding[1], padding[0], padding[0]]), (0, 0)
+        return F.avg_pool2d(x, [height, width], [self.stride[0], self.stride[1]], [padding[0], padding[1]])
+
     def _identity(self, like: torch.Tensor) -> torch.Tensor:
         """E, (in_channels, in_channels/groups, 1, 1)."""
         return torch.eye(like.shape[1], dtype=like.dtype, device=like.device).repeat(self.groups, 1)[:, :, None, None]
