@@ -8,6 +8,8 @@ there is left out.
 
     DOConv2d         do_conv_pytorch_1_10.py or do_conv_pytorch.py     github.com/yangyanli/DO-Conv
     ACBlock          acb.py                                            github.com/DingXiaoH/ACNet
+    DiverseBranchBlock  diversebranchblock.py                          github.com/DingXiaoH/DiverseBranchBlock
+    OREPA            blocks.py                                         github.com/JUGGHM/OREPA_CVPR2022
     RepConv          ImageNet-MobileNetv3-RefConv.py                   github.com/Aiolus-X/RefConv
     Dynamic_conv2d   dynamic_conv.py                                   github.com/kaijieshi7/Dynamic-convolution-Pytorch
 
@@ -45,8 +47,14 @@ from timm_reparam.profile import Profile, compare_profiles, format_profiles
 # backbone: names of our variants with their options, names of the references
 ROWS: dict[str, tuple[list[tuple[str, dict[str, Any]]], list[str]]] = {
     'resnet18': (
-        [('doconv', {}), ('refconv', {}), ('acconv', {'branch_norm': 'batch'}), ('acconv', {'branch_norm': 'none'})],
-        ['DOConv2d', 'RepConv', 'ACBlock'],
+        [
+            ('doconv', {}),
+            ('refconv', {}),
+            *(('acconv', {'branch_norm': norm}) for norm in ('batch', 'scale', 'none')),
+            *(('dbbconv', {'branch_norm': norm}) for norm in ('batch', 'scale')),
+            ('orepaconv', {}),
+        ],
+        ['DOConv2d', 'RepConv', 'ACBlock', 'DiverseBranchBlock', 'OREPA'],
     ),
     'mobilenetv2_100': ([('dyconv', {})], ['Dynamic_conv2d', 'CondConv2d']),
 }
@@ -54,6 +62,8 @@ ROWS: dict[str, tuple[list[tuple[str, dict[str, Any]]], list[str]]] = {
 REFERENCES = {
     'DOConv2d': ('doconv', ['do_conv_pytorch_1_10.py', 'do_conv_pytorch.py']),
     'ACBlock': ('acconv', ['acb.py']),
+    'DiverseBranchBlock': ('dbbconv', ['diversebranchblock.py']),
+    'OREPA': ('orepaconv', ['blocks.py']),
     'RepConv': ('refconv', ['ImageNet-MobileNetv3-RefConv.py']),
     'Dynamic_conv2d': ('dyconv', ['dynamic_conv.py']),
     'CondConv2d': ('dyconv', []),
@@ -82,8 +92,8 @@ class Routed(nn.Module):
         return self.conv(x, torch.sigmoid(self.routing(x.mean((2, 3)))))
 
 
-def load_class(path: Path, name: str) -> type[nn.Module]:
-    """Take a class out of a file, without running what a training script does beside defining it."""
+def definitions(path: Path) -> dict[str, Any]:
+    """The classes and functions of a file and of the files beside it that it imports, without running anything else."""
     libraries = {'collections', 'itertools', 'math', 'numpy', 'torch'}
     namespace: dict[str, Any] = {'__name__': path.stem}
     for node in ast.parse(path.read_text(encoding='utf-8')).body:
@@ -91,6 +101,9 @@ def load_class(path: Path, name: str) -> type[nn.Module]:
             node.names = [alias for alias in node.names if alias.name.partition('.')[0] in libraries]
             wanted = bool(node.names)
         elif isinstance(node, ast.ImportFrom):
+            beside = path.parent / f'{node.module}.py'
+            if beside.is_file():
+                namespace |= definitions(beside)
             wanted = (node.module or '').partition('.')[0] in libraries
         elif isinstance(node, ast.Assign):  # helpers such as _pair
             wanted = all(isinstance(target, ast.Name) and target.id.startswith('_') for target in node.targets)
@@ -98,13 +111,15 @@ def load_class(path: Path, name: str) -> type[nn.Module]:
             wanted = isinstance(node, (ast.ClassDef, ast.FunctionDef))
         if wanted:
             exec(compile(ast.Module([node], []), str(path), 'exec'), namespace)
-    return namespace[name]
+    return namespace
 
 
 def reference_layer(name: str, cls: type[nn.Module], conv: nn.Conv2d) -> nn.Module:
     """Build the reference's layer in the place of a convolution."""
     if name == 'CondConv2d':
         return Routed(conv)
+    if name == 'OREPA' and conv.kernel_size == (1, 1):
+        cls = cls.__init__.__globals__['OREPA_1x1']
     sizes = (conv.in_channels, conv.out_channels, conv.kernel_size[0])
     options = dict(stride=conv.stride[0], padding=conv.padding[0], groups=conv.groups)
     if name in ('DOConv2d', 'Dynamic_conv2d'):
@@ -121,8 +136,9 @@ def build_reference(backbone: str, name: str, cls: type[nn.Module], **model_args
     for place, reason in plan_conversion(model, REFERENCES[name][0]).items():
         if not reason:
             model.set_submodule(place, reference_layer(name, cls, model.get_submodule(place)))
-            if name == 'ACBlock':  # it brings its norms
-                model.set_submodule(place.replace('conv', 'bn'), nn.Identity())
+            if name in ('ACBlock', 'DiverseBranchBlock', 'OREPA'):  # they bring their norms
+                norm = f'{place[:-1]}1' if 'downsample' in place else place.replace('conv', 'bn')
+                model.set_submodule(norm, nn.Identity())
     return model
 
 
@@ -133,7 +149,7 @@ def find_references(folders: Sequence[Path]) -> dict[str, type[nn.Module]]:
         paths = [path for file in files for folder in folders for path in sorted(folder.rglob(file))]
         holders = [path for path in paths if f'class {name}(' in path.read_text(encoding='utf-8')]
         if holders:
-            found[name] = load_class(holders[0], name)
+            found[name] = definitions(holders[0])[name]
     return found
 
 

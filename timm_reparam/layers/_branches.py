@@ -117,9 +117,13 @@ def pointwise_then(inner: torch.Tensor, outer: torch.Tensor, groups: int) -> tor
     Returns:
         Kernel (out_channels, in_channels/groups, kh, kw).
     """
-    maps = inner.view(groups, 1, inner.shape[0] // groups, inner.shape[1]).transpose(2, 3)
-    kernels = outer.reshape(groups, outer.shape[0] // groups, outer.shape[1], -1)
-    return torch.matmul(maps, kernels).view(outer.shape[0], inner.shape[1], outer.shape[2], outer.shape[3])
+    out_channels, inner_of_group, height, width = outer.shape
+    # one product a group: torch.matmul over the output channels would copy the map for each of them
+    taps = outer.view(out_channels, inner_of_group, height * width).transpose(1, 2)
+    maps = inner.view(groups, inner_of_group, inner.shape[1])
+    kernels = torch.bmm(taps.reshape(groups, -1, inner_of_group), maps)
+    kernels = kernels.view(out_channels, height * width, inner.shape[1]).transpose(1, 2)
+    return kernels.reshape(out_channels, inner.shape[1], height, width)
 
 
 def _middle(kernel: torch.Tensor, inset: tuple[int, int]) -> torch.Tensor:

@@ -155,7 +155,11 @@ class DBBConv2d(BranchedConv2d):
     ) -> list[torch.Tensor]:
         """The outputs of the branches: the mean of the window before the 1x1 kernel, what is cheaper of the other."""
         size, stride, dilation, groups = self.kernel_size, self.stride, self.dilation, self.groups
-        mean = self._mean_of_windows(x, padding)
+        # several times as fast as torch's mean on the CPU, forward and backward
+        window = torch.full(
+            (self.in_channels, 1, size[0], size[1]), 1 / (size[0] * size[1]), dtype=x.dtype, device=x.device
+        )
+        mean = F.conv2d(x, window, None, stride, padding, dilation, self.in_channels)
         inner, outer = weights[0], weights[1]
         if self.point_weight is not None:
             inner = inner + self._identity(inner)
@@ -168,18 +172,6 @@ class DBBConv2d(BranchedConv2d):
         if self.point_weight is None:
             return [sequential, mean]
         return convolve_branches(x, [weights[2]], size, stride, padding, dilation, groups) + [sequential, mean]
-
-    def _mean_of_windows(self, x: torch.Tensor, padding: tuple[int, int]) -> torch.Tensor:
-        """The mean over the window of each input channel."""
-        height, width = self.kernel_size
-        if self.dilation[0] > 1 or self.dilation[1] > 1:
-            window = torch.full(
-                (self.in_channels, 1, height, width), 1 / (height * width), dtype=x.dtype, device=x.device
-            )
-            return F.conv2d(x, window, None, self.stride, padding, self.dilation, self.in_channels)
-        if 2 * padding[0] > height or 2 * padding[1] > width:  # more than the mean takes
-            x, padding = F.pad(x, [padding[1], padding[1], padding[0], padding[0]]), (0, 0)
-        return F.avg_pool2d(x, [height, width], [self.stride[0], self.stride[1]], [padding[0], padding[1]])
 
     def _identity(self, like: torch.Tensor) -> torch.Tensor:
         """E, (in_channels, in_channels/groups, 1, 1)."""
