@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from hub_server import HubServer
+
+from hub.server import HubServer
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard
 from stand_in import randomise
 
 import timm_reparam
+from hub.server import HubServer
 from timm_reparam import ReparamError
 from timm_reparam.hub import publish, save_pair, self_check
 

@@ -14,10 +14,10 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from hub_server import HubServer
 from stand_in import randomise
 
 import timm_reparam
+from hub.server import HubServer
 from timm_reparam import ReparamError
 from timm_reparam.cli import main
 from timm_reparam.hub import load_checkpoint, publish, pull, render_card, save_pair, self_check, verify

@@ -15,10 +15,10 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from hub_server import HubServer
 from stand_in import randomise
 
 import timm_reparam
+from hub.server import HubServer
 from timm_reparam import FusionReport, ReparamError
 from timm_reparam.hub import save_checkpoint, save_pair, sync
 

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import timm
 import torch
-from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from stand_in import disturbed
 from timm.models import get_model_args
 
 import timm_reparam
+from hub.server import HubServer
 from timm_reparam import ReparamError
 from timm_reparam.cli import main
 from timm_reparam.hub import (

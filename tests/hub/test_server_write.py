@@ -16,9 +16,6 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from hub_server import HubServer
-from hub_server_faults import Fault
-from hub_server_writing import check_card
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import (
     BadRequestError,
@@ -28,6 +25,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+from hub.server import HubServer
+from hub.server.faults import Fault
+from hub.server.writing import check_card
 
 VERSION = tuple(int(part) for part in huggingface_hub.__version__.split('.')[:2])
 WEIGHTS = bytes(range(256)) * 300
