@@ -8,12 +8,30 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from hub.server import HubServer
-from timm_reparam.hub import VerifyReport, publish, verify_pair
+from timm_reparam.hub import VerifyReport, publish, untrusted, verify_pair
 
 _reports: dict[str, VerifyReport] = {}
 _sleep = time.sleep
+
+
+@pytest.fixture(autouse=True, scope='session')
+def cost_once() -> Iterator[None]:
+    """What an image costs a model is counted once for each model: these tests load the same few over and over."""
+    known, check = set(), untrusted.check_cost
+
+    def check_cost(model: torch.nn.Module, input_size: tuple[int, int, int], place: str) -> None:
+        key = str(model), input_size
+        if key not in known:
+            check(model, input_size, place)
+            known.add(key)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(untrusted, 'check_cost', check_cost)
+    yield
+    patch.undo()
 
 
 @pytest.fixture
