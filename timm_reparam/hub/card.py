@@ -61,7 +61,7 @@ def render_card(folder: str | Path) -> str:
 
 
 def notes_of(path: Path) -> str:
-    """The marked section of a card that holds somebody's own notes, with its marks; empty if there is none.
+    """The section of notes in a card, with its two marker lines; empty if the card has none.
 
     It begins with the line ``<!-- notes -->`` and ends with the line ``<!-- end of notes -->``.
     """
