@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import HubServer, client_environment
+from hub.server import HubServer, client_environment
 
 if 'huggingface_hub' in sys.modules:
     raise pytest.UsageError('huggingface_hub was imported before tests/conftest.py could point it at the loopback Hub')

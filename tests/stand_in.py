@@ -7,7 +7,7 @@ from typing import Any
 
 import timm
 import torch
-from hub_server import HubServer
+from hub.server import HubServer
 from timm.models import save_for_hf
 from torch import nn
 

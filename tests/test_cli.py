@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from hub_server import HubServer
+from hub.server import HubServer
 from stand_in import add_stock
 
 import timm_reparam

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from hub_server import HubServer
+from hub.server import HubServer
 from safetensors.torch import load_file
 from stand_in import disturbed, images
 from timm.models import get_model_args, resolve_model_input_args, save_for_hf

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from hub_server import HubServer
+from hub.server import HubServer
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from layers.cases import relative_difference
 from safetensors.torch import save_file

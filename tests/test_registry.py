@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from hub_server import client_environment
+from hub.server import client_environment
 from safetensors.torch import save_file
 from stand_in import add_stock, random_model
 from timm.models import get_arch_pretrained_cfgs, is_model_pretrained, list_pretrained, model_entrypoint, register_model

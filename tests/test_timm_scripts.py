@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from hub_server import HubServer
+from hub.server import HubServer
 
 import timm_reparam
 from timm_reparam.cli import main

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from hub_server import HubServer, client_environment
+from hub.server import HubServer, client_environment
 from stand_in import add_stock
 
 import timm_reparam

@@ -11,7 +11,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from hub_server import HubServer
+from hub.server import HubServer
 from stand_in import add_stock, images, randomise
 from timm.models import _registry as timm_registry
 from timm.models import model_entrypoint

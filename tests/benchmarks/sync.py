@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from hub_server import HubServer, client_environment  # noqa: E402
+from hub.server import HubServer, client_environment  # noqa: E402
 
 SMALL = dict(num_classes=2, channels=(8, 8, 8, 8), stem_width=4)
 DATA_CONFIG = dict(input_size=(3, 32, 32), crop_pct=1.0)

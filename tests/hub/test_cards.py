@@ -1,6 +1,7 @@
 """Cards: they parse, say what the files say and nothing else, and no text from outside gets out of its place."""
 
 import dataclasses
+import importlib.resources
 import json
 import os
 import re
@@ -481,7 +482,7 @@ def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     """What a card tells to run runs, in both forms, from the place where the folders lie."""
     (tmp_path / 'path' / 'to').mkdir(parents=True)
     model = timm.create_model(f'resnet10t_{variant}', **TINY)
-    data_config = {'input_size': (3, 64, 64), 'crop_pct': 1.0, 'interpolation': 'bilinear'}
+    data_config = {'input_size': (3, 32, 32), 'crop_pct': 1.0, 'interpolation': 'bilinear'}
     folders = save_pair(model, tmp_path / 'path' / 'to', tag='t', report=REPORT, facts=FACTS, data_config=data_config)
     Image.new('L', (70, 80)).save(tmp_path / 'image.jpg')
     monkeypatch.chdir(tmp_path)
@@ -490,30 +491,38 @@ def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         assert len(blocks) == 2
         for block in blocks:
             exec(compile(block, folder.name, 'exec'), {})
-    shapes = 'torch.Size([2, 8, 16, 16])'
+    shapes = 'torch.Size([2, 8, 8, 8])'
     assert capsys.readouterr().out.count(shapes) == 2
 
 
 @pytest.mark.parametrize('variant', [pytest.param('doconv', marks=pytest.mark.slow), 'dyconv'])
 def test_snippets_register_what_no_import_does(tmp_path: Path, variant: str):
-    """In a process of its own, where nobody has registered the architecture yet."""
+    """Each in a process of its own, where nobody has registered the architecture yet."""
     (tmp_path / 'path' / 'to').mkdir(parents=True)
-    model = timm.create_model(timm_reparam.register_variant('mobilenetv3_small_050', variant), num_classes=2)
-    data_config = {'input_size': (3, 64, 64), 'crop_pct': 1.0, 'interpolation': 'bilinear'}
+    model = timm.create_model(timm_reparam.register_variant('seresnet18', variant), **TINY)
+    data_config = {'input_size': (3, 32, 32), 'crop_pct': 1.0, 'interpolation': 'bilinear'}
     folders = save_pair(model, tmp_path / 'path' / 'to', tag='t', report=REPORT, data_config=data_config)
     Image.new('RGB', (70, 80)).save(tmp_path / 'image.jpg')
-    call = f"timm_reparam.register_variant('mobilenetv3_small_050', '{variant}')\n"
+    call = f"timm_reparam.register_variant('seresnet18', '{variant}')\n"
+    codes = []
     for folder in folders:
         blocks = re.findall(r'(?ms)^```python\n(.*?)^```', (folder / 'README.md').read_text())
         needs_plugin = folder is folders[0] or variant == 'dyconv'
         assert [block.count(call) for block in blocks] == [int(needs_plugin)] * 2
-        code = '\n'.join(blocks)
-        root = Path(timm_reparam.__file__).parents[1]
-        done = subprocess.run(
-            [sys.executable, '-c', code], cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(root)},
-            capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        codes.append('\n'.join(blocks))
+    code = """
+import os, sys
+import timm, torch
+for code in sys.argv[1:]:
+    if os.fork() == 0:
+        exec(code)
+        os._exit(0)
+    assert os.wait()[1] == 0
+"""
+    env = {**os.environ, 'PYTHONPATH': str(Path(timm_reparam.__file__).parents[1]), 'OMP_NUM_THREADS': '1'}
+    command = [sys.executable, '-c', code, *codes]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
@@ -722,28 +731,14 @@ def test_format_of_the_configuration(copies: tuple[Path, Path]):
             load_checkpoint(copies[0])
 
 
-def test_templates_of_an_installed_package(tmp_path: Path):
+def test_templates_of_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A wheel carries the templates inside the package; without them there is an error, not an empty card."""
-    package = shutil.copytree(Path(timm_reparam.__file__).parent, tmp_path / 'timm_reparam')
-    inside = shutil.copytree(template_folder(), package / 'model_cards')
-    code = """
-import shutil
-import timm_reparam
-from timm_reparam.hub.card import template_folder
-print(template_folder())
-shutil.rmtree(template_folder())
-try:
-    template_folder()
-except timm_reparam.ReparamError as error:
-    print(error)
-"""
-    env = {**os.environ, 'PYTHONPATH': str(tmp_path), 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run(
-        [sys.executable, '-c', code], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
-    found, missing = done.stdout.splitlines()
-    assert found == str(inside)
-    assert str(package) in missing and 'model_cards' in missing
+    inside = shutil.copytree(template_folder(), tmp_path / 'timm_reparam' / 'model_cards')
+    monkeypatch.setattr(importlib.resources, 'files', lambda package: tmp_path / package)
+    assert template_folder() == inside
+    shutil.rmtree(inside)
+    with pytest.raises(ReparamError, match=rf'{inside.parent}: expected model_cards/ inside the package'):
+        template_folder()
 
 
 def test_templates_are_found():

@@ -24,10 +24,10 @@ import safetensors.torch
 import timm
 import torch
 from faults import DYNAMIC, FAULTS, STATIC, Fault, planted
-from hub_server import HubServer
 from stand_in import disturbed
 from torch import nn
 
+from hub.server import HubServer
 from timm_reparam import ReparamError, register_variant
 from timm_reparam.hub import (
     VerifyReport,

@@ -6,18 +6,21 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import safetensors.torch
 import timm
 import torch
-from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard
 from stand_in import randomise
 
 import timm_reparam
-from timm_reparam import ReparamError
+from hub.server import HubServer
+from timm_reparam import FusionReport, ReparamError
+from timm_reparam.cli import main
 from timm_reparam.hub import publish, save_pair, self_check
 
 TINY = dict(num_classes=4, channels=(8, 8, 8, 8), stem_width=4)
@@ -25,12 +28,9 @@ DATA_CONFIG = dict(input_size=(3, 32, 32), crop_pct=1.0)
 FACTS = {'base_model': {'id': 'timm/resnet10t.c3_in1k', 'license': 'apache-2.0'}}
 CHECK = 'test/rand_tensors.safetensors'
 FILES = {'README.md', 'config.json', 'model.safetensors', 'training.json', CHECK}
+REPORT = FusionReport(algebra=1e-15, stored=1e-7, own=1e-7, bound=1e-6, top1_agreement=1.0, num_inputs=64)
 NAMES = ('resnet10t_doconv.t', 'resnet10t_doconv.t_fused')
-# as many threads as here, for sums in the same order
-ENVIRONMENT = {
-    'PYTHONPATH': str(Path(timm_reparam.__file__).parents[1]),
-    'OMP_NUM_THREADS': str(torch.get_num_threads()),
-}
+pytestmark = pytest.mark.usefixtures('short_waits', 'verified_once')
 
 
 def small_model(seed: int = 1) -> torch.nn.Module:
@@ -39,7 +39,8 @@ def small_model(seed: int = 1) -> torch.nn.Module:
 
 
 def save(zoo: Path, seed: int = 1, tag: str = 't', facts: dict = FACTS) -> tuple[Path, Path]:
-    return save_pair(small_model(seed), zoo, tag=tag, facts=facts, data_config=DATA_CONFIG)
+    """A pair, written down without a verification, for speed: publish verifies it itself."""
+    return save_pair(small_model(seed), zoo, tag=tag, report=REPORT, facts=facts, data_config=DATA_CONFIG)
 
 
 @pytest.fixture(scope='module')
@@ -52,18 +53,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def copies(tmp_path: Path, pair: tuple[Path, Path]) -> tuple[Path, Path]:
     """The pair, for tests that change it."""
     return tuple(shutil.copytree(folder, tmp_path / 'zoo' / folder.name) for folder in pair)
-
-
-def start(code: str, *args: str, home: Path) -> subprocess.Popen:
-    env = {**os.environ, **ENVIRONMENT, 'HF_HOME': str(home)}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, '-c', code, *args], env=env, **pipes)
-
-
-def end(process: subprocess.Popen) -> str:
-    printed, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
-    return printed
 
 
 def content(hub: HubServer, repo_id: str, path: str, branch: str = 'main') -> bytes:
@@ -104,26 +93,24 @@ def test_published_pair(hub: HubServer, owner: str, pair: tuple[Path, Path], tmp
     # stock timm alone, in a process that cannot import the plugin, and timm with the plugin
     code = """
 import sys
-if sys.argv[3] == 'stock':
-    sys.modules['timm_reparam'] = None
-else:
-    import timm_reparam
+sys.modules['timm_reparam'] = None
 import timm, torch
 model = timm.create_model(f'hf-hub:{sys.argv[1]}', pretrained=True).eval()
-assert sys.argv[3] != 'stock' or type(model).__module__.startswith('timm.')
+assert type(model).__module__.startswith('timm.')
 with torch.no_grad():
-    torch.save(model(torch.load('images.pt')), sys.argv[2])
+    torch.save(model(torch.load('images.pt')), 'stock.pt')
 """
     images = torch.randn(4, 3, 32, 32)
     torch.save(images, tmp_path / 'images.pt')
-    code = f'import os; os.chdir({str(tmp_path)!r})\n{code}'
-    kinds = zip(repo_ids, ('plugin', 'stock'))
-    for process in [start(code, repo_id, f'{kind}.pt', kind, home=tmp_path / kind) for repo_id, kind in kinds]:
-        end(process)
-    train_time, fused = torch.load(tmp_path / 'plugin.pt'), torch.load(tmp_path / 'stock.pt')
+    env = {**os.environ, 'OMP_NUM_THREADS': str(torch.get_num_threads()), 'HF_HOME': str(tmp_path / 'home')}
+    command = [sys.executable, '-c', code, repo_ids[1]]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    model = timm.create_model(f'hf-hub:{repo_ids[0]}', pretrained=True, cache_dir=tmp_path / 'cache').eval()
     with torch.no_grad():
+        train_time = model(images)
         assert torch.equal(small_model()(images), train_time)
-    torch.testing.assert_close(fused, train_time, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.load(tmp_path / 'stock.pt'), train_time, rtol=1e-4, atol=1e-5)
 
 
 def test_self_check(hub: HubServer, owner: str, pair: tuple[Path, Path], cache_dir: Path):
@@ -444,17 +431,28 @@ def test_pull_request_without_an_answer(hub: HubServer, owner: str, pair: tuple[
     assert len(hub.repos[f'{owner}/{NAMES[0]}'].pulls) == 1
 
 
-def test_stalled_server(pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def usual_client() -> Iterator[None]:
+    """After the test the client is again without the limits that a command sets."""
+    yield
+    if hasattr(huggingface_hub, 'set_client_factory'):
+        huggingface_hub.set_client_factory(huggingface_hub.utils._http.default_client_factory)
+    else:
+        huggingface_hub.configure_http_backend()
+
+
+def test_stalled_server(
+    pair: tuple[Path, Path], usual_client: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     """A server that says nothing is given up: by the command, where the client would wait without a limit."""
-    code = 'import sys; from timm_reparam.cli import main; sys.exit(main(sys.argv[1:]))'
     with HubServer(tokens={'hf_me': 'me'}) as stalled:  # which logs what it was asked long after the test
         fault = stalled.faults.add('slow', method='POST', path='/commit/', seconds=20, times=None)
-        monkeypatch.setenv('HF_ENDPOINT', stalled.endpoint)
+        monkeypatch.setattr(huggingface_hub.constants, 'ENDPOINT', stalled.endpoint)
         monkeypatch.setenv('HF_TOKEN', 'hf_me')
-        process = start(code, 'publish', str(pair[0]), 'me', '--timeout', '0.5', home=tmp_path)
-        printed, errors = process.communicate(timeout=100)
-    assert process.returncode == 1 and not printed and fault.hits == 3
-    assert 'no answer from' in errors.splitlines()[-1] and 'Traceback' not in errors
+        status = main(['publish', str(pair[0]), 'me', '--timeout', '0.3'])
+    printed = capsys.readouterr()
+    assert status == 1 and not printed.out and fault.hits == 3
+    assert 'no answer from' in printed.err.splitlines()[-1] and 'Traceback' not in printed.err
 
 
 @pytest.mark.slow  # as of a pull

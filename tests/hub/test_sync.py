@@ -15,10 +15,10 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from hub_server import HubServer
 from stand_in import randomise
 
 import timm_reparam
+from hub.server import HubServer
 from timm_reparam import FusionReport, ReparamError
 from timm_reparam.hub import save_checkpoint, save_pair, sync
 
@@ -30,6 +30,7 @@ CHECK = 'test/rand_tensors.safetensors'
 FILES = {'README.md', 'config.json', 'model.safetensors', 'training.json', CHECK}
 # written down without a verification, for speed: sync verifies every pair itself
 REPORT = FusionReport(algebra=1e-15, stored=1e-7, own=1e-7, bound=1e-6, top1_agreement=1.0, num_inputs=64)
+pytestmark = pytest.mark.usefixtures('verified_once')
 SCRIPT = """
 import json, sys
 import timm_reparam

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from hub_server import HubServer
 from stand_in import randomise
 from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import nn
 
+from hub.server import HubServer
 from timm_reparam import ReparamError, is_variant
 from timm_reparam.cli import main
 from timm_reparam.hub import convert_checkpoint, fuse_checkpoint, load_checkpoint, verify_checkpoint

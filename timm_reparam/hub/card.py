@@ -5,6 +5,7 @@ so rendering again gives the same bytes. What the facts of ``training.json`` do 
 :mod:`timm_reparam.hub.facts`) is not in the card.
 """
 
+import functools
 import importlib.resources
 import json
 import re
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2  # comes with torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..errors import ReparamError
@@ -59,7 +61,7 @@ def render_card(folder: str | Path) -> str:
 
 
 def notes_of(path: Path) -> str:
-    """The marked section of a card that holds somebody's own notes, with its marks; empty if there is none.
+    """The section of notes in a card, with its two marker lines; empty if the card has none.
 
     It begins with the line ``<!-- notes -->`` and ends with the line ``<!-- end of notes -->``.
     """
@@ -85,10 +87,17 @@ def card_text(config: dict[str, Any], facts: dict[str, Any], sha256: str, notes:
         The text of ``README.md``.
     """
     context = _Context(config, facts, sha256)
-    templates = template_folder()
-    template = ''.join((templates / name).read_text(encoding='utf-8') for name in (f'{context.form}.md', 'details.md'))
-    card = ModelCard.from_template(context.card_data(), template_str=template, **context.texts())
+    card = ModelCard(_template(context.form).render(card_data=context.card_data().to_yaml(), **context.texts()))
     return str(card).rstrip() + '\n' + (f'\n{notes}\n' if notes else '')
+
+
+@functools.cache  # compiling a template takes most of the time of a card
+def _template(form: str) -> jinja2.Template:
+    """The template of a form's card."""
+    folder = template_folder()
+    return jinja2.Template(
+        ''.join((folder / name).read_text(encoding='utf-8') for name in (f'{form}.md', 'details.md'))
+    )
 
 
 def template_folder() -> Path:

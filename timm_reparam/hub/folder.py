@@ -583,7 +583,7 @@ def _check_target(target: Path, architectures: Collection[str]) -> None:
         return
     foreign = [name for name in names if name not in FILES]
     if foreign:
-        raise ReparamError(f'{target}: holds what no checkpoint holds, {foreign[:5]}; choose another place')
+        raise ReparamError(f'{target}: contains unexpected files, {foreign[:5]}; choose another place')
     found = read_config(target)['architecture']
     if found not in architectures:
         raise ReparamError(

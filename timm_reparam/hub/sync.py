@@ -234,7 +234,7 @@ def sync(
         ReparamError: There is nothing to sync, or an argument is wrong. What goes wrong with a model is in the report.
     """
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
-        raise ReparamError(f'workers: expected a number of models at a time from 1 on, got {workers!r}')
+        raise ReparamError(f'workers: must be an integer of at least 1, got {workers!r}')
     check_repo_id(f'{namespace}/model')
     folders = _train_time_folders(Path(zoo).absolute())
     client, report = HubClient(token=token, endpoint=endpoint), SyncReport()

@@ -1,37 +1,6 @@
-"""A small Hugging Face Hub on 127.0.0.1, so that the real client can be tested over real HTTP.
+"""The loopback Hub behind a port: what a request passes through, and the settings of the client."""
 
-It speaks the Hub's protocol for model repositories. The reading half: `resolve` (HEAD and GET, with ranges), model
-info, the list of models, tree, paths-info, refs and commits. The writing half: repositories and their settings,
-branches and tags, cards, preupload, LFS (batch, PUT, verify) and atomic commits with compare-and-swap, also as pull
-requests. It knows who may do what, and answers with the error codes by which the client tells a
-missing repository from a missing revision, a missing file or a gate. On demand it goes wrong. In a test:
-
-    with HubServer(tokens={'hf_me': 'me'}) as hub:
-        hub.commit('someone/model', {'config.json': '{}', 'model.safetensors': Path('weights.safetensors')})
-        api = HfApi(endpoint=hub.endpoint, token='hf_me')
-        api.model_info('someone/model')
-        assert hub.paths('HEAD') == []
-        hub.faults.add('drop_after', method='POST', path='/api/models/me/model/commit/')
-        api.create_repo('me/model')  # a user may write in the namespace of that name and in those of `orgs`
-        api.create_commit('me/model', operations, commit_message='It lands, and the client is not told')
-        assert hub.commit_counts['me/model'] == 1 and hub.weight_bytes['me/model'] == weights_size
-
-and from a shell, where every FOLDER/namespace/name is one repository:
-
-    python tests/hub_server.py --port 8000 FOLDER
-
-Only the standard library is used, and nothing here imports huggingface_hub, which reads its settings when it is
-imported: `client_environment` gives those settings, to be set before that.
-
-A request passes through four parts: `_Handler` (HTTP to `Request`), `HubServer.answer` (faults, the user, errors, the
-log), a route (hub_server_routes.py and the two files of routes: a function that turns a `Request` into a
-`Response`), and `Hub` (hub_store.py), the repositories, which know nothing of HTTP. What can go wrong is in
-hub_server_faults.py.
-"""
-
-import argparse
 import os
-import signal
 import sys
 import threading
 import traceback
@@ -43,27 +12,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlencode
 
-import hub_server_reading  # noqa: F401
-from hub_server_faults import Fault, Faults
-from hub_server_routes import ROUTES, Refusal, Request, Response, alter
-from hub_server_writing import weights_of
-from hub_store import Blob, Commit, Hub, Repo, Source
-
-__all__ = [
-    'Blob',
-    'Commit',
-    'Fault',
-    'Faults',
-    'Hub',
-    'HubServer',
-    'Logged',
-    'Refusal',
-    'Repo',
-    'Request',
-    'Response',
-    'Source',
-    'client_environment',
-]
+from . import reading  # noqa: F401
+from .faults import Fault, Faults
+from .routes import ROUTES, Refusal, Request, Response, alter
+from .store import Blob, Hub
+from .writing import weights_of
 
 
 @dataclass(frozen=True)
@@ -103,7 +56,7 @@ class HubServer(Hub):
 
     Attributes:
         log: Every request, in the order of the answers.
-        faults: What is to go wrong; see hub_server_faults.py.
+        faults: What is to go wrong; see faults.py.
         commit_counts: How many commits have come over HTTP, by repository.
         weight_bytes: How many bytes of large files have come, by repository, refused ones too.
     """
@@ -344,26 +297,3 @@ def client_environment(endpoint: str, home: Path | str, inherited: Mapping[str, 
         'HF_HUB_DISABLE_PROGRESS_BARS': '1',
         'HF_HUB_DISABLE_UPDATE_CHECK': '1',
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description='Serves folders as repositories of a Hugging Face Hub on 127.0.0.1.')
-    parser.add_argument('folder', type=Path, help='every FOLDER/namespace/name is one repository')
-    parser.add_argument('--port', type=int, default=0, help='port to listen on (default: a free one)')
-    parser.add_argument('--token', action='append', default=[], metavar='TOKEN=USER', help='who may write as whom')
-    args = parser.parse_args()
-    if not args.folder.is_dir():
-        parser.error(f'{args.folder} is not a folder')
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where a shell starts it in the background
-    with HubServer(args.port, dict(token.split('=', 1) for token in args.token)) as hub:
-        repos = hub.add_zoo(args.folder)
-        print(f'HF_ENDPOINT={hub.endpoint} HF_HUB_DISABLE_XET=1', flush=True)
-        print('\n'.join(repos), flush=True)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            pass
-
-
-if __name__ == '__main__':
-    main()

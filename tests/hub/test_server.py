@@ -13,7 +13,6 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from hub_server import HubServer, Repo, client_environment
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     DisabledRepoError,
@@ -25,6 +24,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile, RepoFolder
 
+from hub.server import HubServer, Repo, client_environment
+
+SERVE, TESTS = [sys.executable, '-m', 'hub.server'], Path(__file__).parents[1]
 WEIGHTS = bytes(range(256)) * 300
 CARD = '---\nlibrary_name: timm\npipeline_tag: image-classification\nlicense: mit\ntags:\n- timm\n---\n# A model\n'
 FILES = {
@@ -328,11 +330,10 @@ def test_files_keep_what_git_and_lfs_call_them(tmp_path):
 
 
 def test_served_from_a_shell(tmp_path):
-    """`python tests/hub_server.py FOLDER` serves every namespace/name in it, to a client in another process."""
+    """`python -m hub.server FOLDER` serves every namespace/name in it, to a client in another process."""
     (tmp_path / 'zoo/someone/model.tag/test').mkdir(parents=True)
     (tmp_path / 'zoo/someone/model.tag/test/weights.safetensors').write_bytes(WEIGHTS)
-    script = Path(__file__).with_name('hub_server.py')
-    server = subprocess.Popen([sys.executable, script, tmp_path / 'zoo'], stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen([*SERVE, tmp_path / 'zoo'], cwd=TESTS, stdout=subprocess.PIPE, text=True)
     try:
         settings = dict(setting.split('=') for setting in server.stdout.readline().split())
         assert server.stdout.readline().strip() == 'someone/model.tag'
@@ -347,8 +348,7 @@ def test_served_from_a_shell(tmp_path):
 
 
 def test_served_from_a_shell_needs_a_folder(tmp_path):
-    script = Path(__file__).with_name('hub_server.py')
-    done = subprocess.run([sys.executable, script, tmp_path / 'nowhere'], capture_output=True, text=True)
+    done = subprocess.run([*SERVE, tmp_path / 'nowhere'], cwd=TESTS, capture_output=True, text=True)
     assert done.returncode == 2
     assert 'nowhere is not a folder' in done.stderr
 

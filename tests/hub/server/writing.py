@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, unquote
 
-from hub_server_reading import front_matter
-from hub_server_routes import REPO, Refusal, Request, Response, find_commit, readable, require_writer, route, writable
-from hub_store import LFS_SIZE, LFS_SUFFIXES, Blob, Repo, in_lfs
+from .reading import front_matter
+from .routes import REPO, Refusal, Request, Response, find_commit, readable, require_writer, route, writable
+from .store import LFS_SIZE, LFS_SUFFIXES, Blob, Repo, in_lfs
 
 if TYPE_CHECKING:
-    from hub_server import HubServer
+    from .server import HubServer
 
 
 @route('GET', '/api/whoami-v2')

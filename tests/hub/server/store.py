@@ -1,6 +1,6 @@
 """The repositories of the loopback Hub, its users and what they may do; nothing here knows of HTTP.
 
-`hub_server.py` puts these behind a port.
+server.py puts these behind a port.
 """
 
 import hashlib

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, quote, unquote
 
-from hub_server_routes import REPO, Refusal, Request, Response, find_commit, flag, page, readable, route, writable
-from hub_store import Blob, Commit, Repo, below
+from .routes import REPO, Refusal, Request, Response, find_commit, flag, page, readable, route, writable
+from .store import Blob, Commit, Repo, below
 
 if TYPE_CHECKING:
-    from hub_server import HubServer
+    from .server import HubServer
 
 
 @route('GET', rf'/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)')

@@ -1,7 +1,7 @@
 """What every address of the loopback Hub is made of: requests, answers, and who may ask.
 
-A route is a function that turns a `Request` into a `Response`. They are in hub_server_reading.py and
-hub_server_writing.py.
+A route is a function that turns a `Request` into a `Response`. They are in reading.py and
+writing.py.
 """
 
 import json
@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlencode
 
-from hub_store import Blob, Commit, Repo
+from .store import Blob, Commit, Repo
 
 if TYPE_CHECKING:
-    from hub_server import HubServer
+    from .server import HubServer
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,6 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from hub_server import HubServer
-from hub_server_faults import Fault
-from hub_server_writing import check_card
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import (
     BadRequestError,
@@ -28,6 +25,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+from hub.server import HubServer
+from hub.server.faults import Fault
+from hub.server.writing import check_card
 
 VERSION = tuple(int(part) for part in huggingface_hub.__version__.split('.')[:2])
 WEIGHTS = bytes(range(256)) * 300
@@ -564,6 +565,7 @@ def test_action_before_or_after(hub, repo_id, landed):
 UPLOAD = ('/preupload/', '/objects/batch', r'\.git/lfs/', '/verify')
 
 
+@pytest.mark.usefixtures('short_waits')
 def test_upload_is_tried_again(hub, repo_id):
     """By newer clients in every step before the commit; by the oldest only where bytes are put."""
     faults = dict(zip(UPLOAD, ('503', 'drop_before', '500', 'drop_after')))
@@ -617,6 +619,7 @@ def test_altered_download(hub, repo_id, cache_dir):
     assert [(entry.method, entry.fault) for entry in hub.log] == [('HEAD', None), ('GET', 'wrong_hash')]
 
 
+@pytest.mark.usefixtures('short_waits')
 @pytest.mark.parametrize('kind', ['truncate', 'drop_before'])
 def test_broken_download(hub, repo_id, cache_dir, kind):
     """A newer client asks again, the oldest raises; neither leaves half a file under the name of the whole."""
