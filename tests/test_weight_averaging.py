@@ -182,7 +182,8 @@ def test_synchronised_branches_see_one_batch(tmp_path: Path, recompute: bool) ->
     """Two processes with five and three images compute what one computes with eight."""
     x, weights = torch.randn(8, 4, 7, 6, dtype=torch.float64), torch.randn(8, 6, 7, 6, dtype=torch.float64)
     expected = results(a_layer(recompute), x.clone(), weights)
-    torch.multiprocessing.spawn(one_process, (str(tmp_path), recompute, x, weights), nprocs=2)
+    args = (str(tmp_path), recompute, x, weights)
+    torch.multiprocessing.start_processes(one_process, args, nprocs=2, start_method='forkserver')
     first, second = (torch.load(tmp_path / f'{rank}.pt') for rank in range(2))
     for name, value in expected.items():
         if name in ('y', 'x'):
