@@ -16,6 +16,12 @@ def run_module(name: str, *words: str) -> None:
     runpy.run_module(name, run_name='__main__', alter_sys=True)
 
 
+def run_code(code: str, *words: str) -> None:
+    """``python -c <code> <words>``."""
+    sys.argv = ['-c', *words]
+    exec(code, {'__name__': '__main__'})
+
+
 def run_module_unread(name: str, *words: str) -> None:
     """The same, with nobody at the other end of the pipe that it prints into."""
     reader, writer = os.pipe()

@@ -15,7 +15,7 @@ from hub_server import HubServer
 from stand_in import add_stock
 
 import timm_reparam
-from timm_reparam.cli import main
+from timm_reparam.cli import _parser, main
 from timm_reparam.hub import save_pair
 from timm_reparam.plot import kernel_skeletons
 from timm_reparam.results import COLUMNS
@@ -368,18 +368,41 @@ def test_usage(capsys: pytest.CaptureFixture, args: list[str]):
     assert 'usage: timm-reparam' in capsys.readouterr().err
 
 
-COMMANDS = ('list', 'profile', 'plot', 'fuse', 'verify', 'publish', 'sync', 'pull', 'run')
-PICTURES = ('kernels', 'curves', 'gains')
+COMMANDS = [
+    '',
+    *('list', 'profile', 'plot', 'plot kernels', 'plot curves', 'plot gains', 'fuse', 'convert', 'verify'),
+    *('publish', 'sync', 'pull', 'run'),
+]
 
 
-@pytest.mark.parametrize(
-    'command', [[], *([name] for name in COMMANDS), *(['plot', picture] for picture in PICTURES)], ids=' '.join
-)
-def test_help(capsys: pytest.CaptureFixture, command: list[str]):
+def parsers(parser: argparse.ArgumentParser, name: str = '') -> dict[str, argparse.ArgumentParser]:
+    """The parser of a command, and those of all below it, by the words that lead there."""
+    found = {name: parser}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            assert action.choices.keys() == {choice.dest for choice in action._choices_actions if choice.help}
+            for word, child in action.choices.items():
+                found |= parsers(child, f'{name} {word}'.strip())
+    return found
+
+
+def test_the_commands():
+    assert list(parsers(_parser())) == COMMANDS
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_help(capsys: pytest.CaptureFixture, command: str):
+    """Of every command, with every argument and what it means."""
     with pytest.raises(SystemExit) as exit_:
-        main([*command, '--help'])
+        main([*command.split(), '--help'])
     assert exit_.value.code == 0
-    assert 'usage: timm-reparam' in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert text.startswith(f'usage: timm-reparam {command}'.strip())
+    for action in parsers(_parser())[command]._actions:
+        if not isinstance(action, argparse._SubParsersAction):
+            assert action.help and action.help.strip(), action
+            assert all(option in text for option in action.option_strings)
+            assert ' '.join(action.help.replace('%%', '%').split()) in ' '.join(text.split())
 
 
 def test_version(capsys: pytest.CaptureFixture):
