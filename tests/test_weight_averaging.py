@@ -75,8 +75,15 @@ def test_update_bn_moves_nothing_else(variant: str) -> None:
     assert moved == {name for name in before if 'running_' in name or name.endswith('num_batches_tracked')}
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
-@pytest.mark.parametrize('use_buffers', [False, True])
+@pytest.mark.parametrize(
+    'variant, use_buffers',
+    [
+        # two variants with each in every run
+        pytest.param(variant, use_buffers, marks=[] if (index + use_buffers) % 2 else pytest.mark.slow)
+        for index, variant in enumerate(VARIANTS)
+        for use_buffers in (False, True)
+    ],
+)
 def test_averaged_weights_fuse(variant: str, use_buffers: bool) -> None:
     model, data = build(variant).float(), [batch.float() for batch in batches(2)]
     averaged = AveragedModel(model, use_buffers=use_buffers)
