@@ -3,6 +3,7 @@
 huggingface_hub reads its settings when it is imported, so they are set here, before any test module is.
 """
 
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -26,6 +27,7 @@ os.environ.update(_environment)
 if 'PYTEST_XDIST_WORKER' in os.environ:
     # the workers share the cores already: two threads each would wait for one another most of the time
     torch.set_num_threads(int(os.environ.setdefault('OMP_NUM_THREADS', '1')))  # torch read the variable at its import
+multiprocessing.set_forkserver_preload(['timm'])  # what most processes of the tests start with
 
 
 def pytest_report_header() -> str:

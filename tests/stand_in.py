@@ -85,14 +85,15 @@ def add_model(hub: HubServer, repo_id: str, model: nn.Module, readme: str = '', 
     return hub.commit(repo_id, {**files, **({'README.md': readme} if readme else {})}, **options)
 
 
-def add_stock(hub: HubServer, name: str) -> nn.Module:
+def add_stock(hub: HubServer, name: str, **options) -> nn.Module:
     """Serves a stand-in for timm's published `timm/<name>` and gives the stock model that it holds, in eval mode.
 
     Args:
         hub: The Hub to serve it from.
         name: Architecture and tag, `resnet18.a1_in1k`.
+        **options: Further arguments for timm.create_model.
     """
-    model = random_model(name)
+    model = random_model(name, **options)
     licence = model.pretrained_cfg.get('license', 'apache-2.0')
     tags = 'tags:\n- image-classification\n- timm\nlibrary_name: timm\npipeline_tag: image-classification'
     add_model(hub, f'timm/{name}', model, f'---\n{tags}\nlicense: {licence}\n---\n# Model card for {name}\n')

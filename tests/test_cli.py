@@ -5,17 +5,17 @@ import csv
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from fresh import finished, run_module, run_module_unread
 from hub.server import HubServer
 from stand_in import add_stock
 
 import timm_reparam
-from timm_reparam.cli import main
+from timm_reparam.cli import _parser, main
 from timm_reparam.hub import save_pair
 from timm_reparam.plot import kernel_skeletons
 from timm_reparam.results import COLUMNS
@@ -43,37 +43,9 @@ def training(tmp_path: Path) -> Path:
     return folder / 'last.pth.tar'
 
 
-def run(*args: str, **options) -> subprocess.CompletedProcess:
-    env = {**os.environ, 'PYTHONPATH': str(Path(timm_reparam.__file__).parents[1])}
-    command = [sys.executable, '-m', 'timm_reparam', *args]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, **options)
-
-
-# Each command in a process of its own, forked from one that has imported what all of them need.
-FORKS = """
-import json, os, sys
-from timm_reparam.cli import main
-for number, words in enumerate(json.loads(sys.argv[1])):
-    if not os.fork():
-        for stream, name in ((1, 'out'), (2, 'err')):
-            os.dup2(os.open(f'{number}.{name}', os.O_WRONLY | os.O_CREAT), stream)
-        sys.argv = ['timm-reparam', *words]
-        sys.exit(main(words))
-    print(os.waitstatus_to_exitcode(os.wait()[1]))
-"""
-
-
-def run_each(*commands: list[str], cwd: Path) -> list[subprocess.CompletedProcess]:
-    """What each of several commands, which may succeed or fail, does in a fresh process."""
-    env = {**os.environ, 'PYTHONPATH': str(Path(timm_reparam.__file__).parents[1])}
-    call = [sys.executable, '-c', FORKS, json.dumps(commands)]
-    done = subprocess.run(call, env=env, capture_output=True, text=True, timeout=240, cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    codes = map(int, done.stdout.split())
-    return [
-        subprocess.CompletedProcess(words, code, *((cwd / f'{number}.{name}').read_text() for name in ('out', 'err')))
-        for number, (words, code) in enumerate(zip(commands, codes, strict=True))
-    ]
+def run(*words: str, folder: Path) -> subprocess.CompletedProcess:
+    """What a command does in a process of its own."""
+    return finished(run_module, 'timm_reparam', *words, folder=folder)
 
 
 def test_list(capsys: pytest.CaptureFixture):
@@ -396,18 +368,41 @@ def test_usage(capsys: pytest.CaptureFixture, args: list[str]):
     assert 'usage: timm-reparam' in capsys.readouterr().err
 
 
-COMMANDS = ('list', 'profile', 'plot', 'fuse', 'verify', 'publish', 'sync', 'pull', 'run')
-PICTURES = ('kernels', 'curves', 'gains')
+COMMANDS = [
+    '',
+    *('list', 'profile', 'plot', 'plot kernels', 'plot curves', 'plot gains', 'fuse', 'convert', 'verify'),
+    *('publish', 'sync', 'pull', 'run'),
+]
 
 
-@pytest.mark.parametrize(
-    'command', [[], *([name] for name in COMMANDS), *(['plot', picture] for picture in PICTURES)], ids=' '.join
-)
-def test_help(capsys: pytest.CaptureFixture, command: list[str]):
+def parsers(parser: argparse.ArgumentParser, name: str = '') -> dict[str, argparse.ArgumentParser]:
+    """The parser of a command, and those of all below it, by the words that lead there."""
+    found = {name: parser}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            assert action.choices.keys() == {choice.dest for choice in action._choices_actions if choice.help}
+            for word, child in action.choices.items():
+                found |= parsers(child, f'{name} {word}'.strip())
+    return found
+
+
+def test_the_commands():
+    assert list(parsers(_parser())) == COMMANDS
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_help(capsys: pytest.CaptureFixture, command: str):
+    """Of every command, with every argument and what it means."""
     with pytest.raises(SystemExit) as exit_:
-        main([*command, '--help'])
+        main([*command.split(), '--help'])
     assert exit_.value.code == 0
-    assert 'usage: timm-reparam' in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert text.startswith(f'usage: timm-reparam {command}'.strip())
+    for action in parsers(_parser())[command]._actions:
+        if not isinstance(action, argparse._SubParsersAction):
+            assert action.help and action.help.strip(), action
+            assert all(option in text for option in action.option_strings)
+            assert ' '.join(action.help.replace('%%', '%').split()) in ' '.join(text.split())
 
 
 def test_version(capsys: pytest.CaptureFixture):
@@ -462,7 +457,7 @@ def test_variants_that_were_registered_at_run_time(tmp_path: Path, numbers: tupl
         ['profile', name, '--conv-options', 'depth_multiplier=18', '--input-size', '3', '32', '32', '--runs', '0'],
         ['run', 'script.py', f'--model={name}.some_tag'],
     )
-    *others, script = run_each(*(commands[number] for number in numbers), cwd=tmp_path)
+    *others, script = (run(*commands[number], folder=tmp_path) for number in numbers)
     assert [done.returncode for done in others] == [0] * len(others), [done.stderr for done in others]
     assert script.returncode == 1 and 'some_tag' in script.stderr.splitlines()[-1]  # the tag is refused, not the name
 
@@ -477,27 +472,20 @@ def test_run(tmp_path: Path):
         'if "--fail" in sys.argv: raise KeyError("own")\n'
         'sys.exit(7)\n'
     )
-    commands = [['run', 'script.py', '-v', '--help', 'x'], ['run', 'missing.py'], ['run', 'script.py', '--fail']]
-    done, missing, failed = run_each(*commands, cwd=tmp_path)
+    done = run('run', 'script.py', '-v', '--help', 'x', folder=tmp_path)
     assert (done.returncode, done.stdout) == (7, "beside ['script.py', '-v', '--help', 'x']\n"), done.stderr
+    missing = run('run', 'missing.py', folder=tmp_path)
     assert missing.returncode == 1 and missing.stderr.count('\n') == 1
     assert missing.stderr.startswith('timm-reparam: missing.py')
+    failed = run('run', 'script.py', '--fail', folder=tmp_path)
     assert failed.returncode == 1 and "KeyError: 'own'" in failed.stderr
 
 
-def test_as_a_module():
-    done = run('verify', 'missing')
+def test_as_a_module(tmp_path: Path):
+    done = run('verify', 'missing', folder=tmp_path)
     assert done.returncode == 1 and done.stderr.startswith('timm-reparam: /')
 
 
-def test_reader_that_stops_early():
-    env = {**os.environ, 'PYTHONPATH': str(Path(timm_reparam.__file__).parents[1])}
-    code = "import sys; from timm_reparam.cli import main; sys.stdin.read(); sys.exit(main(['list']))"
-    reader, writer = os.pipe()
-    process = subprocess.Popen(
-        [sys.executable, '-c', code], env=env, stdin=subprocess.PIPE, stdout=writer, stderr=subprocess.PIPE, text=True
-    )
-    os.close(writer)
-    os.close(reader)  # nobody reads any more when the first name is written
-    _, errors = process.communicate('', timeout=120)
-    assert (process.returncode, errors) == (0, '')
+def test_reader_that_stops_early(tmp_path: Path):
+    done = finished(run_module_unread, 'timm_reparam', 'list', folder=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, '', '')

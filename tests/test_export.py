@@ -256,7 +256,11 @@ def exporter_failure(dynamo: bool) -> str | None:
     return None
 
 
-@variants
+@pytest.mark.parametrize(
+    'variant',
+    # test_exported exports all of them, by the same capture
+    [v if v in ('doconv', 'dyconv') else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS],
+)
 @forms
 @exporters
 @pytest.mark.filterwarnings('error::torch.jit.TracerWarning')

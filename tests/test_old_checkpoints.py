@@ -97,16 +97,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     'refconv': dict(map_kernel_size=3),
 }
 # Other defaults, under which a checkpoint of the old ones would not load, or be another function.
-CHANGES = [
+CASES = [
     ('acconv', dict(eps=0.5, momentum=0.7, recompute=True)),
     ('acconv', dict(branch_norm='none', eps=0.5)),
     ('doconv', dict(depth_multiplier=30)),
     ('dyconv', dict(num_kernels=2, temperature=300.0, temperature_steps=3, reduction=1)),
     ('refconv', dict(map_kernel_size=1)),
-    # each by itself
-    pytest.param('dyconv', dict(num_kernels=2, temperature=300.0, temperature_steps=3), marks=pytest.mark.slow),
-    pytest.param('dyconv', dict(reduction=1), marks=pytest.mark.slow),
+    # each by itself, which is slow
+    ('dyconv', dict(num_kernels=2, temperature=300.0, temperature_steps=3)),
+    ('dyconv', dict(reduction=1)),
 ]
+CHANGES = [*CASES[:5], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[5:])]
 TINY = dict(channels=(4, 4, 8, 8), stem_width=4, num_classes=3)
 
 ChangeDefaults = Callable[[str, dict[str, Any]], None]
@@ -127,6 +128,15 @@ def change_defaults(monkeypatch: pytest.MonkeyPatch) -> ChangeDefaults:
 
 def recorded_in(folder: Path) -> dict[str, Any] | None:
     return json.loads((folder / 'config.json').read_text())['model_args'].get('conv_options')
+
+
+def with_small_images(folder: Path, target: Path) -> Path:
+    """A copy of a checkpoint for images of 32 pixels, on which verifying is quick."""
+    shutil.copytree(folder, target)
+    config = json.loads((target / 'config.json').read_text())
+    config['pretrained_cfg']['input_size'] = [3, 32, 32]
+    (target / 'config.json').write_text(json.dumps(config))
+    return target
 
 
 def folders_of(variant: str) -> list[Path]:
@@ -165,7 +175,8 @@ def test_what_is_converted_keeps_the_options_of_0_1_0(
         architecture = json.loads((folder / 'config.json').read_text())['architecture']
         if architecture == 'resnet10t':
             continue
-        new, report = hub.convert_checkpoint(folder, tmp_path / folder.name, architecture)
+        small = with_small_images(folder, tmp_path / 'small' / folder.name)
+        new, report = hub.convert_checkpoint(small, tmp_path / folder.name, architecture)
         assert report.passed
         assert_as_it_was(hub.load_checkpoint(new), folder)
         options = {**OPTIONS[variant], **(recorded_in(folder) or {})}
@@ -177,8 +188,16 @@ def test_what_is_converted_keeps_the_options_of_0_1_0(
         assert ('skip' in found) == ('skip' in options)
 
 
-@pytest.mark.parametrize('options', [None, pytest.param(dict(skip='layer1*'), marks=pytest.mark.slow), 'odd'], ids=str)
-@pytest.mark.parametrize('variant, changes', CHANGES, ids=str)
+@pytest.mark.parametrize(
+    'options, variant, changes',
+    [
+        # each change with one of them in every run
+        pytest.param(options, *case, marks=[] if number == index % 2 and index < 5 else pytest.mark.slow)
+        for index, case in enumerate(CASES)
+        for number, options in enumerate((None, 'odd', dict(skip='layer1*')))
+    ],
+    ids=str,
+)
 def test_what_is_saved_now_stays_what_it_is(tmp_path: Path, change_defaults: ChangeDefaults, variant, changes, options):
     """Both forms, saved here and by timm, whether or not options were given; only what is new has the new defaults."""
     if options == 'odd':
@@ -190,7 +209,7 @@ def test_what_is_saved_now_stays_what_it_is(tmp_path: Path, change_defaults: Cha
     timms = tmp_path / 'timms', tmp_path / 'timms_fused'
     for folder, form in zip(timms, (model, fused)):
         save_for_hf(form, str(folder), safe_serialization=True)
-    own = hub.save_pair(model, tmp_path, tag='t')
+    own = hub.save_pair(model, tmp_path, tag='t', data_config=dict(input_size=(3, 32, 32), crop_pct=1.0))
     with torch.no_grad():
         outputs = model(x), fused(x)
     change_defaults(variant, changes)

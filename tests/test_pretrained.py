@@ -11,13 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import stand_in
 import timm
 import torch
 from hub.server import HubServer
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from layers.cases import relative_difference
 from safetensors.torch import save_file
-from stand_in import add_stock, random_model
+from stand_in import add_stock
 from timm.models import save_for_hf
 from torch import nn
 
@@ -30,9 +31,20 @@ RESNET, MOBILENET = 'resnet10t', 'mobilenetv2_050'  # the smallest of each famil
 TAGS = {
     'resnet18': 'a1_in1k',
     'resnet10t': 'c3_in1k',
-    'mobilenetv2_100': 'ra_in1k',
     'mobilenetv2_050': 'lamb_in1k',
 }
+
+
+NARROW: dict[str, dict] = {RESNET: dict(channels=(16, 24, 32, 48))}
+
+
+def narrow(name: str) -> dict:
+    """Arguments under which a model of this name is small and otherwise the same."""
+    return NARROW.get(name.partition('.')[0].partition('_')[0], {})
+
+
+def random_model(name: str, **options) -> nn.Module:
+    return stand_in.random_model(name, **{**narrow(name), **options})
 
 
 def rotated(*lists: list) -> list:
@@ -55,7 +67,7 @@ def stock(session_hub: HubServer) -> Callable[[str], nn.Module]:
     def get(name: str) -> nn.Module:
         name = name if '.' in name else f'{name}.{TAGS[name]}'
         if name not in models:
-            models[name] = add_stock(session_hub, name)
+            models[name] = add_stock(session_hub, name, **narrow(name))
         return models[name]
 
     return get
@@ -95,7 +107,7 @@ def images(channels: int = 3, size: int = 64, dtype: torch.dtype = torch.float32
 
 
 def create(name: str, cache_dir: Path | None = None, **options) -> nn.Module:
-    return timm.create_model(name, pretrained=True, cache_dir=cache_dir, **options).eval()
+    return timm.create_model(name, pretrained=True, cache_dir=cache_dir, **{**narrow(name), **options}).eval()
 
 
 def variant_layers(model: nn.Module, variant: str) -> dict[str, nn.Module]:
@@ -113,15 +125,15 @@ def assert_same_function(model: nn.Module, expected: nn.Module, channels: int = 
 # Stock checkpoints, lifted -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('variant', STATIC)
-def test_default_tag_is_the_stock_function(hub, stock, cache_dir, variant):
-    expected = stock('resnet18')
-    model = create(f'resnet18_{variant}', cache_dir)
-    assert set(hub.paths('GET')) == {'/timm/resnet18.a1_in1k/resolve/main/model.safetensors'}
-    assert len(variant_layers(model, variant)) >= 16
+@pytest.mark.parametrize(('variant', 'name'), rotated(STATIC, [RESNET, 'resnet18', RESNET]))
+def test_default_tag_is_the_stock_function(hub, stock, cache_dir, variant, name):
+    expected = stock(name)
+    model = create(f'{name}_{variant}', cache_dir)
+    assert set(hub.paths('GET')) == {f'/timm/{name}.{TAGS[name]}/resolve/main/model.safetensors'}
+    assert len(variant_layers(model, variant)) >= (16 if name == 'resnet18' else 10)
     assert_same_function(model, expected)
 
-    training, expected = model.train(), random_model('resnet18.a1_in1k').train()
+    training, expected = model.train(), random_model(f'{name}.{TAGS[name]}').train()
     assert_same_function(training, expected)
     assert_same_function(training.eval(), expected.eval())  # the running statistics moved alike
 
@@ -135,7 +147,7 @@ def test_mobilenet_is_the_stock_function(stock, cache_dir, variant):
     assert_same_function(model.train(), random_model(f'{MOBILENET}.{TAGS[MOBILENET]}').train())
 
 
-@pytest.mark.parametrize('name', ['mobilenetv2_100', RESNET])
+@pytest.mark.parametrize('name', [MOBILENET, RESNET])
 def test_dynamic_kernels_are_the_stock_kernels(stock, cache_dir, name):
     expected = stock(name)
     model = create(f'{name}_dyconv', cache_dir)
@@ -154,7 +166,7 @@ def test_dynamic_kernels_are_the_stock_kernels(stock, cache_dir, name):
 
 
 @pytest.mark.parametrize(
-    ('name', 'dtype', 'bound'), rotated(['mobilenetv2_100', RESNET], [(torch.float32, 1e-4), (torch.float64, 1e-10)])
+    ('name', 'dtype', 'bound'), rotated([MOBILENET, RESNET], [(torch.float32, 1e-4), (torch.float64, 1e-10)])
 )
 def test_dynamic_logits_are_the_stock_logits_to_rounding(stock, cache_dir, name, dtype, bound):
     stock(name)
@@ -351,7 +363,7 @@ def test_train_time_checkpoint_from_a_file(trained, name):
 def test_train_time_checkpoint_loaded_last_overrides_the_start(trained, init):
     expected, folder = trained(f'{RESNET}_acconv')
     path = folder / 'model.safetensors'
-    model = timm.create_model(f'{RESNET}_acconv', checkpoint_path=path, conv_options=dict(init=init))
+    model = timm.create_model(f'{RESNET}_acconv', checkpoint_path=path, conv_options=dict(init=init), **NARROW[RESNET])
     assert_same_state(model, expected)
 
 
@@ -369,7 +381,7 @@ def test_train_time_checkpoint_with_other_input_channels(trained, tmp_path, name
     assert type(stem) is type(trained_stem)
 
     stock_name = name.rsplit('_', 1)[0]
-    save_for_hf(timm.create_model(stock_name), tmp_path, safe_serialization=True)
+    save_for_hf(timm.create_model(stock_name, **narrow(stock_name)), tmp_path, safe_serialization=True)
     weights = random_model(stock_name).state_dict()
     fused_stem = trained_stem.fuse() if hasattr(trained_stem, 'fuse') else trained_stem
     weights[f'{stem_name}.weight'] = fused_stem.weight
@@ -475,7 +487,7 @@ OPTIONS = [
 @pytest.mark.parametrize('variant, options', OPTIONS, ids=str)
 @pytest.mark.filterwarnings('ignore:.*pretrained')
 def test_layer_options_come_back_with_the_checkpoint(tmp_path, variant, options):
-    default = timm.create_model(f'{RESNET}_{variant}')
+    default = timm.create_model(f'{RESNET}_{variant}', **NARROW[RESNET])
     model = random_model(f'{RESNET}_{variant}', conv_options=options)
     shapes = [{name: value.shape for name, value in each.state_dict().items()} for each in (model, default)]
     assert shapes[0] != shapes[1] or 'temperature_steps' in options
@@ -531,7 +543,7 @@ def test_options_that_cannot_be(options):
 
 
 def test_training_refconv_without_pretrained_weights_warns_once():
-    model = timm.create_model(f'{RESNET}_refconv')
+    model = timm.create_model(f'{RESNET}_refconv', **NARROW[RESNET])
     model.eval()(images())
     with pytest.warns(UserWarning, match='without pretrained weights') as seen:
         model.train()(images())
@@ -542,9 +554,9 @@ def test_training_refconv_without_pretrained_weights_warns_once():
 def test_training_refconv_with_weights_does_not_warn(stock, trained, cache_dir, tmp_path):
     stock(RESNET)
     _, folder = trained(f'{RESNET}_refconv')
-    weights = timm.create_model(RESNET).state_dict()
+    weights = timm.create_model(RESNET, **NARROW[RESNET]).state_dict()
     torch.save(weights, tmp_path / 'stock.pth')
-    loaded = timm.create_model(f'{RESNET}_refconv')
+    loaded = timm.create_model(f'{RESNET}_refconv', **NARROW[RESNET])
     loaded.load_state_dict(weights)
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
@@ -552,7 +564,7 @@ def test_training_refconv_with_weights_does_not_warn(stock, trained, cache_dir, 
             loaded,
             create(f'{RESNET}_refconv', cache_dir),
             create(f'local-dir:{folder}'),
-            timm.create_model(f'{RESNET}_refconv', checkpoint_path=tmp_path / 'stock.pth'),
+            timm.create_model(f'{RESNET}_refconv', checkpoint_path=tmp_path / 'stock.pth', **NARROW[RESNET]),
         ):
             model.train()(images())
 

@@ -75,8 +75,15 @@ def test_update_bn_moves_nothing_else(variant: str) -> None:
     assert moved == {name for name in before if 'running_' in name or name.endswith('num_batches_tracked')}
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
-@pytest.mark.parametrize('use_buffers', [False, True])
+@pytest.mark.parametrize(
+    'variant, use_buffers',
+    [
+        # two variants with each in every run
+        pytest.param(variant, use_buffers, marks=[] if (index + use_buffers) % 2 else pytest.mark.slow)
+        for index, variant in enumerate(VARIANTS)
+        for use_buffers in (False, True)
+    ],
+)
 def test_averaged_weights_fuse(variant: str, use_buffers: bool) -> None:
     model, data = build(variant).float(), [batch.float() for batch in batches(2)]
     averaged = AveragedModel(model, use_buffers=use_buffers)
@@ -182,7 +189,8 @@ def test_synchronised_branches_see_one_batch(tmp_path: Path, recompute: bool) ->
     """Two processes with five and three images compute what one computes with eight."""
     x, weights = torch.randn(8, 4, 7, 6, dtype=torch.float64), torch.randn(8, 6, 7, 6, dtype=torch.float64)
     expected = results(a_layer(recompute), x.clone(), weights)
-    torch.multiprocessing.spawn(one_process, (str(tmp_path), recompute, x, weights), nprocs=2)
+    args = (str(tmp_path), recompute, x, weights)
+    torch.multiprocessing.start_processes(one_process, args, nprocs=2, start_method='forkserver')
     first, second = (torch.load(tmp_path / f'{rank}.pt') for rank in range(2))
     for name, value in expected.items():
         if name in ('y', 'x'):

@@ -28,7 +28,7 @@ from .models._registry import ensure_registered, is_variant_name
 from .plot import check_plot, plot_curves, plot_gains, plot_kernels, plot_profiles
 from .profile import compare_profiles, format_csv, format_json, format_profiles
 from .results import format_summary, read_results, summarize
-from .timm_model import stock_architecture
+from .timm_model import config_of, stock_architecture
 from .variants import VARIANTS, is_variant, variant_of
 from .version import __version__
 
@@ -316,7 +316,7 @@ def _models_to_profile(args: argparse.Namespace) -> tuple[list[str], list[nn.Mod
             stock, stock_args = f'{name}, stock', {'num_classes': model.num_classes, **get_model_args(model)}
             stock_args.pop('conv_options', None)
             # measured at the size of the checkpoint, as its forms are
-            stock_args['pretrained_cfg_overlay'] = {'input_size': model.pretrained_cfg['input_size']}
+            stock_args['pretrained_cfg_overlay'] = {'input_size': config_of(model)['input_size']}
         else:
             stock, stock_args = _stock_name(model), model_args
         if variant_of(model):
@@ -347,7 +347,7 @@ def load_model(source: str, **model_args: Any) -> Any:
     if Path(source).is_file():
         model: Any
         model, data_config, _ = load_training(source)
-        model.pretrained_cfg = {**model.pretrained_cfg, 'input_size': data_config['input_size']}
+        model.pretrained_cfg = {**config_of(model), 'input_size': data_config['input_size']}
         return model
     if ensure_registered(source):
         model = timm.create_model(source, **model_args)

@@ -19,6 +19,7 @@ from .formats import FORMATS, Entries, TranslatedEntries
 from .layers import ReparamLayer
 from .layers._base import conv_arguments
 from .lift import entries_by_module, fresh_layer, listed_problems, prefix_remedy
+from .timm_model import config_of
 from .variants import is_variant
 
 __all__ = ['export_state_dict', 'import_state_dict']
@@ -220,10 +221,9 @@ def _place_constants(state: dict[str, torch.Tensor], imported: dict[str, Transla
 
 def _norms_after(model: nn.Module, names: set[str]) -> dict[str, tuple[str, _BatchNorm]]:
     """The BatchNorm that takes a convolution's output itself, by the convolution's name, from a pass without values."""
-    cfg = getattr(model, 'pretrained_cfg', None) or {}
     modules = dict(model.named_modules())
     first = next(conv for _, conv in _convolutions(model))
-    image = torch.empty(1, first.in_channels, *(cfg.get('input_size') or (3, 224, 224))[1:], device='meta')
+    image = torch.empty(1, first.in_channels, *(config_of(model).get('input_size') or (3, 224, 224))[1:], device='meta')
     made: dict[int, tuple[str, torch.Tensor]] = {}  # the outputs are kept, so that no id comes twice
     found: dict[str, tuple[str, _BatchNorm]] = {}
 

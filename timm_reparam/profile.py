@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ._measure import Runner, Setting, compiled_for, median_and_spread, synchronizer, time_interleaved
 from .errors import ReparamError
+from .timm_model import architecture_of, config_of
 
 __all__ = [
     'Profile',
@@ -448,14 +449,12 @@ def setting_words(profiles: Sequence[Profile]) -> str:
 
 
 def _name(model: nn.Module) -> str:
-    cfg = getattr(model, 'pretrained_cfg', None) or {}
-    return cfg.get('architecture') or type(model).__name__
+    return architecture_of(model) or type(model).__name__
 
 
 def _example_batch(model: nn.Module, input_size: Sequence[int] | None, batch_size: int) -> torch.Tensor:
     if input_size is None:
-        cfg = getattr(model, 'pretrained_cfg', None) or {}
-        input_size = cfg.get('input_size')
+        input_size = config_of(model).get('input_size')
         if input_size is None:
             raise ReparamError(f'{_name(model)}: it knows no input size; give input_size=(channels, height, width)')
         input_size = (getattr(model, 'in_chans', input_size[0]), *input_size[1:])

@@ -10,6 +10,7 @@ from .variants import variant_of
 __all__ = [
     'architecture_of',
     'as_tuple',
+    'config_of',
     'names_of',
     'record_options',
     'rename',
@@ -17,10 +18,15 @@ __all__ = [
 ]
 
 
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """timm's configuration of a model, its ``pretrained_cfg``; empty for other models."""
+    cfg = getattr(model, 'pretrained_cfg', None)
+    return cfg if isinstance(cfg, dict) else {}
+
+
 def architecture_of(model: nn.Module) -> str | None:
     """Name under which timm would save the model, or None."""
-    cfg = getattr(model, 'pretrained_cfg', None)
-    return cfg.get('architecture') if isinstance(cfg, dict) else None
+    return config_of(model).get('architecture')
 
 
 def stock_architecture(model: nn.Module) -> str | None:
@@ -31,8 +37,7 @@ def stock_architecture(model: nn.Module) -> str | None:
 
 def names_of(model: nn.Module, role: str) -> tuple[str, ...]:
     """The modules that timm's configuration of a model names for a role, 'first_conv' or 'classifier'."""
-    cfg = getattr(model, 'pretrained_cfg', None)
-    return as_tuple((cfg.get(role) if isinstance(cfg, dict) else None) or ())
+    return as_tuple(config_of(model).get(role) or ())
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:

@@ -34,7 +34,7 @@ from .errors import ReparamError
 from .fuse import fuse_model, holds_fusible, unwrap_converted, with_fused_layers
 from .layers._base import Fusible
 from .layers._tensor import autocast_disabled, float64_copy, kept_tensors
-from .timm_model import architecture_of
+from .timm_model import architecture_of, config_of
 
 __all__ = ['FusionReport', 'LayerReport', 'verify_fusion']
 
@@ -519,7 +519,7 @@ def seeded_images(input_size: Sequence[int]) -> tuple[torch.Tensor, ...]:
 def _input_size(model: nn.Module) -> tuple[int, int, int]:
     from timm.data import resolve_input_data_config
 
-    if architecture_of(model) is None and 'input_size' not in (getattr(model, 'pretrained_cfg', None) or {}):
+    if architecture_of(model) is None and 'input_size' not in config_of(model):
         raise ReparamError(
             f'verify_fusion: {type(model).__name__} does not say its input size; pass a batch of images as inputs='
         )

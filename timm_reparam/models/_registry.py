@@ -30,7 +30,7 @@ from ..convert import convert_model
 from ..errors import ReparamError
 from ..importers import import_state_dict
 from ..lift import lift_state_dict
-from ..timm_model import record_options
+from ..timm_model import config_of, record_options
 from ..variants import VARIANTS, is_variant, known_variant
 from ._backbones import BACKBONES
 
@@ -233,8 +233,7 @@ class _Loader:
         try:
             return lift_state_dict(state_dict, model, self.not_lifted)
         except ReparamError:
-            cfg: Any = model.pretrained_cfg
-            translated = self._translate(state_dict, cfg)
+            translated = self._translate(state_dict, config_of(model))
             if translated is None:
                 raise
         return lift_state_dict(translated, model, self.not_lifted)
