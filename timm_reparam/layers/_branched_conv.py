@@ -23,6 +23,7 @@ from ._branches import (
     add_scaled_synchronised,
     convolve_branches,
     per_channel,
+    per_output,
     shares_of_newest,
 )
 from ._tensor import fast_uniform_, is_transforming
@@ -237,7 +238,7 @@ class BranchedConv2d(ReparamConv2d):
             scale = gammas[index]
             if len(running_vars) > 0:
                 scale = scale * torch.rsqrt(running_vars[index] + self.eps)
-            kernels[index] = scale.view(-1, 1, 1, 1) * kernels[index]
+            kernels[index] = per_output(scale) * kernels[index]
         kernel = add_on_middle(self._stock_kernel(), kernels)
         return kernel if self.scale == 1 else self.scale * kernel
 

@@ -21,6 +21,7 @@ __all__ = [
     'add_scaled_synchronised',
     'convolve_branches',
     'per_channel',
+    'per_output',
     'pointwise_then',
     'shares_of_newest',
 ]
@@ -131,6 +132,11 @@ def _middle(kernel: torch.Tensor, inset: tuple[int, int]) -> torch.Tensor:
         if skipped > 0:
             kernel = kernel.narrow(dim, skipped, kernel.shape[dim] - 2 * skipped)
     return kernel
+
+
+def per_output(values: torch.Tensor) -> torch.Tensor:
+    """(out_channels,) as (out_channels, 1, 1, 1), for the output channels of a kernel."""
+    return values.view(-1, 1, 1, 1)
 
 
 # Moments

@@ -22,7 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ._base import Method, PaddingMode
 from ._branched_conv import BranchedConv2d, check_odd
-from ._branches import convolve_branches, pointwise_then
+from ._branches import add_on_middle, convolve_branches, per_output, pointwise_then
 
 __all__ = ['OREPAConv2d']
 
@@ -163,18 +163,26 @@ class OREPAConv2d(BranchedConv2d):
             self.pointwise_weight,
         ]
 
-    def _branch_kernels(self, weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _compose(self) -> torch.Tensor:
+        stock = per_output(self.weight_gamma) * self.weight
         if self.first_weight is not None:
-            return [pointwise_then(weights[0], weights[1], self.groups)]
-        mean, prior, point, inner, outer, depthwise, pointwise = weights
-        height, width = self.kernel_size
-        return [
-            (mean / (height * width)).expand(-1, -1, height, width),
-            prior * self.prior[:, None],
-            point,
-            pointwise_then(inner + self._identity(inner), outer, self.groups),
-            self._separable(depthwise, pointwise),
-        ]
+            second = per_output(self.product_gamma) * self.second_weight
+            return stock + pointwise_then(self.first_weight, second, self.groups)
+        # every factor goes to a 1x1 kernel where there is one, which takes few passes over whole kernels
+        point = per_output(self.point_gamma) * self.point_weight
+        outer = per_output(self.sequential_gamma) * self.outer_weight
+        inner = self.inner_weight + self._identity(self.inner_weight)
+        sequential = pointwise_then(inner, outer, self.groups)
+        return add_on_middle(stock, [self._spread(), point, sequential, self._separable()])
+
+    def _spread(self) -> torch.Tensor:
+        """The kernels of mean and prior: for each output channel, two 1x1 kernels times two windows."""
+        out_channels, of_group, height, width = self.weight.shape
+        maps = [self.mean_gamma.view(-1, 1) * self.mean_weight.view(out_channels, of_group)]
+        maps.append(self.prior_gamma.view(-1, 1) * self.prior_weight.view(out_channels, of_group))
+        prior = self.prior.view(out_channels, 1, -1)
+        windows = torch.cat([torch.full_like(prior, 1 / (height * width)), prior], 1)
+        return torch.bmm(torch.stack(maps, 2), windows).view(self.weight.shape)
 
     def _identity(self, like: torch.Tensor) -> torch.Tensor:
         """E, of the shape (inner_channels, in_channels/groups, 1, 1), once or twice in each group."""
@@ -182,15 +190,17 @@ class OREPAConv2d(BranchedConv2d):
         eye = torch.eye(channels, dtype=like.dtype, device=like.device)
         return eye.repeat(like.shape[0] // channels, 1)[:, :, None, None]
 
-    def _separable(self, depthwise: torch.Tensor, pointwise: torch.Tensor) -> torch.Tensor:
+    def _separable(self) -> torch.Tensor:
         """The kernel of a depthwise convolution and the 1x1 convolution that follows it."""
-        groups, of_group, expansion = self.groups, self.in_channels // self.groups, len(depthwise) // self.in_channels
-        kernels = depthwise.view(groups, of_group, expansion, -1)
-        maps = pointwise.view(groups, self.out_channels // groups, of_group, expansion)
+        groups, of_group = self.groups, self.in_channels // self.groups
+        expansion = len(self.depthwise_weight) // self.in_channels
+        kernels = self.depthwise_weight.view(groups, of_group, expansion, -1)
+        maps = per_output(self.separable_gamma) * self.pointwise_weight
+        maps = maps.view(groups, self.out_channels // groups, of_group, expansion)
         return torch.einsum('goit,gits->gois', maps, kernels).reshape(self.weight.shape)
 
     def _stock_kernel(self) -> torch.Tensor:
-        return self.weight_gamma.view(-1, 1, 1, 1) * self.weight
+        return per_output(self.weight_gamma) * self.weight
 
     def _gammas(self) -> list[torch.Tensor]:
         if self.first_weight is not None:
