@@ -25,7 +25,7 @@ from timm_reparam.lift import lift_state_dict
 from timm_reparam.timm_model import record_options
 from timm_reparam.variants import VARIANTS
 
-STATIC = ('acconv', 'doconv', 'refconv')
+STATIC = [name for name, variant in VARIANTS.items() if not variant.input_dependent]
 # the smallest backbone of each family
 SMALLEST = {'resnet': 'resnet10t', 'mobilenetv2': 'mobilenetv2_035'}
 FAMILIES = [(stock, variant) for stock in SMALLEST.values() for variant in VARIANTS]

@@ -23,10 +23,10 @@ from timm.models import save_for_hf
 from torch import nn
 
 from timm_reparam import ReparamError, fuse_model
-from timm_reparam.layers import ACConv2d, DOConv2d, DynamicConv2d, RefConv2d
+from timm_reparam.variants import VARIANTS
 
-LAYERS = {'acconv': ACConv2d, 'doconv': DOConv2d, 'dyconv': DynamicConv2d, 'refconv': RefConv2d}
-STATIC = ['acconv', 'doconv', 'refconv']
+LAYERS = {name: variant.layer for name, variant in VARIANTS.items()}
+STATIC = [name for name, variant in VARIANTS.items() if not variant.input_dependent]
 RESNET, MOBILENET = 'resnet10t', 'mobilenetv2_050'  # the smallest of each family; both with a 3x3 stem
 TAGS = {
     'resnet18': 'a1_in1k',

@@ -32,7 +32,7 @@ MOBILENETS = timm.list_models('mobilenetv2_*', module='efficientnet')
 FAMILIES = {
     f'{family}_{variant}': [f'{stock}_{variant}' for stock in stocks]
     for family, stocks in (('resnet', RESNETS), ('mobilenetv2', MOBILENETS))
-    for variant in ('acconv', 'doconv', 'dyconv', 'refconv')
+    for variant in ('acconv', 'dbbconv', 'doconv', 'dyconv', 'orepaconv', 'refconv')
 }
 
 
@@ -126,8 +126,8 @@ def test_families(imported, module):
 
 
 def test_families_have_what_was_promised():
-    assert len(MOBILENETS) == 7 and len(FAMILIES) == 8
-    variants = ('acconv', 'doconv', 'dyconv', 'refconv')
+    assert len(MOBILENETS) == 7 and len(FAMILIES) == 12
+    variants = ('acconv', 'dbbconv', 'doconv', 'dyconv', 'orepaconv', 'refconv')
     assert timm.list_models('resnet18_*') == [f'resnet18_{variant}' for variant in variants]
     assert not [name for name in timm.list_models('test_*') if name.endswith(variants)]
 

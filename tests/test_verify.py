@@ -22,7 +22,7 @@ from timm_reparam.layers import ReparamConv2d
 from timm_reparam.layers._tensor import scale_shift, to_float64
 from timm_reparam.variants import VARIANTS
 
-STATIC = ('acconv', 'doconv', 'refconv')
+STATIC = [name for name, variant in VARIANTS.items() if not variant.input_dependent]
 
 
 def small(variant: str, **options) -> nn.Module:

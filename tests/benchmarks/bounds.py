@@ -22,6 +22,11 @@ Bytes are counted as whole passes over a tensor, which nothing avoids that runs 
     acconv, none   kernel read and written; two thin kernels with gradient, momentum and update
     acconv, batch  of each branch: output read for its variance, read and added to the sum; in the backward pass output
                    and gradient read for the sums, read again and its gradient written; the input's gradient added
+    dbbconv, batch the same of each branch; the mean of each window written and read, forward and backward; the kernel
+                   of the sequential branch composed, or its two convolutions where that is less
+    acconv, dbbconv scale, orepaconv
+                   stock kernel read, each branch's kernel of full size read and written once, and their sum; in the
+                   backward pass the gradient and each of these kernels read, for the factors, and its gradient written
     dyconv         of each sample's kernel: written and read; read again for the input's gradient, its own gradient
                    written and read twice, for the attention and the residuals. Or, of K outputs for the sample's
                    kernel, where that is less. And the input read for its mean, whose gradient is added to the input's
@@ -136,7 +141,10 @@ def ref_conv(layer: Any, x: torch.Tensor, y: torch.Tensor) -> Work:
 def ac_conv(layer: Any, x: torch.Tensor, y: torch.Tensor) -> Work:
     thin = layer.vertical_weight.numel() + layer.horizontal_weight.numel()
     updated = 7 * thin  # gradient written and read, momentum and weight read and written, read by the layer
-    if layer.branch_norm != 'none':
+    if layer.branch_norm == 'scale':
+        moved = updated + 5 * layer.weight.numel()
+        return Work(0, moved, [], moved)
+    if layer.branch_norm == 'batch':
         positions = y.shape[0] * y.shape[2] * y.shape[3]
         moved = 2 * (1 + 3 + 2 + 3) * y.numel() + 2 * 3 * x.numel() + updated
         top, left = layer.padding
@@ -156,6 +164,73 @@ def ac_conv(layer: Any, x: torch.Tensor, y: torch.Tensor) -> Work:
             gradient.copy_(place)  # as it is taken out of the kernel's
 
     return Work(0, 2 * kernel.numel() + updated, [compose], updated - 2 * thin)
+
+
+def dbb_conv(layer: Any, x: torch.Tensor, y: torch.Tensor) -> Work:
+    inner, outer = layer.inner_weight.detach(), layer.outer_weight.detach()
+    pointwise = [] if layer.point_weight is None else [layer.point_weight.detach(), layer.mean_weight.detach()]
+    updated = 7 * (inner.numel() + outer.numel() + sum(weight.numel() for weight in pointwise))
+    product, macs = product_of(inner, outer, layer.groups)
+    kernel = layer.weight.detach()
+    if layer.branch_norm == 'scale':
+        return Work(macs, updated + 9 * kernel.numel(), [product], updated + 9 * kernel.numel())
+    positions = y.shape[0] * y.shape[2] * y.shape[3]
+    two = x.shape[0] * x.shape[2] * x.shape[3] * inner.numel() < outer.numel() * inner.shape[1]
+    if two:
+        product, macs = (
+            partial(convolve, layer, x, inner, x[:, : len(inner)], [0, 0], [1, 1]),
+            3 * x.numel() * inner[0].numel(),
+        )
+    branches = 1 + len(pointwise) // 2
+    moved = (1 + branches) * (9 * y.numel() + 3 * x.numel()) + 4 * x.numel() + updated
+    window, averaged = torch.full((x.shape[1], 1, *layer.kernel_size), 0.1), y[:, :1].expand(-1, x.shape[1], -1, -1)
+    averaged = averaged.contiguous()
+    operations = [product, partial(convolve, layer, x, kernel, y), partial(convolve, layer, x, window, averaged)]
+    macs += 3 * positions * (kernel.numel() + sum(w.numel() for w in pointwise)) + 2 * positions * window.numel()
+    if pointwise:
+        operations.append(partial(convolve, layer, averaged, pointwise[1], y, [0, 0], [1, 1]))
+        operations.append(partial(convolve, layer, x, pointwise[0], y, [0, 0]))
+    return Work(macs, moved, operations, moved)
+
+
+def orepa_conv(layer: Any, x: torch.Tensor, y: torch.Tensor) -> Work:
+    kernel = layer.weight.numel()
+    updated = 7 * sum(parameter.numel() for parameter in layer.parameters()) - 7 * kernel
+    if layer.first_weight is not None:
+        product, macs = product_of(layer.first_weight.detach(), layer.second_weight.detach(), layer.groups)
+        return Work(macs, updated + 9 * kernel, [product], updated + 9 * kernel)
+    product, macs = product_of(layer.inner_weight.detach(), layer.outer_weight.detach(), layer.groups)
+    maps, windows = (
+        torch.randn(layer.out_channels, kernel // layer.out_channels // 9, 2),
+        torch.randn(layer.out_channels, 2, 9),
+    )
+    pointwise = torch.randn(x.shape[1], layer.out_channels // layer.groups, 8)
+    depthwise = torch.randn(x.shape[1], 8, 9)
+    both = [(maps, windows), (pointwise, depthwise)]
+
+    def spread() -> None:
+        for left, right in both:
+            composed = torch.bmm(left, right)
+            torch.bmm(composed, right.transpose(1, 2))
+            torch.bmm(left.transpose(1, 2), composed)
+
+    macs += 3 * kernel * (2 + 8)
+    # stock, sequential, spread and separable kernels
+    moved = updated + (1 + 3 * 2 + 1 + 4 * 2) * kernel
+    return Work(macs, moved, [product, spread], moved)
+
+
+def product_of(inner: torch.Tensor, outer: torch.Tensor, groups: int) -> tuple[Callable[[], None], int]:
+    """The kernel of a 1x1 and the convolution behind it, forward and backward; and its multiply-adds."""
+    taps = torch.randn(groups, outer.numel() // outer.shape[1] // groups, outer.shape[1])
+    maps = inner.reshape(groups, outer.shape[1], inner.shape[1])
+
+    def compose() -> None:
+        composed = torch.bmm(taps, maps)
+        torch.bmm(composed, maps.transpose(1, 2))
+        torch.bmm(taps.transpose(1, 2), composed)
+
+    return compose, 3 * outer.numel() * inner.shape[1]
 
 
 def dynamic_conv(layer: Any, x: torch.Tensor, y: torch.Tensor) -> Work:
@@ -223,17 +298,25 @@ def ways_of_mixing(layer: Any, x: torch.Tensor, y: torch.Tensor) -> list[Callabl
 
 
 def convolve(
-    layer: Any, x: torch.Tensor, kernel: torch.Tensor, gradient: torch.Tensor, padding: list[int] | None = None
+    layer: Any,
+    x: torch.Tensor,
+    kernel: torch.Tensor,
+    gradient: torch.Tensor,
+    padding: list[int] | None = None,
+    stride: list[int] | None = None,
 ) -> None:
     """A convolution with a layer's settings, groups as the kernel needs them, and its backward pass."""
     padding, groups = list(layer.padding) if padding is None else padding, x.shape[1] // kernel.shape[1]
-    F.conv2d(x, kernel, None, layer.stride, padding, layer.dilation, groups)
-    settings = list(layer.stride), padding, list(layer.dilation), False, [0, 0], groups, [True, True, False]
+    stride = list(layer.stride) if stride is None else stride
+    F.conv2d(x, kernel, None, stride, padding, layer.dilation, groups)
+    settings = stride, padding, list(layer.dilation), False, [0, 0], groups, [True, True, False]
     convolution_backward(gradient, x, kernel, None, *settings)
 
 
 COUNTED: dict[str, Callable[[Any, torch.Tensor, torch.Tensor], Work]] = {
+    'DBBConv2d': dbb_conv,
     'DOConv2d': do_conv,
+    'OREPAConv2d': orepa_conv,
     'RefConv2d': ref_conv,
     'ACConv2d': ac_conv,
     'DynamicConv2d': dynamic_conv,

@@ -177,11 +177,11 @@ class OREPAConv2d(BranchedConv2d):
 
     def _spread(self) -> torch.Tensor:
         """The kernels of mean and prior: for each output channel, two 1x1 kernels times two windows."""
-        out_channels, of_group, height, width = self.weight.shape
+        out_channels, of_group = self.weight.shape[:2]
         maps = [self.mean_gamma.view(-1, 1) * self.mean_weight.view(out_channels, of_group)]
         maps.append(self.prior_gamma.view(-1, 1) * self.prior_weight.view(out_channels, of_group))
         prior = self.prior.view(out_channels, 1, -1)
-        windows = torch.cat([torch.full_like(prior, 1 / (height * width)), prior], 1)
+        windows = torch.cat([torch.full_like(prior, 1 / (self.kernel_size[0] * self.kernel_size[1])), prior], 1)
         return torch.bmm(torch.stack(maps, 2), windows).view(self.weight.shape)
 
     def _identity(self, like: torch.Tensor) -> torch.Tensor:
