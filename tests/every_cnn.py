@@ -47,6 +47,7 @@ from timm_reparam import (
     plan_conversion,
     verify_fusion,
 )
+from timm_reparam.layers._base import conv_arguments
 from timm_reparam.variants import VARIANTS
 
 TABLE = Path(__file__).with_suffix('.csv')
@@ -234,12 +235,22 @@ def rows(architecture: str, variants: Iterable[str] = tuple(sorted(VARIANTS))) -
         return found
 
 
+def refused(variant: str, conv: nn.Module) -> bool:
+    """Whether the layer of a variant refuses this convolution, which is the case for even kernels only."""
+    try:
+        VARIANTS[variant].layer(**conv_arguments(conv), device='meta')
+    except ReparamError as error:
+        assert 'needs odd kernel sides' in str(error)
+        return True
+    return False
+
+
 def even_kernels(stock: nn.Module, variant: str) -> list[str]:
     """The convolutions that the layer of a variant refuses, to be left out by skip=."""
     return [
         name
         for name, why in plan_conversion(stock, variant).items()
-        if not why and variant == 'acconv' and any(side % 2 == 0 for side in stock.get_submodule(name).kernel_size)
+        if not why and refused(variant, stock.get_submodule(name))
     ]
 
 

@@ -21,7 +21,10 @@ from timm_reparam.layers._base import ReparamLayer
 from timm_reparam.variants import VARIANTS
 
 # Entries that closed gates hide, which a lift leaves as they are.
-HIDDEN = ('vertical_weight', 'horizontal_weight', 'residual_weight', 'residual_bias', 'fc1.weight', 'fc1.bias')
+HIDDEN = (
+    *('vertical_weight', 'horizontal_weight', 'residual_weight', 'residual_bias', 'fc1.weight', 'fc1.bias'),
+    *('point_weight', 'mean_weight', 'inner_weight', 'outer_weight', 'first_weight', 'pointwise_weight', 'prior'),
+)
 BOUND = 1e-12
 
 
@@ -94,7 +97,9 @@ def _keep_open(of: int) -> Callable[..., None]:
     """Close the gates but the one of this number."""
 
     def close(right: Callable[..., None], layer: nn.Module) -> None:
-        gates = [(name, p.detach().clone()) for name, p in layer.named_parameters() if name.endswith(GATES)]
+        parameters = [(name, parameter.detach().clone()) for name, parameter in layer.named_parameters()]
+        gammas = [(name, value) for name, value in parameters if name.endswith('_gamma')]
+        gates = gammas or [(name, value) for name, value in parameters if name.endswith(GATES)]
         right(layer)
         if gates:
             name, kept = gates[of]
@@ -103,7 +108,8 @@ def _keep_open(of: int) -> Callable[..., None]:
     return close
 
 
-GATES = ('vertical_gamma', 'horizontal_gamma', 'depthwise_weight', 'map_weight', 'fc2.weight', 'fc2.bias')
+# of methods without factors
+GATES = ('depthwise_weight', 'map_weight', 'fc2.weight', 'fc2.bias')
 
 
 def _redraw(right: Callable[..., None], layer: nn.Module) -> None:
@@ -147,7 +153,7 @@ LOADING_FAULTS: dict[str, tuple[tuple[str, ...], Callable[[type[ReparamLayer]], 
     'gates stay open': (tuple(VARIANTS), _method(CLOSE, lambda right, layer: None)),
     'the first gate stays open': (tuple(VARIANTS), _method(CLOSE, _keep_open(0))),
     'the last gate stays open': (tuple(VARIANTS), _method(CLOSE, _keep_open(-1))),
-    'what the gates hide is changed': (('acconv', 'dyconv'), _method(CLOSE, _redraw)),
+    'what the gates hide is changed': (('acconv', 'dbbconv', 'dyconv', 'orepaconv'), _method(CLOSE, _redraw)),
     'random numbers are drawn': (tuple(VARIANTS), _method(CLOSE, _draw)),
     'stock entries are never a lift': (tuple(VARIANTS), _method(LOAD, _never)),
     'any entries are a lift': (tuple(VARIANTS), _method(LOAD, _always)),

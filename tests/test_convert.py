@@ -372,7 +372,7 @@ def test_options_reach_the_layers_and_freezing_survives() -> None:
 
 
 REFUSED = [
-    (lambda: (Net(), 'deconv'), {}, "unknown variant 'deconv'; the variants are: acconv, doconv, dyconv, refconv"),
+    (lambda: (Net(), 'deconv'), {}, "unknown variant 'deconv'; the variants are: acconv, dbbconv, doconv"),
     (lambda: (Net(), 'doconv'), {'init': 'zero'}, "init must be 'lift'.*'zero'"),
     (
         lambda: (Net(), 'doconv'),

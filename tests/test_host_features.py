@@ -131,7 +131,7 @@ def test_model_ema(variant: str, foreach: bool) -> None:
         assert torch.allclose(value.double(), expected[name].double(), rtol=1e-12, atol=1e-14), name
     averaged, latest = ema.module.layer1[0].conv1.state_dict(), model.layer1[0].conv1.state_dict()
     for name, value in latest.items():
-        frozen = variant == 'refconv' and name == 'weight'
+        frozen = name == 'prior' or (variant == 'refconv' and name == 'weight')
         assert torch.equal(averaged[name], value) == (frozen or not value.is_floating_point()), name
     if variant == 'dyconv':
         assert averaged['temperature_position'] == 4_003
@@ -184,7 +184,7 @@ def test_state_dict_hooks_of_a_convolution_are_not_lost_silently(register: Calla
     'convert', [convert_sync_batchnorm, nn.SyncBatchNorm.convert_sync_batchnorm], ids=['timm', 'torch']
 )
 def test_sync_batch_norm(variant: str, convert: Callable[[nn.Module], nn.Module]) -> None:
-    """The norms are replaced, those of ACConv2d's branches among them; the layers stay, and so does the state."""
+    """The norms are replaced, those of branches among them; the layers stay, and so does the state."""
     model = build(variant)
     expected, before = model(images()), state(model)
     layers = {name: module for name, module in model.named_modules() if is_variant(module)}
@@ -196,7 +196,7 @@ def test_sync_batch_norm(variant: str, convert: Callable[[nn.Module], nn.Module]
     assert torch.equal(model(images()), expected)
     fused = fuse_model(model)
     of_branches = [norm for layer in layers.values() for norm in layer.children() if norm in norms]
-    assert bool(of_branches) == (variant == 'acconv')
+    assert bool(of_branches) == (variant in ('acconv', 'dbbconv'))
     assert sum(isinstance(module, nn.SyncBatchNorm) for module in fused.modules()) == len(norms) - len(of_branches)
     assert verify_fusion(model, fused, inputs=images()).passed
 
@@ -320,7 +320,12 @@ def test_training_under_autocast(variant: str, dtype: torch.dtype, channels_last
         loss = found.float().square().mean()
     assert found.dtype == dtype
     loss.backward()
-    bound = 0.15 if dtype == torch.bfloat16 else 0.03
+    # one draw in a few rounds more, with plain convolutions of the same kernels, too
+    plain = fuse_model(exact)
+    wanted = copy.deepcopy(plain)(x.double())
+    with torch.autocast('cpu', dtype):
+        own = relative_difference(plain.float()(x).double(), wanted)
+    bound = max(0.15 if dtype == torch.bfloat16 else 0.03, 1.5 * own)
     assert relative_difference(found.double(), expected) < bound
     for name, parameter in model.named_parameters():
         assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all(), name

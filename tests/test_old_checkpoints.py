@@ -24,6 +24,7 @@ from timm.utils import reparameterize_model
 
 import timm_reparam
 from timm_reparam import ReparamError, hub
+from timm_reparam._defaults import DEFAULTS_OF_0_1_0
 from timm_reparam.hub.facts import sha256_of
 from timm_reparam.hub.gate import check_card
 from timm_reparam.hub.training import load_training
@@ -52,7 +53,7 @@ def assert_as_it_was(model: torch.nn.Module, folder: Path) -> None:
 
 
 def test_every_variant_is_there_in_both_forms() -> None:
-    for variant in VARIANTS:
+    for variant in DEFAULTS_OF_0_1_0:
         names = {folder.name for folder in FOLDERS if f'_{variant}.' in folder.name}
         assert {f'{name}_fused' for name in names if not name.endswith('_fused')} <= names and len(names) >= 4
 

@@ -38,8 +38,10 @@ def test_load_state_dict(variant: str, strict: bool) -> None:
     fused = fuse_model(model)
     assert verify_fusion(model, fused).passed
     # what the closed gates hide is as it was
-    hidden = [name for name in before if name.endswith(('vertical_weight', 'residual_weight', 'fc1.weight'))]
-    assert bool(hidden) == (variant in ('acconv', 'dyconv'))
+    hidden = [
+        name for name in before if name.endswith(('vertical_weight', 'outer_weight', 'residual_weight', 'fc1.weight'))
+    ]
+    assert bool(hidden) == (variant in ('acconv', 'dbbconv', 'dyconv', 'orepaconv'))
     assert all(torch.equal(before[name], model.state_dict()[name].to(before[name].dtype)) for name in hidden)
 
 

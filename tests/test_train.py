@@ -750,8 +750,13 @@ def test_adaptive_clipping_leaves_what_a_variant_adds_alone(flags):
 
 ADDED = {
     'acconv': ('layer1.0.conv1.horizontal_weight', 'layer1.0.conv1.vertical_weight'),
+    'dbbconv': tuple(f'layer1.0.conv1.{name}_weight' for name in ('inner', 'mean', 'outer', 'point')),
     'doconv': ('layer1.0.conv1.depthwise_weight', 'layer1.0.conv1.surplus_weight'),
     'dyconv': ('layer1.0.conv1.residual_weight',),
+    'orepaconv': tuple(
+        f'layer1.0.conv1.{name}_weight'
+        for name in ('depthwise', 'inner', 'mean', 'outer', 'point', 'pointwise', 'prior')
+    ),
     'refconv': ('layer1.0.conv1.map_weight',),
 }
 
@@ -759,9 +764,9 @@ ADDED = {
 @pytest.mark.filterwarnings('ignore:.*without pretrained weights')
 @pytest.mark.parametrize('variant', sorted(VARIANTS))
 def test_the_kernels_that_a_variant_adds(variant):
-    options = dict(depth_multiplier=18, skip=['conv1']) if variant == 'doconv' else {}
+    options = {'doconv': dict(depth_multiplier=18, skip=['conv1']), 'orepaconv': dict(skip=['*downsample*'])}
     size = dict(layers=(1, 0, 0, 1), channels=(8, 8, 8, 8))
-    model = timm.create_model(f'resnet18_{variant}', conv_options=options, **size)
+    model = timm.create_model(f'resnet18_{variant}', conv_options=options.get(variant), **size)
     added = {id(parameter) for parameter in models.added_kernels(model)}
     found = [name for name, parameter in model.named_parameters() if id(parameter) in added]
     assert tuple(sorted(name for name in found if name.startswith('layer1.0.conv1.'))) == ADDED[variant]

@@ -57,7 +57,7 @@ def test_the_model_is_not_its_own_fusion(variant: str) -> None:
         with pytest.raises(ReparamError, match='got the model itself as its fusion'):
             verify_fusion(model, other, inputs=images(2, 3, 32, 32))
     if variant in STATIC:
-        with pytest.raises(ReparamError, match='conv1.0: expected a fused layer, got .*; pass what fuse_model'):
+        with pytest.raises(ReparamError, match='conv1.[03]: expected a fused layer, got .*; pass what fuse_model'):
             verify_fusion(model, copy.deepcopy(model), inputs=images(2, 3, 32, 32))
     else:
         report = verify_fusion(model, copy.deepcopy(model), inputs=images(2, 3, 32, 32))
