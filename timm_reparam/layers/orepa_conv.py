@@ -193,7 +193,7 @@ class OREPAConv2d(BranchedConv2d):
     def _separable(self) -> torch.Tensor:
         """The kernel of a depthwise convolution and the 1x1 convolution that follows it."""
         groups, of_group = self.groups, self.in_channels // self.groups
-        expansion = len(self.depthwise_weight) // self.in_channels
+        expansion = self.depthwise_weight.shape[0] // self.in_channels
         kernels = self.depthwise_weight.view(groups, of_group, expansion, -1)
         maps = per_output(self.separable_gamma) * self.pointwise_weight
         maps = maps.view(groups, self.out_channels // groups, of_group, expansion)
