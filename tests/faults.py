@@ -275,8 +275,9 @@ def composed_with(**values: Callable[[torch.Tensor], torch.Tensor]) -> Callable[
         def compose(self: Any) -> torch.Tensor:
             changed = copy.deepcopy(self)
             for name, change in values.items():
-                tensor = getattr(changed, name)
-                tensor.copy_(change(tensor.clone()))
+                tensor = getattr(changed, name, None)
+                if tensor is not None:  # not every layer has every branch
+                    tensor.copy_(change(tensor.clone()))
             return original(changed)
 
         return patch.object(layer, '_compose', compose)
@@ -449,6 +450,37 @@ FAULTS = (
         broken=composed_with(vertical_gamma=lambda gamma: gamma.flip(0)),
     ),
     Fault('a branch of zeros', variants=('acconv',), broken=composed_with(vertical_weight=torch.zeros_like)),
+    Fault('no mean', variants=('dbbconv', 'orepaconv'), broken=composed_with(mean_weight=torch.zeros_like)),
+    Fault(
+        'E of a 1x1 kernel forgotten',
+        variants=('dbbconv', 'orepaconv'),
+        broken=wrapped('_identity', lambda self, identity: torch.zeros_like(identity)),
+    ),
+    Fault(
+        'variances of the branches exchanged',
+        variants=('dbbconv',),
+        broken=composed_with(sequential_running_var=lambda variance: variance.roll(1, 0)),
+    ),
+    Fault(
+        'gammas of the channels exchanged',
+        variants=('dbbconv', 'orepaconv'),
+        broken=composed_with(point_gamma=lambda gamma: gamma.flip(0)),
+    ),
+    Fault(
+        'cosines of another channel',
+        variants=('orepaconv',),
+        broken=composed_with(prior=lambda prior: prior.roll(1, 0)),
+    ),
+    Fault(
+        'depthwise kernels of another channel',
+        variants=('orepaconv',),
+        broken=composed_with(depthwise_weight=lambda weight: weight.roll(8, 0)),
+    ),
+    Fault(
+        'the own factor of the kernel ignored',
+        variants=('orepaconv',),
+        broken=composed_with(weight_gamma=torch.ones_like),
+    ),
     Fault(
         'D transposed',
         variants=('doconv',),

@@ -174,8 +174,8 @@ def test_fine_tuning_the_fused_model_starts_where_the_train_time_model_stood(var
     assert fused.training
     with torch.no_grad():
         train_time, stock = F.cross_entropy(model(x), y), F.cross_entropy(fused(x), y)
-    # ACConv2d's running variance lags behind the batch's: a few percent; the others are the same kernel
-    assert abs(stock - train_time) < (0.05 if variant == 'acconv' else 1e-5) * train_time
+    # the running variances of branches lag behind the batch's: a few percent; the others are the same kernel
+    assert abs(stock - train_time) < (0.05 if variant in ('acconv', 'dbbconv') else 1e-5) * train_time
 
 
 def test_any_module() -> None:
@@ -458,11 +458,11 @@ def test_hooks_of_the_layers_come_along(variant: str, fold_bn: bool) -> None:
     assert seen[1][1][0].shape == (1, 8, 8, 8), 'the gradient of its input, not of its bias'
 
     features = convert_model(timm.create_model('mobilenetv2_035', **options), variant)
-    features = randomise(features, seed=1).eval()
-    x = torch.randn(1, 3, 32, 32)
+    features = randomise(features, seed=1).eval().double()
+    x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
     fused_features = fuse_model(features, fold_bn=fold_bn)
     for found, expected in zip(fused_features(x), features(x), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     pickle.dumps(fused_features)
 
 

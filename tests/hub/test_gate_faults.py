@@ -316,7 +316,16 @@ LAYERS = {
         *('weight', 'vertical_weight', 'horizontal_weight', 'vertical_gamma', 'horizontal_gamma'),
         *('vertical_running_var', 'horizontal_running_var'),
     ),
+    'dbbconv': (
+        *('weight', 'point_weight', 'inner_weight', 'outer_weight', 'mean_weight'),
+        *(f'{branch}_{kind}' for branch in ('point', 'sequential', 'mean') for kind in ('gamma', 'running_var')),
+    ),
     'doconv': ('weight', 'depthwise_weight'),
+    'orepaconv': (
+        *('weight', 'mean_weight', 'prior_weight', 'point_weight', 'inner_weight', 'outer_weight'),
+        *('depthwise_weight', 'pointwise_weight', 'prior', 'weight_gamma'),
+        *(f'{branch}_gamma' for branch in ('mean', 'prior', 'point', 'sequential', 'separable')),
+    ),
     'refconv': ('weight', 'map_weight'),
     'dyconv': (
         *('weight', 'residual_weight', 'temperature_position', 'temperature_steps'),
@@ -326,13 +335,19 @@ LAYERS = {
 NORM = ('weight', 'bias', 'running_mean', 'running_var')
 CONVS = [place for pair in zip(PLACES['blocks.0.conv1'], PLACES['blocks.1.conv1']) for place in pair]
 NORMS = [place for pair in zip(PLACES['blocks.0.bn1'], PLACES['blocks.1.bn1']) for place in pair]
-# by variant: every tensor once, each in another layer, shown and hidden in turns
-TOGETHER = {
-    variant: [
-        f'{place}.{name}' for group, names in ((CONVS, layer), (NORMS, NORM)) for place, name in zip(group, names)
-    ]
+# by variant: every tensor once, each in another layer, shown and hidden in turns; as many at a time as there are layers
+TOGETHER = [
+    (
+        variant,
+        [
+            f'{place}.{name}'
+            for group, names in ((CONVS, layer[first:]), (NORMS, NORM))
+            for place, name in zip(group, names)
+        ],
+    )
     for variant, layer in LAYERS.items()
-}
+    for first in range(0, len(layer), len(CONVS))
+]
 CHANGED_ALONE = [
     (variant, f'{block}.{tensor}')
     for variant, names in LAYERS.items()
@@ -344,7 +359,6 @@ CHANGED_ALONE = [
 def test_every_tensor_of_a_layer_is_changed() -> None:
     for variant, names in LAYERS.items():
         assert saved(RESNET, variant).model.layer1[0].conv1.state_dict().keys() == set(names)
-        assert len(names) <= len(CONVS)
 
 
 def verify_changed(zoo: Path, variant: str, changed: list[str]) -> VerifyReport:
@@ -365,10 +379,10 @@ def module_of(tensor: str) -> str:
     return '.'.join(tensor.split('.')[:3])
 
 
-@pytest.mark.parametrize('variant', TOGETHER)
-def test_a_changed_train_time_form_is_found(tmp_path: Path, variant: str) -> None:
-    report = verify_changed(tmp_path, variant, TOGETHER[variant])
-    missed = [name for name in TOGETHER[variant] if not is_named(report, module_of(name))]
+@pytest.mark.parametrize('variant, changed', TOGETHER)
+def test_a_changed_train_time_form_is_found(tmp_path: Path, variant: str, changed: list[str]) -> None:
+    report = verify_changed(tmp_path, variant, changed)
+    missed = [name for name in changed if not is_named(report, module_of(name))]
     assert said(report) and not missed, report
 
 
