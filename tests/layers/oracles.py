@@ -195,15 +195,16 @@ def per_channel(vector: torch.Tensor) -> torch.Tensor:
 
 
 def ac_conv(layer: torch.nn.Module, x: torch.Tensor, case: Case, training: bool) -> torch.Tensor:
-    """y = W*x + s_v⊙(W_v*x) + s_h⊙(W_h*x) + b, s = γ/√(v + eps), each branch a convolution of its own."""
+    """y = W*x + s_v⊙(W_v*x) + s_h⊙(W_h*x) + b, s = γ/√(v + eps), or γ, each branch a convolution of its own."""
     shape = layer.weight.shape
     y = convolution(x, layer.weight.detach().double(), layer.bias, case)
     for side in ('vertical', 'horizontal'):
         branch = convolution(x, in_the_middle(getattr(layer, f'{side}_weight'), shape), None, case)
-        running_var = getattr(layer, f'{side}_running_var').double()
-        variance = variance_of(branch) if training else running_var
-        gamma = getattr(layer, f'{side}_gamma')
-        y = y + per_channel(gamma) / torch.sqrt(per_channel(variance) + layer.eps) * branch
+        scale = per_channel(getattr(layer, f'{side}_gamma'))
+        if layer.branch_norm == 'batch':
+            variance = variance_of(branch) if training else getattr(layer, f'{side}_running_var').double()
+            scale = scale / torch.sqrt(per_channel(variance) + layer.eps)
+        y = y + scale * branch
     return y
 
 

@@ -363,6 +363,27 @@ def test_recomputed_branches_are_the_kept_ones(case: Case) -> None:
     assert_same_state(layers[0], state(layers[1]))  # the running variances moved once
 
 
+# Factors without statistics ------------------------------------------------------------------------------------------
+
+
+@every_case
+def test_formula_with_factors(case: Case) -> None:
+    layer, x = randomised(case, branch_norm='scale').train(), case.input()
+    expected = oracles.ac_conv(layer, x, case, training=True)
+    assert relative_difference(case.conv()(x), expected) > CLEARLY
+    for found in (layer(x), layer.fuse()(x), layer.eval()(x), layer.branch_form()(x)):
+        assert relative_difference(found, expected) <= ALGEBRA
+    assert not [name for name in layer.state_dict() if 'running_var' in name]
+
+
+def test_starts_with_factors() -> None:
+    for init, gamma in (('lift', 0.0), ('scratch', 1.0)):
+        layer = ACConv2d.from_conv(BIASED.conv(), branch_norm='scale', init=init)
+        for side in SIDES:
+            assert (getattr(layer, f'{side}_gamma') == gamma).all()
+            assert getattr(layer, f'{side}_weight').std() > 0
+
+
 # The plain form -------------------------------------------------------------------------------------------------------
 
 
@@ -558,6 +579,9 @@ BAD_OPTIONS = [
     ({'branch_norm': 'batch', 'scale': 0.5}, ['scale', 'branch_norm']),
     ({'branch_norm': 'none', 'eps': 1e-3}, ['eps', '0.001', 'branch_norm']),
     ({'branch_norm': 'none', 'momentum': 0.5}, ['momentum', '0.5', 'branch_norm']),
+    ({'branch_norm': 'scale', 'momentum': 0.5}, ['momentum', '0.5', 'branch_norm']),
+    ({'branch_norm': 'scale', 'recompute': True}, ['recompute=True', 'branch_norm']),
+    ({'branch_norm': 'scale', 'scale': 0.5}, ['scale=0.5', 'branch_norm']),
 ]
 
 
