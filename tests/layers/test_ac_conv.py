@@ -310,6 +310,7 @@ def test_kernels_of_any_size_are_added_on_the_middle() -> None:
     branches = [torch.ones(1, 1, *size, requires_grad=True) for size in sizes]
     found = add_on_middle(kernel, branches)
     assert found[0, 0].tolist() == [[1, 2, 1], [2, 3, 2], [3, 5, 3], [2, 3, 2], [1, 2, 1]]
+    assert not kernel.any()  # it is the stock weight itself
     found.sum().backward()
     assert all(torch.equal(each.grad, torch.ones_like(each)) for each in (kernel, *branches))
 
