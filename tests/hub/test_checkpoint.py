@@ -398,7 +398,7 @@ def test_looks_only_when_no_other_save_is_at_work(tmp_path: Path, checked: str):
 
     descriptor = os.open(tmp_path, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
         config = (target / 'config.json').read_bytes()
         (target / 'config.json').unlink()
         thread = threading.Thread(target=work)
