@@ -9,6 +9,7 @@ import torch.nn as nn
 
 from timm_reparam import ReparamError
 from timm_reparam.layers import DBBConv2d, DBBlock2d
+from timm_reparam.layers._branches import pointwise_then
 
 from . import oracles
 from .cases import (
@@ -61,6 +62,33 @@ def test_formula(case: Case, branch_norm: str) -> None:
         updated = 0.9 * before[f'{name}_running_var'] + 0.1 * variance
         assert relative_difference(before[f'{name}_running_var'], updated) > CLEARLY
         assert relative_difference(getattr(layer, f'{name}_running_var'), updated) <= ALGEBRA
+
+
+@pytest.mark.parametrize('size', [(2, 2), (40, 40)], ids=str)
+@pytest.mark.parametrize('groups', [1, 2, 8])
+def test_both_ways_of_the_sequential_branch(
+    size: tuple[int, int], groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two convolutions on a small map, the composed kernel on a large one."""
+    case = Case('ways', 3, padding=1, groups=groups, in_channels=8, out_channels=8, size=size)
+    layer, x = randomised(case).train(), case.input()
+    composed = []
+    monkeypatch.setattr(
+        'timm_reparam.layers.dbb_conv.pointwise_then',
+        lambda *args, right=pointwise_then: composed.append(args) or right(*args),
+    )
+    expected, _ = oracles.dbb_conv(layer, x, case, training=True)
+    assert relative_difference(layer(x), expected) <= ALGEBRA
+    assert bool(composed) == (size == (40, 40))
+
+
+def test_kernels_are_composed_outside_autocast() -> None:
+    """E + Q in bfloat16 would lose a small Q."""
+    layer = DBBConv2d(64, 64, 3, padding=1, branch_norm='scale')
+    with torch.autocast('cpu', torch.bfloat16):
+        found = pointwise_then(layer.inner_weight, layer.outer_weight, 1)
+        kernel = layer.equivalent_kernel()
+    assert found.dtype == kernel.dtype == torch.float32
 
 
 @pytest.mark.parametrize('case', [BIASED, DEPTHWISE], ids=identifier)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from ..errors import ReparamError
 from ._branch_norm import BranchStatistics
-from ._tensor import is_tracing_or_transforming
+from ._tensor import autocast_disabled, is_tracing_or_transforming
 
 __all__ = [
     'add_on_middle',
@@ -108,7 +108,7 @@ class _AddOnMiddle(torch.autograd.Function):
 
 
 def pointwise_then(inner: torch.Tensor, outer: torch.Tensor, groups: int) -> torch.Tensor:
-    """The kernel of a 1x1 convolution and the convolution that follows it.
+    """The kernel of a 1x1 convolution and the convolution that follows it, composed outside autocast.
 
     Args:
         inner: Kernel (inner_channels, in_channels/groups, 1, 1).
@@ -118,6 +118,13 @@ def pointwise_then(inner: torch.Tensor, outer: torch.Tensor, groups: int) -> tor
     Returns:
         Kernel (out_channels, in_channels/groups, kh, kw).
     """
+    if torch.jit.is_scripting():
+        return _pointwise_then(inner, outer, groups)
+    with autocast_disabled(inner.device.type):
+        return _pointwise_then(inner, outer, groups)
+
+
+def _pointwise_then(inner: torch.Tensor, outer: torch.Tensor, groups: int) -> torch.Tensor:
     out_channels, inner_of_group, height, width = outer.shape
     # one product a group: torch.matmul over the output channels would copy the map for each of them
     taps = outer.view(out_channels, inner_of_group, height * width).transpose(1, 2)

@@ -153,7 +153,7 @@ class DBBConv2d(BranchedConv2d):
     def _convolve_branches(
         self, x: torch.Tensor, weights: list[torch.Tensor], padding: tuple[int, int]
     ) -> list[torch.Tensor]:
-        """The outputs of the branches: the mean of the window before the 1x1 kernel, what is cheaper of the other."""
+        """The outputs of the branches; the square kernel follows the 1x1 kernel, or is composed with it."""
         size, stride, dilation, groups = self.kernel_size, self.stride, self.dilation, self.groups
         # several times as fast as torch's mean on the CPU, forward and backward
         window = torch.full(
@@ -161,16 +161,19 @@ class DBBConv2d(BranchedConv2d):
         )
         mean = F.conv2d(x, window, None, stride, padding, dilation, self.in_channels)
         inner, outer = weights[0], weights[1]
-        if self.point_weight is not None:
-            inner = inner + self._identity(inner)
-            mean = F.conv2d(mean, weights[3], groups=groups)
         positions = x.numel() // max(x.shape[-3], 1)
-        if positions * inner.numel() < outer.numel() * inner.shape[1]:
-            sequential = F.conv2d(F.conv2d(x, inner, groups=groups), outer, None, stride, padding, dilation, groups)
+        if positions * inner.numel() < outer.numel() * inner.shape[1]:  # fewer multiply-adds
+            middle = F.conv2d(x, inner, groups=groups)
+            if self.point_weight is not None:
+                middle = middle + x
+            sequential = F.conv2d(middle, outer, None, stride, padding, dilation, groups)
         else:
+            if self.point_weight is not None:
+                inner = inner + self._identity(inner)
             sequential = F.conv2d(x, pointwise_then(inner, outer, groups), None, stride, padding, dilation, groups)
         if self.point_weight is None:
             return [sequential, mean]
+        mean = F.conv2d(mean, weights[3], groups=groups)
         return convolve_branches(x, [weights[2]], size, stride, padding, dilation, groups) + [sequential, mean]
 
     def _identity(self, like: torch.Tensor) -> torch.Tensor:
