@@ -7,7 +7,7 @@ what is not as it should be: nothing, where the class is right.
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -45,11 +45,17 @@ def refused(model: nn.Module, entries: dict[str, torch.Tensor]) -> str:
     return ''
 
 
-@torch.no_grad()
-def problems(variant: str) -> list[str]:
-    """What is wrong with how a variant loads."""
+def problems(variant: str, broken: AbstractContextManager[Any] | None = None) -> list[str]:
+    """What is wrong with how a variant loads; it loads in the given context, and is built before that."""
     torch.manual_seed(0)
-    stock, model, found = stock_net(seed=5), variant_net(variant), []
+    stock, model = stock_net(seed=5), variant_net(variant)
+    with broken or nullcontext():
+        return _problems(stock, model)
+
+
+@torch.no_grad()
+def _problems(stock: nn.Module, model: nn.Module) -> list[str]:
+    found = []
     untouched, before, drawn = copy.deepcopy(model), copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
     name, layer = next((name, module) for name, module in model.named_modules() if is_variant(module))
     added = [f'{name}.{key}' for key in layer.state_dict() if key not in ('weight', 'bias')]
@@ -165,5 +171,4 @@ LOADING_FAULTS: dict[str, tuple[tuple[str, ...], Callable[[type[ReparamLayer]], 
 def found(fault: str, variant: str) -> list[str]:
     """What the checks say of a planted fault."""
     _, broken = LOADING_FAULTS[fault]
-    with broken(VARIANTS[variant].layer):
-        return problems(variant)
+    return problems(variant, broken(VARIANTS[variant].layer))

@@ -313,19 +313,15 @@ def test_training_under_autocast(variant: str, dtype: torch.dtype, channels_last
     exact = copy.deepcopy(model).double()
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
-    x = images()
+    # with a few pixels a channel left, norms would divide by the rounding of what they see
+    x = torch.randn(16, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     expected = exact(x.double())
     with torch.autocast('cpu', dtype):
         found = model(x.to(memory_format=torch.channels_last) if channels_last else x)
         loss = found.float().square().mean()
     assert found.dtype == dtype
     loss.backward()
-    # one draw in a few rounds more, with plain convolutions of the same kernels, too
-    plain = fuse_model(exact)
-    wanted = copy.deepcopy(plain)(x.double())
-    with torch.autocast('cpu', dtype):
-        own = relative_difference(plain.float()(x).double(), wanted)
-    bound = max(0.15 if dtype == torch.bfloat16 else 0.03, 1.5 * own)
+    bound = 0.06 if dtype == torch.bfloat16 else 0.03
     assert relative_difference(found.double(), expected) < bound
     for name, parameter in model.named_parameters():
         assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all(), name

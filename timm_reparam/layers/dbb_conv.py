@@ -161,15 +161,12 @@ class DBBConv2d(BranchedConv2d):
         )
         mean = F.conv2d(x, window, None, stride, padding, dilation, self.in_channels)
         inner, outer = weights[0], weights[1]
+        if self.point_weight is not None:
+            inner = inner + self._identity(inner)
         positions = x.numel() // max(x.shape[-3], 1)
         if positions * inner.numel() < outer.numel() * inner.shape[1]:  # fewer multiply-adds
-            middle = F.conv2d(x, inner, groups=groups)
-            if self.point_weight is not None:
-                middle = middle + x
-            sequential = F.conv2d(middle, outer, None, stride, padding, dilation, groups)
+            sequential = F.conv2d(F.conv2d(x, inner, groups=groups), outer, None, stride, padding, dilation, groups)
         else:
-            if self.point_weight is not None:
-                inner = inner + self._identity(inner)
             sequential = F.conv2d(x, pointwise_then(inner, outer, groups), None, stride, padding, dilation, groups)
         if self.point_weight is None:
             return [sequential, mean]
