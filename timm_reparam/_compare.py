@@ -1,4 +1,4 @@
-"""Whether two models are the same beside their convolutions: module by module, under the same names."""
+"""Compare two models apart from their convolutions, module by module, under the same names."""
 
 import functools
 import math
@@ -93,7 +93,7 @@ class Comparison:
         self._compare_children(name, module, other)
 
     def _compare_forwards(self, name: str, module: nn.Module, other: nn.Module) -> None:
-        """Compare the forwards that modules have of their own, instead of their class's."""
+        """Compare forward methods that are set on instances."""
         ours, theirs = (_plain(vars(each).get('forward')) for each in (module, other))
         if ours != theirs:
             self._add(name, 'forward', *('that of the class' if f is None else 'its own' for f in (ours, theirs)))

@@ -78,7 +78,7 @@ class LayerReport:
 
     @property
     def excess(self) -> float:
-        """The largest of the figures as a share of what it may be; above 1 (or NaN) the layer is not verified."""
+        """The largest figure over its bound; the layer fails above 1 and at NaN."""
         if self.problems:
             return math.inf
         shares = (self.kernel, self.algebra / ALGEBRA_BOUND, self.stored / self.bound)
@@ -178,7 +178,7 @@ class LayerCheck:
                     self.problems.append(f'{name}: expected {found.weight.dtype}, got {tensors[name].dtype}')
 
     def compare_on_noise(self) -> None:
-        """Compare the function on seeded noise, which no dead channel and no empty map hides anything from."""
+        """Compare outputs on seeded noise, in which no channel is dead."""
         if self.problems:
             return
         like = next(self.own.parameters())
@@ -286,7 +286,7 @@ def _normalise(norm: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _exact_without_hooks(module: nn.Module) -> Any:
-    """A float64 copy of a module that nobody watches."""
+    """A float64 copy of a module without hooks."""
     memo: dict[int, Any] = {id(getattr(part, hooks)): {} for part in module.modules() for hooks in CALL_HOOKS}
     return float64_copy(module, memo).eval()
 

@@ -56,7 +56,7 @@ _SUMMARY_COLUMNS = {
 
 
 def check_plot(path: str | Path) -> None:
-    """Say before anything is computed whether a picture could be drawn into a file.
+    """Check that a picture can be written to a file, before anything is computed.
 
     Raises:
         ReparamError: matplotlib is not installed, its folder does not exist, or it is of another kind than .png, .svg

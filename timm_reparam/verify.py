@@ -90,7 +90,7 @@ class FusionReport:
 
     @property
     def layers_off(self) -> tuple[LayerReport, ...]:
-        """The layers that are not verified."""
+        """The layers that failed."""
         return tuple(layer for layer in self.layers if not layer.passed)
 
     @property
@@ -288,7 +288,7 @@ class _Verification:
         )
 
     def _start(self, batch: torch.Tensor) -> None:
-        """What is done once, when the first batch is known."""
+        """Prepare what depends on the first batch."""
         self._find_folded(batch[:1])
         for check in self.checks:
             check.compare_kernels()
@@ -420,7 +420,7 @@ class _Verification:
         return [report for report in (check.report() for check in self.checks) if not report.passed]
 
     def _found_so_far(self) -> str:
-        """What already tells why the fused model is another one, for an error."""
+        """The problems found so far, for an error message."""
         texts = [*map(str, self._layers_off()), *self.problems]
         return '' if not texts else '. What differs:\n' + '\n'.join(f'  {text}' for text in texts)
 
@@ -504,7 +504,7 @@ def _cast_copy(model: nn.Module, fused: nn.Module) -> nn.Module:
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:
-    """Dtype of the first parameter that has one of real numbers."""
+    """The dtype of the first real floating-point parameter."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
@@ -528,7 +528,7 @@ def _input_size(model: nn.Module) -> tuple[int, int, int]:
 
 @contextmanager
 def _evaluation(*models: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode, no autocast, no TF32; everything is put back."""
+    """Evaluation mode without autocast and TF32; everything is restored on exit."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     cudnn = torch.backends.cudnn
     devices = [device] if device.type == 'cuda' else []
@@ -579,7 +579,7 @@ def _flat_outputs(
 
 @contextmanager
 def _removed_afterwards(handles: list[Any]) -> Iterator[None]:
-    """Remove hooks, whatever happens."""
+    """Remove the hooks on exit."""
     try:
         yield
     finally:

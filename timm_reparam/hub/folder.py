@@ -428,7 +428,7 @@ class Draft:
         return labels
 
     def add_facts(self, **facts: Any) -> None:
-        """Add to the facts what was not known when the draft was made."""
+        """Add facts that were not known when the draft was made."""
         self.facts = check_facts({**(self.facts or {}), **facts})
 
     def write_model(self, folder: Path) -> None:
@@ -485,7 +485,7 @@ class _Copy:
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    """Give a file a second name, which keeps what it holds now: a save never writes into a file that is there."""
+    """Hard-link a file. A save replaces files and never writes into one, so the link keeps its contents."""
     try:
         os.link(source, target)
     except OSError:  # on another disk, for instance
@@ -625,13 +625,13 @@ def write_all(drafts: Sequence[Draft | _Copy], complete: Callable[[Sequence[str]
 
 
 def _bring_back(target: Path) -> None:
-    """Give a folder that a killed process had set aside its name again, if nothing took its place."""
+    """Rename a folder that a killed process had set aside back to its name, if the name is free."""
     if _previous(target).exists() and not target.exists():
         _previous(target).rename(target)
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove what a killed process did not finish, or had replaced."""
+    """Remove the leftovers of a killed process."""
     for leftover in (_partial(target), _previous(target)):
         if leftover.exists():
             shutil.rmtree(leftover)
@@ -680,7 +680,7 @@ def _as_reparam_error(place: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep two saves into a folder apart, so that what looks left over really is; the lock dies with its process."""
+    """Lock a folder against a second save; the lock is released when its process ends."""
     if fcntl is None:
         yield
         return

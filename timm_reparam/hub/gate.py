@@ -1,4 +1,4 @@
-"""The one gate: a pair of checkpoint folders is verified wholly, cheapest first.
+"""Verification of a pair of checkpoint folders, cheap checks first.
 
 It runs before a pair is published, on what was fetched back, before a pulled pair takes its place, and in `verify`.
 """
@@ -88,7 +88,7 @@ class VerifyReport:
 
     @property
     def passed(self) -> bool:
-        """Whether everything is right."""
+        """Whether no problem was found."""
         return not self.problems and self.fusion is not None and self.fusion.passed
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class VerifyReport:
 
     @contextmanager
     def check(self, name: str) -> Iterator[None]:
-        """Note whether a check went well, and go on."""
+        """Record the problem of a failed check, and go on."""
         try:
             yield
         except Exception as error:  # files from elsewhere may hold anything
@@ -116,7 +116,7 @@ class VerifyReport:
             self.checks[name] = True
 
     def raise_for_problems(self) -> None:
-        """Raise ReparamError, with the first problem, unless everything is right."""
+        """Raise ReparamError with the first problem, if there is one."""
         if not self.passed:
             raise ReparamError(self.problems[0])
 

@@ -41,7 +41,7 @@ _MOST_BYTES = {**dict.fromkeys((CARD_NAME, CONFIG_NAME, FACTS_NAME), 2**24), CHE
 
 
 class Refused(ReparamError):
-    """A local pair is not fit to be published."""
+    """A local pair cannot be published."""
 
 
 _STATUSES: dict[type[Exception], str] = {Conflict: 'conflict', Refused: 'refused'}
@@ -49,7 +49,7 @@ _STATUSES: dict[type[Exception], str] = {Conflict: 'conflict', Refused: 'refused
 
 @dataclass
 class RepoResult:
-    """What became of one repo.
+    """The outcome for one repo.
 
     Attributes:
         repo_id: The repo.
@@ -73,7 +73,7 @@ class RepoResult:
 
 @dataclass
 class SyncReport:
-    """What became of every repo."""
+    """The outcome for every repo."""
 
     results: list[RepoResult] = field(default_factory=list)
 
@@ -93,7 +93,7 @@ class SyncReport:
 
     @property
     def refused(self) -> list[RepoResult]:
-        """Repos whose pair is not fit."""
+        """Repos whose pair cannot be published."""
         return self.of('refused')
 
     @property
@@ -103,12 +103,12 @@ class SyncReport:
 
     @property
     def failed(self) -> list[RepoResult]:
-        """Repos that could not be brought up to date."""
+        """Repos that failed for another reason."""
         return self.of('failed')
 
     @property
     def ok(self) -> bool:
-        """Whether all went well."""
+        """Whether no repo failed."""
         return not self.of('refused', 'conflict', 'failed')
 
     def to_dict(self) -> dict[str, Any]:
@@ -418,7 +418,7 @@ class _Pair:
         return state
 
     def _send(self, form: '_Form', private: bool, dry_run: bool, **options: Any) -> None:
-        """Commit what a repo lacks."""
+        """Commit the missing files."""
         result, state = form.result, form.state
         if form.changes and not dry_run:
             verb = 'Update' if state is not None and WEIGHTS_NAME in state.files else 'Add'
@@ -464,7 +464,7 @@ class _Form:
         self.lacks_check = False
 
     def compare(self, state: RepoState | None) -> None:
-        """Find what a repo lacks."""
+        """Find the files that are missing or differ."""
         self.state = state
         self.changes = [file for file in self.files if state is None or not state.has(file)]
         # the self-check follows from configuration and weights
