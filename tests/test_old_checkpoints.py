@@ -166,7 +166,9 @@ def test_what_is_not_named_is_the_default_of_0_1_0(tmp_path: Path, change_defaul
         assert_as_it_was(hub.load_checkpoint(again), folder)
 
 
-@pytest.mark.parametrize('variant, changes', CHANGES, ids=str)
+@pytest.mark.parametrize(
+    'variant, changes', [CHANGES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:])], ids=str
+)
 def test_what_is_converted_keeps_the_options_of_0_1_0(
     tmp_path: Path, change_defaults: ChangeDefaults, variant, changes
 ):

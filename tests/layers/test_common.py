@@ -488,7 +488,14 @@ def test_round_trips(method: Method, case: Case) -> None:
             assert not other_tensors & {tensor.data_ptr() for tensor in layer.state_dict().values()}
 
 
-@a_few_cases
+@pytest.mark.parametrize(
+    'method, case',
+    [  # other options, in fewer convolutions
+        pytest.param(method, case, marks=[] if method.is_default or case.name == 'groups_2' else pytest.mark.slow)
+        for method, case in products(METHODS, FEW)
+    ],
+    ids=identifier,
+)
 def test_scripted_layer_equals_eager(method: Method, case: Case) -> None:
     for training in (False, True):
         layer, x = randomised(method, case).train(training), case.input()
@@ -502,7 +509,7 @@ def test_scripted_layer_equals_eager(method: Method, case: Case) -> None:
 # The forward of the others is one in both modes: once with the default options, once with others.
 COMPILED_OFTEN = (
     *(('doconv', True), ('doconv_surplus', False), ('acconv', True), ('acconv', False), ('acconv_plain', True)),
-    *(('refconv', True), ('dyconv', True), ('dyconv', False)),
+    *(('refconv', True), ('dyconv', True), ('dyconv', False), ('dbbconv', True), ('orepaconv', True)),
 )
 
 
