@@ -12,6 +12,7 @@ A new method adds its own faults; those of the kernels, norms and settings hold 
 import copy
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -454,7 +455,7 @@ FAULTS = (
     Fault(
         'E of a 1x1 kernel forgotten',
         variants=('dbbconv', 'orepaconv'),
-        broken=wrapped('_identity', lambda self, identity: torch.zeros_like(identity)),
+        broken=lambda layer: patch.object(sys.modules[layer.__module__], 'identity_kernel', torch.zeros_like),
     ),
     Fault(
         'variances of the branches exchanged',

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..layers._branches import add_on_middle
+from ..layers._branches import add_on_middle, per_output
 from ..layers._tensor import scale_shift
 from ._format import Entries
 
@@ -39,5 +39,5 @@ def variance_of_sum(kernels: list[torch.Tensor], norms: list[Norm]) -> torch.Ten
     scaled = []
     for kernel, norm in zip(kernels, norms):
         length = kernel.flatten(1).norm(dim=1).clamp_min(1e-30)
-        scaled.append(kernel * (norm.deviation / length).view(-1, 1, 1, 1))
+        scaled.append(kernel * per_output(norm.deviation / length))
     return add_on_middle(scaled[0], scaled[1:]).flatten(1).square().sum(1)

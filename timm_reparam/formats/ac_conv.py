@@ -3,6 +3,7 @@
 import torch
 
 from ..layers import ACConv2d
+from ..layers._branches import per_output
 from ._format import Entries, Format, TranslatedEntries
 from ._norms import Norm, variance_of_sum
 
@@ -46,7 +47,7 @@ def read(layer: ACConv2d, entries: Entries) -> TranslatedEntries:
             new[f'{name}gamma'] = gain * norm.scale
             new[f'{name}weight'] = kernels[branch]
         else:
-            new[f'{name}weight'] = (gain * norm.scale / layer.scale).view(-1, 1, 1, 1) * kernels[branch]
+            new[f'{name}weight'] = per_output(gain * norm.scale / layer.scale) * kernels[branch]
     new = {name: value.to(dtype) for name, value in new.items()}
     return TranslatedEntries(new, constant.to(dtype), mean.to(dtype), variance.to(dtype))
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from ..errors import ReparamError
 from ..layers import OREPAConv2d
+from ..layers._branches import per_output
 from ._format import Entries, Format, TranslatedEntries
 from ._norms import Norm
 
@@ -45,7 +46,7 @@ def read(layer: OREPAConv2d, entries: Entries) -> TranslatedEntries:
     norm = Norm(entries, 'bn.', _EPS)
     if 'weight0.weight_orepa_origin' in entries:
         kernel = _stacked(entries)
-        new = {'weight': norm.scale.to(kernel.dtype).view(-1, 1, 1, 1) * kernel}
+        new = {'weight': per_output(norm.scale.to(kernel.dtype)) * kernel}
     else:
         new = _read_1x1(entries) if 'weight_or1x1_origin' in entries else _read(entries, '', layer.groups)
         for name in [name for name in new if name.endswith('gamma')]:

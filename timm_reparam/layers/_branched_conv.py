@@ -96,13 +96,14 @@ class BranchedConv2d(ReparamConv2d):
             raise ReparamError(f"{name}: scale belongs to branch_norm='none', got scale={scale} with {branch_norm!r}")
         if branch_norm == 'none' and gamma_init is not None:
             raise ReparamError(f"{name}: branch_norm='none' has no gamma, got gamma_init={gamma_init}; leave it out")
-        # a checkpoint names these, too: as they are by default now, or were in 0.1.0
-        defaults = [dict(eps=EPS, momentum=MOMENTUM) | self.default_options(), DEFAULTS_OF_0_1_0['acconv']]
-        if branch_norm != 'batch' and (eps, momentum) not in [(known['eps'], known['momentum']) for known in defaults]:
-            raise ReparamError(
-                f'{name}: branch_norm={branch_norm!r} has no variances, got eps={eps} and momentum={momentum}; leave '
-                'them out'
-            )
+        if branch_norm != 'batch':
+            # a checkpoint names these, too: as they are by default now, or were in 0.1.0
+            defaults = [dict(eps=EPS, momentum=MOMENTUM) | self.default_options(), DEFAULTS_OF_0_1_0['acconv']]
+            if (eps, momentum) not in [(known['eps'], known['momentum']) for known in defaults]:
+                raise ReparamError(
+                    f'{name}: branch_norm={branch_norm!r} has no variances, got eps={eps} and momentum={momentum}; '
+                    'leave them out'
+                )
         if branch_norm != 'batch' and recompute:
             raise ReparamError(
                 f'{name}: branch_norm={branch_norm!r} keeps no branches to recompute, got recompute={recompute}; leave '

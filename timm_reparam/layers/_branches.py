@@ -20,9 +20,11 @@ __all__ = [
     'add_scaled',
     'add_scaled_synchronised',
     'convolve_branches',
+    'identity_kernel',
     'per_channel',
     'per_output',
     'pointwise_then',
+    'response_to_constants',
     'shares_of_newest',
 ]
 
@@ -132,6 +134,28 @@ def _pointwise_then(inner: torch.Tensor, outer: torch.Tensor, groups: int) -> to
     kernels = torch.bmm(taps.reshape(groups, -1, inner_of_group), maps)
     kernels = kernels.view(out_channels, height * width, inner.shape[1]).transpose(1, 2)
     return kernels.reshape(out_channels, inner.shape[1], height, width)
+
+
+def identity_kernel(like: torch.Tensor) -> torch.Tensor:
+    """The 1x1 kernel that hands on the input channels of each group in turn, of the shape and dtype of another one."""
+    channels = like.shape[1]
+    eye = torch.eye(channels, dtype=like.dtype, device=like.device)
+    return eye.repeat(like.shape[0] // channels, 1)[:, :, None, None]
+
+
+def response_to_constants(kernel: torch.Tensor, constants: torch.Tensor, groups: int) -> torch.Tensor:
+    """What a convolution makes of constant input channels, away from a border.
+
+    Args:
+        kernel: Kernel (out_channels, in_channels/groups, kh, kw).
+        constants: Value of each input channel, (in_channels,).
+        groups: Groups of the convolution.
+
+    Returns:
+        Value of each output channel, (out_channels,).
+    """
+    taps = kernel.sum((2, 3)).view(groups, len(kernel) // groups, -1)
+    return torch.matmul(taps, constants.view(groups, -1, 1)).flatten()
 
 
 def _middle(kernel: torch.Tensor, inset: tuple[int, int]) -> torch.Tensor:

@@ -14,7 +14,7 @@ from ..errors import ReparamError
 from ._base import PaddingMode
 from ._block import BranchBlock2d
 from ._branched_conv import EPS, MOMENTUM, check_odd
-from ._branches import add_on_middle, convolve_branches
+from ._branches import add_on_middle, convolve_branches, per_output
 from ._tensor import scale_shift
 
 __all__ = ['ACBlock2d']
@@ -131,11 +131,11 @@ class ACBlock2d(BranchBlock2d):
         )
         for conv, norm in branches:
             scale, shift = scale_shift(norm)
-            kernels.append(scale.view(-1, 1, 1, 1) * conv.weight)
+            kernels.append(per_output(scale) * conv.weight)
             biases.append(shift)
         kernel = add_on_middle(kernels[0], kernels[1:])
         bias = sum(biases[1:], biases[0])
         if self.last_bn is not None:
             scale, shift = scale_shift(self.last_bn)
-            kernel, bias = scale.view(-1, 1, 1, 1) * kernel, scale * bias + shift
+            kernel, bias = per_output(scale) * kernel, scale * bias + shift
         return kernel, bias

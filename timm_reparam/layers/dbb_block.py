@@ -14,7 +14,15 @@ from timm.layers import to_2tuple
 
 from ._block import BranchBlock2d
 from ._branched_conv import EPS, MOMENTUM, check_odd
-from ._branches import add_on_middle, convolve_branches, pointwise_then
+from ._branches import (
+    add_on_middle,
+    convolve_branches,
+    identity_kernel,
+    per_channel,
+    per_output,
+    pointwise_then,
+    response_to_constants,
+)
 from ._tensor import scale_shift
 
 __all__ = ['DBBlock2d']
@@ -127,7 +135,7 @@ class DBBlock2d(BranchBlock2d):
         square = self.dbb_origin.conv
         groups, area = square.groups, square.weight[0, 0].numel()
         scale, bias = scale_shift(self.dbb_origin.bn)
-        kernel = scale.view(-1, 1, 1, 1) * square.weight
+        kernel = per_output(scale) * square.weight
         kernels = []
 
         scale, shift = scale_shift(self.dbb_avg['avgbn'])
@@ -135,23 +143,20 @@ class DBBlock2d(BranchBlock2d):
             window = torch.ones_like(square.weight) / area
         else:
             inner_scale, inner_shift = scale_shift(self.dbb_avg['bn'].bn)
-            mean = inner_scale.view(-1, 1, 1, 1) * self.dbb_avg['conv'].weight / area
+            mean = per_output(inner_scale) * self.dbb_avg['conv'].weight / area
             window, shift = mean.expand_as(square.weight), scale * inner_shift + shift
             point_scale, point_shift = scale_shift(self.dbb_1x1.bn)
-            kernels.append(point_scale.view(-1, 1, 1, 1) * self.dbb_1x1.conv.weight)
+            kernels.append(per_output(point_scale) * self.dbb_1x1.conv.weight)
             bias = bias + point_shift
-        kernels.append(scale.view(-1, 1, 1, 1) * window)
+        kernels.append(per_output(scale) * window)
         bias = bias + shift
 
         first, norm, second, last = self.dbb_1x1_kxk
         inner = first.kernel() if isinstance(first, _IdentityConv) else first.weight
         inner_scale, inner_shift = scale_shift(norm.bn)
         scale, shift = scale_shift(last)
-        kernels.append(
-            scale.view(-1, 1, 1, 1) * pointwise_then(inner_scale.view(-1, 1, 1, 1) * inner, second.weight, groups)
-        )
-        taps = second.weight.sum((2, 3)).view(groups, len(second.weight) // groups, -1)
-        constant = torch.matmul(taps, inner_shift.view(groups, -1, 1)).flatten()
+        kernels.append(per_output(scale) * pointwise_then(per_output(inner_scale) * inner, second.weight, groups))
+        constant = response_to_constants(second.weight, inner_shift, groups)
         return add_on_middle(kernel, kernels), bias + scale * constant + shift
 
 
@@ -166,8 +171,7 @@ class _IdentityConv(nn.Conv2d):
 
     def kernel(self) -> torch.Tensor:
         """E + Q, (channels, channels/groups, 1, 1)."""
-        eye = torch.eye(self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device)
-        return self.weight + eye.repeat(self.groups, 1)[:, :, None, None]
+        return self.weight + identity_kernel(self.weight)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.conv2d(input, self.kernel(), None, groups=self.groups)
@@ -192,4 +196,4 @@ class _NormAndPad(nn.Module):
         norm = self.bn
         inverse = torch.rsqrt(norm.running_var + norm.eps)
         shift = norm.bias.detach() - norm.running_mean * norm.weight.detach() * inverse
-        return F.pad(y, margins) + border * shift.to(y.dtype).view(-1, 1, 1)
+        return F.pad(y, margins) + border * per_channel(shift.to(y.dtype))

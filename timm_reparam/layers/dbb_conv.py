@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ._base import Method, PaddingMode
 from ._branched_conv import EPS, MOMENTUM, BranchedConv2d, check_odd
-from ._branches import convolve_branches, pointwise_then
+from ._branches import convolve_branches, identity_kernel, pointwise_then
 
 __all__ = ['DBBConv2d']
 
@@ -73,6 +73,8 @@ class DBBConv2d(BranchedConv2d):
 
     method = _METHOD
     if TYPE_CHECKING:  # not for TorchScript, which then would not know whether they are None
+        inner_weight: torch.Tensor
+        outer_weight: torch.Tensor
         point_weight: torch.Tensor | None
         mean_weight: torch.Tensor  # None with point_weight, and so is point_gamma
         point_gamma: torch.Tensor
@@ -115,15 +117,17 @@ class DBBConv2d(BranchedConv2d):
             momentum=momentum,
             recompute=recompute,
         )
-        factory = dict(device=device, dtype=dtype)
-        group_channels = in_channels // groups
-        point = torch.empty(0 if depthwise else out_channels, group_channels, 1, 1, **factory)
-        self.register_parameter('point_weight', None if depthwise else nn.Parameter(point))
-        inner_channels = 2 * in_channels if depthwise else in_channels
-        self.inner_weight = nn.Parameter(torch.empty(inner_channels, group_channels, 1, 1, **factory))
-        outer_shape = (out_channels, inner_channels // groups, *self.kernel_size)
-        self.outer_weight = nn.Parameter(torch.empty(outer_shape, **factory))
-        self.register_parameter('mean_weight', None if depthwise else nn.Parameter(torch.empty_like(point)))
+        of_group, inner_channels = in_channels // groups, 2 * in_channels if depthwise else in_channels
+        mixing = None if depthwise else (out_channels, of_group, 1, 1)
+        shapes: dict[str, tuple[int, ...] | None] = {
+            'point': mixing,
+            'inner': (inner_channels, of_group, 1, 1),
+            'outer': (out_channels, inner_channels // groups, *self.kernel_size),
+            'mean': mixing,
+        }
+        for name, shape in shapes.items():
+            weight = None if shape is None else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            self.register_parameter(f'{name}_weight', weight)
         self._add_norms(['sequential', 'mean'] if depthwise else ['point', 'sequential', 'mean'], device, dtype)
         if depthwise:
             self.register_parameter('point_gamma', None)
@@ -146,7 +150,7 @@ class DBBConv2d(BranchedConv2d):
         if self.point_weight is None:
             sequential = pointwise_then(weights[0], weights[1], self.groups)
             return [sequential, torch.full_like(sequential, 1 / (height * width))]
-        inner = weights[0] + self._identity(weights[0])
+        inner = weights[0] + identity_kernel(weights[0])
         mean = (weights[3] / (height * width)).expand(-1, -1, height, width)
         return [weights[2], pointwise_then(inner, weights[1], self.groups), mean]
 
@@ -162,7 +166,7 @@ class DBBConv2d(BranchedConv2d):
         mean = F.conv2d(x, window, None, stride, padding, dilation, self.in_channels)
         inner, outer = weights[0], weights[1]
         if self.point_weight is not None:
-            inner = inner + self._identity(inner)
+            inner = inner + identity_kernel(inner)
         positions = x.numel() // max(x.shape[-3], 1)
         if positions * inner.numel() < outer.numel() * inner.shape[1]:  # fewer multiply-adds
             sequential = F.conv2d(F.conv2d(x, inner, groups=groups), outer, None, stride, padding, dilation, groups)
@@ -172,10 +176,6 @@ class DBBConv2d(BranchedConv2d):
             return [sequential, mean]
         mean = F.conv2d(mean, weights[3], groups=groups)
         return convolve_branches(x, [weights[2]], size, stride, padding, dilation, groups) + [sequential, mean]
-
-    def _identity(self, like: torch.Tensor) -> torch.Tensor:
-        """E, (in_channels, in_channels/groups, 1, 1)."""
-        return torch.eye(like.shape[1], dtype=like.dtype, device=like.device).repeat(self.groups, 1)[:, :, None, None]
 
     def _gammas(self) -> list[torch.Tensor]:
         if self.point_weight is None:

@@ -22,7 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ._base import Method, PaddingMode
 from ._branched_conv import BranchedConv2d, check_odd
-from ._branches import add_on_middle, convolve_branches, per_output, pointwise_then
+from ._branches import add_on_middle, convolve_branches, identity_kernel, per_output, pointwise_then
 
 __all__ = ['OREPAConv2d']
 
@@ -164,14 +164,14 @@ class OREPAConv2d(BranchedConv2d):
         ]
 
     def _compose(self) -> torch.Tensor:
-        stock = per_output(self.weight_gamma) * self.weight
+        stock = self._stock_kernel()
         if self.first_weight is not None:
             second = per_output(self.product_gamma) * self.second_weight
             return stock + pointwise_then(self.first_weight, second, self.groups)
         # every factor goes to a 1x1 kernel where there is one, which takes few passes over whole kernels
         point = per_output(self.point_gamma) * self.point_weight
         outer = per_output(self.sequential_gamma) * self.outer_weight
-        inner = self.inner_weight + self._identity(self.inner_weight)
+        inner = self.inner_weight + identity_kernel(self.inner_weight)
         sequential = pointwise_then(inner, outer, self.groups)
         return add_on_middle(stock, [self._spread(), point, sequential, self._separable()])
 
@@ -183,12 +183,6 @@ class OREPAConv2d(BranchedConv2d):
         prior = self.prior.view(out_channels, 1, -1)
         windows = torch.cat([torch.full_like(prior, 1 / (self.kernel_size[0] * self.kernel_size[1])), prior], 1)
         return torch.bmm(torch.stack(maps, 2), windows).view(self.weight.shape)
-
-    def _identity(self, like: torch.Tensor) -> torch.Tensor:
-        """E, of the shape (inner_channels, in_channels/groups, 1, 1), once or twice in each group."""
-        channels = like.shape[1]
-        eye = torch.eye(channels, dtype=like.dtype, device=like.device)
-        return eye.repeat(like.shape[0] // channels, 1)[:, :, None, None]
 
     def _separable(self) -> torch.Tensor:
         """The kernel of a depthwise convolution and the 1x1 convolution that follows it."""
@@ -230,7 +224,7 @@ class OREPAConv2d(BranchedConv2d):
             super()._draw_branches(init)
             wide = self.out_channels > self.in_channels
             unit = self.first_weight if wide else self.second_weight
-            unit.copy_(self._identity(unit))
+            unit.copy_(identity_kernel(unit))
             return
         if init == 'scratch':
             for weight in self._branch_weights():
