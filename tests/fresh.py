@@ -6,7 +6,8 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -33,14 +34,23 @@ def run_module_unread(name: str, *words: str) -> None:
 
 def finished(target: Callable[..., None], *args: str, folder: Path) -> subprocess.CompletedProcess:
     """Call a function of this module in a process of its own, in a folder; say how that ended and what it printed."""
-    with tempfile.TemporaryDirectory() as printed:
-        streams = [Path(printed, name) for name in ('stdout', 'stderr')]
-        process = multiprocessing.get_context('forkserver').Process(target=_call, args=(target, args, folder, streams))
-        process.start()
+    with started(target, *args, folder=folder) as (process, streams):
         process.join(120)
         process.kill()
         process.join()
         return subprocess.CompletedProcess(args, process.exitcode, *(stream.read_text() for stream in streams))
+
+
+@contextmanager
+def started(
+    target: Callable[..., None], *args: str, folder: Path
+) -> Iterator[tuple[multiprocessing.process.BaseProcess, list[Path]]]:
+    """The same while it runs: the process, and the files of what it prints and of its errors."""
+    with tempfile.TemporaryDirectory() as printed:
+        streams = [Path(printed, name) for name in ('stdout', 'stderr')]
+        process = multiprocessing.get_context('forkserver').Process(target=_call, args=(target, args, folder, streams))
+        process.start()
+        yield process, streams
 
 
 def _call(target: Callable[..., None], args: tuple[str, ...], folder: Path, streams: list[Path]) -> None:

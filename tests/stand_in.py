@@ -5,11 +5,21 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import pytest
 import timm
 import torch
 from hub.server import HubServer
 from timm.models import save_for_hf
 from torch import nn
+
+from timm_reparam.variants import VARIANTS
+
+# Every variant, for tests of what does not know the methods: there one list of branches stands for the others, which
+# run in the slow checks. What each method computes is tested in layers/.
+KINDS = [
+    pytest.param(variant, marks=pytest.mark.slow) if variant in ('dbbconv', 'orepaconv') else variant
+    for variant in VARIANTS
+]
 
 
 def randomise(model: nn.Module, seed: int) -> nn.Module:

@@ -12,7 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from layers.cases import assert_same_state, state
-from stand_in import disturbed, images, random_model, randomise
+from stand_in import KINDS, disturbed, images, random_model, randomise
 from timm.layers import CondConv2d, Conv2dSame, StdConv2d
 from timm.utils import ModelEmaV3, reparameterize_model
 from torch import nn
@@ -105,7 +105,7 @@ def test_lift_keeps_the_function(stock: str, variant: str) -> None:
 def test_fusion_is_verified_and_is_the_stock_architecture(stock: str, variant: str) -> None:
     model = disturbed(converted(stock, variant)).eval()
     reference = stock_model(stock)
-    x = images(8, 3, 48, 48)
+    x = images(8, 3, 32, 32)
     before = state(model)
     assert (model(x) - reference(x)).abs().max() > 1e-3 * reference(x).abs().max(), 'the variant does something'
     fused = fuse_model(model)
@@ -219,7 +219,7 @@ def test_skip_takes_names_patterns_and_types() -> None:
 
 
 @pytest.mark.parametrize('init', ['lift', 'scratch'])
-@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('variant', KINDS)
 def test_tied_parameters_stay_tied_and_as_they_are(variant: str, init: str) -> None:
     model = Net()
     weight, values = model.tied.weight, model.tied.weight.detach().clone()
@@ -481,7 +481,7 @@ STATE_DICT_HOOKS = (
 
 
 @pytest.mark.parametrize('fold_bn', [False, True])
-@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('variant', KINDS)
 def test_state_dict_hooks_come_along(variant: str, fold_bn: bool) -> None:
     model = convert_model(timm.create_model('resnet10t', **RESNET_NARROW), variant).eval()
     model.register_state_dict_pre_hook(record_options)  # as models made by name have
@@ -500,7 +500,7 @@ def test_state_dict_hooks_come_along(variant: str, fold_bn: bool) -> None:
 
 
 @pytest.mark.parametrize('fold_bn', [False, True])
-@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('variant', KINDS)
 def test_attributes_of_the_convolutions_come_along(variant: str, fold_bn: bool) -> None:
     model = Net()
     model.again._is_hf_initialized = True
@@ -523,7 +523,7 @@ def test_modes_survive_a_copy_of_a_traced_model() -> None:
     assert verify_fusion(model, inputs=torch.randn(16, 3, 32, 32)).passed
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('variant', KINDS)
 def test_a_weight_that_a_hook_computes_is_refused(variant: str) -> None:
     model = convert_model(timm.create_model('resnet10t', **RESNET_NARROW), variant)
     name = 'vertical_weight' if variant == 'acconv' else 'weight'
@@ -541,7 +541,7 @@ def test_a_weight_that_a_hook_computes_is_refused(variant: str) -> None:
     assert verify_fusion(model, inputs=torch.randn(16, 3, 32, 32)).passed
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('variant', KINDS)
 def test_state_dicts_of_a_layer_with_two_names(variant: str) -> None:
     stock = Net()
     model = convert_model(Net(), variant, **(dict(skip='up') if variant == 'acconv' else {}))
@@ -662,7 +662,7 @@ def test_verify_fusion_holds_one_batch_at_a_time() -> None:
     assert verify_fusion(model, inputs=stream()).num_inputs == 6 and len(batches) == 3
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('variant', KINDS)
 def test_fusing_allocates_the_fused_weights_and_one_layer_in_float64(variant: str) -> None:
     extra = set()
     for depth in (4, 8):

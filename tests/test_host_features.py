@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from layers.cases import assert_same_state, relative_difference, state
-from stand_in import random_model, randomise
+from stand_in import KINDS, random_model, randomise
 from timm.layers import convert_sync_batchnorm, set_reentrant_ckpt, use_reentrant_ckpt
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3, freeze, unfreeze
@@ -24,7 +24,7 @@ SIZE = 32
 # a narrow ResNet
 NARROW = dict(num_classes=5, stem_width=4, channels=(8, 12, 16, 24))
 
-variants = pytest.mark.parametrize('variant', VARIANTS)
+variants = pytest.mark.parametrize('variant', KINDS)
 
 
 def images(batch: int = 4, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

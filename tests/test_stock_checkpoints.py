@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from stand_in import TINY, disturbed, images, tiny_stock, tiny_variant
+from stand_in import KINDS, TINY, disturbed, images, tiny_stock, tiny_variant
 from torch import nn
 
 import timm_reparam.hub
@@ -51,7 +51,7 @@ def test_load_state_dict(variant: str, strict: bool) -> None:
     assert all(torch.equal(before[name], model.state_dict()[name].to(before[name].dtype)) for name in hidden)
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('variant', KINDS)
 def test_under_prefixes_and_wrappers(variant: str) -> None:
     reference = tiny_stock()
     wrapped = nn.ModuleDict({'encoder': nn.Sequential(tiny_variant(variant))})
@@ -64,7 +64,7 @@ def test_under_prefixes_and_wrappers(variant: str) -> None:
 
 
 @pytest.mark.parametrize('kind', ['safetensors', 'pth', 'pth.tar'])
-@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('variant', KINDS)
 def test_checkpoint_path(tmp_path: Path, variant: str, kind: str) -> None:
     """Also what timm's train script calls for --initial-checkpoint."""
     reference, path = tiny_stock(), tmp_path / f'stock.{kind}'
@@ -77,7 +77,7 @@ def test_checkpoint_path(tmp_path: Path, variant: str, kind: str) -> None:
     assert_same_function(model, tiny_stock())
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('variant', KINDS)
 def test_assigned_and_from_the_meta_device(variant: str) -> None:
     model = tiny_variant(variant)
     model.load_state_dict(tiny_stock().state_dict(), assign=True)
@@ -94,7 +94,7 @@ def test_assigned_and_from_the_meta_device(variant: str) -> None:
     assert verify_fusion(model, fuse_model(model)).passed
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('variant', KINDS)
 def test_parameters_that_are_assigned(variant: str) -> None:
     """A frozen kernel stays one."""
     model, reference = tiny_variant(variant), tiny_stock()
@@ -104,7 +104,7 @@ def test_parameters_that_are_assigned(variant: str) -> None:
     assert_same_function(model, reference)
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('variant', KINDS)
 def test_train_time_checkpoints_load_as_they_are(variant: str) -> None:
     model, other = tiny_variant(variant), timm.create_model(f'resnet10t_{variant}', **TINY)
     other.load_state_dict(model.state_dict())
@@ -112,7 +112,7 @@ def test_train_time_checkpoints_load_as_they_are(variant: str) -> None:
         assert torch.equal(other.state_dict()[name], value), name
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('variant', KINDS)
 def test_incomplete_and_foreign_entries_are_missing_as_ever(variant: str) -> None:
     model = tiny_variant(variant)
     name, layer = next((name, m) for name, m in model.named_modules() if isinstance(m, ReparamLayer))
@@ -174,7 +174,7 @@ def test_shared_and_transposed_layers() -> None:
     assert_same_function(model, reference)
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('variant', KINDS)
 def test_where_completeness_is_promised_stock_files_are_refused(tmp_path: Path, variant: str) -> None:
     folder = timm_reparam.hub.save_checkpoint(tiny_variant(variant), tmp_path / 'folder')
     save_file(tiny_stock().state_dict(), folder / 'model.safetensors', metadata={'format': 'pt'})
@@ -223,7 +223,7 @@ def test_what_is_not_recognised_is_said(caplog: pytest.LogCaptureFixture) -> Non
     assert not caplog.text
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('variant', KINDS)
 def test_loading_is_right(variant: str) -> None:
     assert loading_faults.problems(variant) == []
 

@@ -10,7 +10,7 @@ import timm
 import torch
 from faults import Net, right
 from layers.cases import assert_same_state, state
-from stand_in import disturbed, images, random_model
+from stand_in import KINDS, disturbed, images, random_model
 from timm.utils.model import freeze_batch_norm_2d
 from torch import nn
 
@@ -50,7 +50,7 @@ def around(function, variant: str = 'doconv') -> nn.Module:
 # --- what is a fusion of what --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('variant', KINDS)
 def test_the_model_is_not_its_own_fusion(variant: str) -> None:
     model = small(variant)
     for other in (model, nn.DataParallel(model) if torch.cuda.is_available() else torch.compile(model)):
@@ -165,7 +165,7 @@ def test_a_layer_that_is_the_model() -> None:
     assert not verify_fusion(layer, wrong, inputs=images(2, 3, 6, 6)).passed
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('variant', KINDS)
 def test_a_folded_norm_is_compared_with_its_convolution(variant: str) -> None:
     model = small(variant)
     folded = fuse_model(model, fold_bn=True)
@@ -333,7 +333,7 @@ def test_a_number_of_outputs_that_depends_on_rounding_is_refused() -> None:
     assert verify_fusion(model.backbone, fuse_model(model).backbone, inputs=images(4, 5, 32, 32)).passed
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('variant', KINDS)
 def test_tensors_that_a_forward_makes(variant: str) -> None:
     x = images(4, 5, 8, 8)
     assert verify_fusion(around(lambda y: y + torch.ones(8, 8).mm(torch.eye(8))[0, 0], variant), inputs=x).passed
@@ -428,7 +428,7 @@ def test_a_model_that_overflows_in_its_dtype_is_said() -> None:
     assert verify_fusion(model.double(), inputs=images(2, 5, 8, 8)).passed
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('variant', KINDS)
 def test_tensors_that_a_model_keeps_beside_its_own_follow_the_dtype(variant: str) -> None:
     """As timm's models with attention biases do, in a dict for each device."""
 

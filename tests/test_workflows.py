@@ -5,7 +5,10 @@ import itertools
 import pytest
 from workflows import WORKFLOWS, outcome, read_table
 
+from timm_reparam.layers._branched_conv import BranchedConv2d
 from timm_reparam.variants import VARIANTS
+
+BRANCHED = [name for name, variant in VARIANTS.items() if issubclass(variant.layer, BranchedConv2d)]
 
 
 def test_the_table_has_every_workflow() -> None:
@@ -16,13 +19,17 @@ def test_the_table_has_every_workflow() -> None:
 @pytest.mark.filterwarnings('ignore:.*Tracer|Converting a tensor:Warning')
 @pytest.mark.parametrize(
     'name, variant',
-    [  # the compilers see each layer in the tests of the layers, too
+    [  # the compilers see each layer in the tests of the layers, too; lists of branches take turns
         pytest.param(
             name,
             variant,
-            marks=pytest.mark.slow if 'compile' in name and variant not in ('dyconv', 'orepaconv') else [],
+            marks=pytest.mark.slow
+            if ('compile' in name and variant not in ('dyconv', 'orepaconv'))
+            or (variant in BRANCHED and variant != BRANCHED[number % len(BRANCHED)])
+            else [],
         )
-        for name, variant in itertools.product(WORKFLOWS, VARIANTS)
+        for number, name in enumerate(WORKFLOWS)
+        for variant in VARIANTS
     ],
 )
 def test_workflow(name: str, variant: str) -> None:

@@ -3,16 +3,14 @@
 import dataclasses
 import importlib.resources
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import timm
 import yaml
+from fresh import finished, run_code
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -510,19 +508,9 @@ def test_snippets_register_what_no_import_does(tmp_path: Path, variant: str):
         needs_plugin = folder is folders[0] or variant == 'dyconv'
         assert [block.count(call) for block in blocks] == [int(needs_plugin)] * 2
         codes.append('\n'.join(blocks))
-    code = """
-import os, sys
-import timm, torch
-for code in sys.argv[1:]:
-    if os.fork() == 0:
-        exec(code)
-        os._exit(0)
-    assert os.wait()[1] == 0
-"""
-    env = {**os.environ, 'PYTHONPATH': str(Path(timm_reparam.__file__).parents[1]), 'OMP_NUM_THREADS': '1'}
-    command = [sys.executable, '-c', code, *codes]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    for code in codes:
+        done = finished(run_code, code, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize('variant', VARIANTS)

@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from fresh import finished, run_code, started
 from safetensors import safe_open
 from safetensors.torch import load_file
 from stand_in import randomise
@@ -34,8 +36,6 @@ from timm_reparam.hub import (
 from timm_reparam.hub.card import render_card
 from timm_reparam.hub.facts import license_data, read_facts
 
-# for processes that a test starts; one thread, for they are small and the machine is shared
-ENVIRONMENT = {**os.environ, 'PYTHONPATH': str(Path(timm_reparam.__file__).parents[1]), 'OMP_NUM_THREADS': '1'}
 SMALL = 'resnet10t_doconv'
 STOCK = 'resnet10t'
 TINY = dict(num_classes=4, channels=(8, 8, 8, 8), stem_width=4)
@@ -92,11 +92,6 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 def config_of(folder: Path) -> dict:
     return json.loads((folder / 'config.json').read_text())
-
-
-def run_python(code: str, *args: str, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, '-c', code, *args]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, **options)
 
 
 # Both forms
@@ -189,7 +184,7 @@ for name, bound in json.loads(sys.argv[1]).items():
         difference = (model(images) - expected).abs().max() / expected.abs().max()
     assert difference <= bound, (name, float(difference), bound)
 """
-    done = run_python(code, json.dumps(bounds), cwd=tmp_path)
+    done = finished(run_code, code, json.dumps(bounds), folder=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
@@ -330,7 +325,7 @@ def test_leftovers_of_a_killed_save(tmp_path: Path, model: nn.Module):
 @pytest.mark.slow
 def test_interrupted_at_every_step(tmp_path: Path):
     command = [sys.executable, Path(__file__).with_name('interrupted_saves.py'), tmp_path]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     killed = [line for line in done.stdout.splitlines() if line.startswith('kill from a pair')]
     # every state on the way from the old pair to the new one was seen
@@ -363,15 +358,14 @@ print('begins', flush=True)
 for _ in range(5):
     save_checkpoint(model, 'm')
 """
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen([sys.executable, '-c', code], env=ENVIRONMENT, cwd=tmp_path, **pipes)
-    assert process.stdout.readline() == 'begins\n'
     model, saves = small_model(), 0
-    while process.poll() is None:
-        save_checkpoint(model, tmp_path / 'm')
-        saves += 1
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    with started(run_code, code, folder=tmp_path) as (process, (printed, errors)):
+        while process.is_alive() and not (printed.exists() and printed.read_text()):
+            time.sleep(0.01)
+        while process.is_alive():
+            save_checkpoint(model, tmp_path / 'm')
+            saves += 1
+        assert process.exitcode == 0, errors.read_text()
     assert saves and os.listdir(tmp_path) == ['m']
     assert load_checkpoint(tmp_path / 'm').num_classes in (3, 4)
 

@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from fresh import finished, run_code
 from huggingface_hub import HfApi, ModelCard
 from stand_in import randomise
 
@@ -95,16 +94,14 @@ def test_published_pair(hub: HubServer, owner: str, pair: tuple[Path, Path], tmp
 import sys
 sys.modules['timm_reparam'] = None
 import timm, torch
-model = timm.create_model(f'hf-hub:{sys.argv[1]}', pretrained=True).eval()
+model = timm.create_model(f'hf-hub:{sys.argv[1]}', pretrained=True, cache_dir='own_cache').eval()
 assert type(model).__module__.startswith('timm.')
 with torch.no_grad():
     torch.save(model(torch.load('images.pt')), 'stock.pt')
 """
     images = torch.randn(4, 3, 32, 32)
     torch.save(images, tmp_path / 'images.pt')
-    env = {**os.environ, 'OMP_NUM_THREADS': str(torch.get_num_threads()), 'HF_HOME': str(tmp_path / 'home')}
-    command = [sys.executable, '-c', code, repo_ids[1]]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
+    done = finished(run_code, code, repo_ids[1], folder=tmp_path)
     assert done.returncode == 0, done.stderr
     model = timm.create_model(f'hf-hub:{repo_ids[0]}', pretrained=True, cache_dir=tmp_path / 'cache').eval()
     with torch.no_grad():
