@@ -17,18 +17,11 @@ from ..models._registry import cfg_with_weights, ensure_registered, is_variant_n
 from ..timm_model import stock_architecture
 from ..variants import VARIANTS, variant_of
 from ..verify import FusionReport, verify_fusion
+from .atomic import write_all
 from .facts import WEIGHTS_NAME, read_config, read_facts, sha256_of
-from .folder import (
-    FUSED_SUFFIX,
-    Draft,
-    architecture_of,
-    folder_name,
-    images_for,
-    load_checkpoint,
-    origin_of,
-    save_pair,
-    write_all,
-)
+from .folder import Draft, architecture_of, images_for, origin_of, save_pair
+from .load import load_checkpoint
+from .names import FUSED_SUFFIX, folder_name
 from .training import load_training, why_unreadable
 from .untrusted import build_on_meta, check_folder
 

@@ -299,11 +299,11 @@ def missing_license(facts: Sequence[Mapping[str, Any]], license: str | None) -> 
     return license
 
 
-def state_license(config: dict[str, Any], facts: Mapping[str, Any]) -> None:
-    """Write the licence that the facts state into a configuration, where timm looks."""
-    config['pretrained_cfg'].pop('license', None)  # timm writes no empty entries
+def state_license(pretrained_cfg: dict[str, Any], facts: Mapping[str, Any]) -> None:
+    """Write the licence that the facts state into a pretrained_cfg, where timm reads it."""
+    pretrained_cfg.pop('license', None)  # timm writes no empty entries
     if license := stated_license(facts):
-        config['pretrained_cfg']['license'] = license
+        pretrained_cfg['license'] = license
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

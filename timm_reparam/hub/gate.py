@@ -38,7 +38,8 @@ from .facts import (
     sha256_of,
     stated_license,
 )
-from .folder import fused_path, load_checked, train_time_path
+from .load import load_checked
+from .names import fused_path, train_time_path
 from .untrusted import check_folder
 
 __all__ = [

@@ -30,8 +30,10 @@ from .facts import (
     read_config,
     read_facts,
 )
-from .folder import FUSED_SUFFIX, copy_checkpoints, fused_path, load_checked, save_pair, stage, train_time_path
+from .folder import copy_checkpoints, save_pair, stage
 from .gate import CHECK_NAME, VerifyReport, one_at_a_time, self_check, verify_pair
+from .load import load_checked
+from .names import FUSED_SUFFIX, fused_path, train_time_path
 
 __all__ = ['RepoResult', 'SyncReport', 'publish', 'pull', 'sync', 'verify']
 
