@@ -121,7 +121,7 @@ def test_pull_replaces_the_same_architecture_only(hub: HubServer, published: str
     zoo = tmp_path / 'zoo'
     save(zoo, seed=5)
     report = pull(f'{published}/{NAMES[0]}', zoo)
-    assert len(report.sent) == 2 and all('in the place of another version' in result.why for result in report.sent)
+    assert len(report.sent) == 2 and all('replaced another version' in result.why for result in report.sent)
     assert snapshot(zoo) == snapshot(pair[0].parent)
     shutil.rmtree(zoo / NAMES[1])
     (zoo / NAMES[1]).mkdir()

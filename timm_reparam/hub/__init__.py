@@ -7,7 +7,8 @@ from .folder import add_facts, check_pair, save_checkpoint, save_pair
 from .gate import VerifyReport, self_check, verify_checkpoint, verify_pair
 from .load import load_checkpoint
 from .names import check_tag, folder_name
-from .sync import RepoResult, SyncReport, publish, pull, sync, verify
+from .report import RepoResult, SyncReport
+from .sync import publish, pull, sync, verify
 from .training import base_model_facts
 
 __all__ = [
