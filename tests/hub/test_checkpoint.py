@@ -837,7 +837,7 @@ def test_what_cannot_be_converted_leaves_nothing(tmp_path: Path):
         (source, 'resnet18_doconv', {}, r'(?s)missing.*conv1\.weight'),
         (source, SMALL, dict(conv_options=dict(depth_multiplier=2)), 'depth_multiplier'),
         (source, 'resnet10t_acconv', dict(conv_options=dict(gamma_init=0.5)), 'scratch'),
-        (source, SMALL, dict(num_classes=7), 'num_classes: its classifier has 4, got 7'),
+        (source, SMALL, dict(num_classes=7), 'num_classes: expected 4, as in the checkpoint, got 7'),
         (tmp_path / 'missing.pth', SMALL, {}, 'not found'),
         (tmp_path / 'no.pth', SMALL, {}, 'cannot be read'),
         (tmp_path / 'none.pth', SMALL, {}, 'state dict of tensors'),
