@@ -195,7 +195,7 @@ def args(**values) -> Callable[[bytes], bytes]:
         (edited('config.json', lambda content: content + b' ' * 2**25), 'at most'),
         (edited('model.safetensors', lambda content: content[:-100]), 'no safetensors'),
         (edited('model.safetensors', lambda content: b'\xff' * 100), 'no safetensors'),
-        (edited('model.safetensors', change_weights), 'not of one save'),
+        (edited('model.safetensors', change_weights), 'not from one save'),
         (edited('training.json', lambda content: b'[]'), 'json object'),
     ],
 )
@@ -431,7 +431,7 @@ def test_verify_finds_a_half_new_pair(hub: HubServer, published: str, tmp_path: 
     report = verify(f'{published}/{NAMES[0]}')
     wrong = [name for name, right in report.checks.items() if not right]
     assert not report.passed and wrong == [f'{NAMES[0]}: one save'] and report.fusion is None
-    with pytest.raises(ReparamError, match='not of one save'):
+    with pytest.raises(ReparamError, match='not from one save'):
         pull(f'{published}/{NAMES[0]}', tmp_path / 'zoo')
     publish(new[0], published)
     assert verify(f'{published}/{NAMES[0]}').passed
