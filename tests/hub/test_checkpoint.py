@@ -720,7 +720,7 @@ def test_folders_that_do_not_load(tmp_path: Path, model: nn.Module):
     save_checkpoint(model, folder)
     weights = (folder / 'model.safetensors').read_bytes()
     (folder / 'model.safetensors').write_bytes(weights[: len(weights) // 2])
-    with pytest.raises(ReparamError, match='is no safetensors file'):
+    with pytest.raises(ReparamError, match='is not a safetensors file'):
         load_checkpoint(folder)
     (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin')
     with pytest.raises(ReparamError, match='safetensors'):

@@ -191,10 +191,10 @@ def args(**values) -> Callable[[bytes], bytes]:
         (edited('config.json', args(num_classes=7)), 'fc.bias'),
         (edited('config.json', args(pretrained=True)), 'model_args.pretrained'),
         (edited('config.json', args(checkpoint_path='/etc/passwd')), 'model_args.checkpoint_path'),
-        (edited('config.json', args(nonsense=1)), 'model_args.nonsense: is no argument of resnet10t_doconv'),
+        (edited('config.json', args(nonsense=1)), 'model_args.nonsense: is not an argument of resnet10t_doconv'),
         (edited('config.json', lambda content: content + b' ' * 2**25), 'at most'),
-        (edited('model.safetensors', lambda content: content[:-100]), 'no safetensors'),
-        (edited('model.safetensors', lambda content: b'\xff' * 100), 'no safetensors'),
+        (edited('model.safetensors', lambda content: content[:-100]), 'not a safetensors file'),
+        (edited('model.safetensors', lambda content: b'\xff' * 100), 'not a safetensors file'),
         (edited('model.safetensors', change_weights), 'not from one save'),
         (edited('training.json', lambda content: b'[]'), 'json object'),
     ],
@@ -389,7 +389,7 @@ def test_a_number_of_classes_that_is_not_that_of_the_weights(owner: str, pair, t
         config = json.loads((folder / 'config.json').read_text())
         (config[place] if place else config)['num_classes'] = value
         (folder / 'config.json').write_text(json.dumps(config))
-        with pytest.raises(ReparamError, match='num_classes: expected 4, that of the weights'):
+        with pytest.raises(ReparamError, match='num_classes: expected 4, as in the weights'):
             load_checkpoint(folder)
     report = verify(folders[0])
     assert not report.passed and report.fusion is None and len(report.problems) == 2

@@ -127,8 +127,8 @@ def verify_pair(folder: str | Path, fused_folder: str | Path | None = None) -> V
 
     For each form, the configuration is compared with the header of the weights (names, shapes, number of classes, cost
     of a forward pass) before anything is built, and the front matter of the card with the other files. For the pair,
-    the configurations and facts are compared, and the hashes that each form records of the other. Then both models are
-    built; the fusion is verified, and the self-check tensors are compared if there are any.
+    the configurations and facts are compared, and the hashes that each form records of the other. If the files are of
+    one save, both models are built, the fusion is verified, and the self-check tensors are compared if there are any.
 
     Args:
         folder: Folder of the train-time form; of either form if no other folder is given.
