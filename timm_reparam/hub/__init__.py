@@ -2,8 +2,9 @@
 
 from .card import render_card
 from .convert import convert_checkpoint, fuse_checkpoint
+from .copies import add_facts
 from .facts import check_facts
-from .folder import add_facts, check_pair, save_checkpoint, save_pair
+from .folder import check_pair, save_checkpoint, save_pair
 from .gate import VerifyReport, self_check, verify_checkpoint, verify_pair
 from .load import load_checkpoint
 from .names import check_tag, folder_name

@@ -1,4 +1,4 @@
-"""Read and check the files that describe a checkpoint folder: ``config.json``, and ``training.json`` with the facts.
+"""The files that describe a checkpoint folder: ``config.json``, and ``training.json`` with the facts.
 
 Keys of ``training.json`` that cards use; other keys are kept:
 
@@ -54,6 +54,8 @@ __all__ = [
     'sha256_of',
     'state_license',
     'stated_license',
+    'write_facts',
+    'write_text',
 ]
 
 CONFIG_NAME = 'config.json'
@@ -164,6 +166,16 @@ def read_facts(folder: str | Path) -> dict[str, Any] | None:
     path = Path(folder) / FACTS_NAME
     facts = _read_json(path)
     return facts if facts is None else check_facts(facts, str(path))
+
+
+def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write ``training.json`` of a checkpoint folder."""
+    write_text(folder / FACTS_NAME, json.dumps(facts, indent=2) + '\n')
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file with the same bytes on every system."""
+    path.write_text(text, encoding='utf-8', newline='\n')
 
 
 def check_facts(facts: Mapping[str, Any], place: str = 'facts') -> dict[str, Any]:

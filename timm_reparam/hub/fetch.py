@@ -8,8 +8,8 @@ from huggingface_hub import CommitOperationAdd
 
 from ..errors import ReparamError
 from .client import HubClient, RepoState, check_repo_id
+from .copies import copy_checkpoints
 from .facts import CARD_NAME, CONFIG_NAME, FACTS_NAME, FILES, WEIGHTS_NAME
-from .folder import copy_checkpoints
 from .gate import CHECK_NAME, verify_pair
 from .names import FUSED_SUFFIX
 from .report import RepoResult

@@ -10,9 +10,9 @@ from huggingface_hub import CommitOperationAdd
 
 from ..errors import ReparamError
 from .client import Conflict, HubClient, RepoState, check_repo_id
+from .copies import stage
 from .facts import CONFIG_NAME, FACTS_NAME, FILES, WEIGHTS_NAME, missing_license, read_facts
 from .fetch import fetch_pair
-from .folder import stage
 from .gate import CHECK_NAME, one_at_a_time, self_check, verify_pair
 from .load import load_checked
 from .names import fused_path
