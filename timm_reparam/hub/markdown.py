@@ -7,7 +7,7 @@ from .facts import is_published_id, plain
 __all__ = ['code_span', 'escape', 'fenced', 'hub_link']
 
 # Markdown allows a backslash before any ascii punctuation. Harmless marks are not escaped, such as the dot, dash and
-# underscore inside a word. The dot after "www" and the colon before a slash would make an address a link.
+# underscore inside a word. A dot after "www" and a colon before a slash are escaped, since they would make a link.
 _MARKUP = re.compile(
     r"""[!#$&()*;<=>?@\[\]\\^`{|}~]|(?<![A-Za-z0-9])[._-]|[._-](?![A-Za-z0-9])|(?<=www)\.|:(?=/)""", re.IGNORECASE
 )
