@@ -415,7 +415,7 @@ def test_a_damaged_self_check_is_mended_as_the_error_says(hub: HubServer, publis
     repo = f'{published}/{NAMES[1]}'
     change(hub, repo, CHECK, change_tensors)
     (problem,) = verify(repo).problems
-    assert problem.endswith('; delete that file on the Hub, publish the pair again')
+    assert problem.endswith('; delete this file on the Hub, then publish the pair again')
     change(hub, repo, CHECK, lambda content: None)
     publish(pair[0], published)
     report = verify(repo)
