@@ -69,7 +69,7 @@ def test_the_claims_of_its_card_are_checked(folder: Path, tmp_path: Path) -> Non
     """In its front matter; the text is that of other templates."""
     sha256 = sha256_of(folder / 'model.safetensors')
     (warning,) = check_card(folder, sha256)
-    assert 'README.md: is not what these templates render' in warning
+    assert 'README.md: differs from what the installed templates render' in warning
     copy = shutil.copytree(folder, tmp_path / folder.name)
     card = (copy / 'README.md').read_text(encoding='utf-8')
     changed = card.replace('license: apache-2.0', 'license: gpl-3.0')

@@ -197,7 +197,7 @@ def test_convert_names_such_a_prefix(tmp_path: Path, num_classes: int | None) ->
     path = tmp_path / 'last.ckpt'
     torch.save({f'model.{name}': value for name, value in tiny_stock().state_dict().items()}, path)
     arguments = dict(TINY, num_classes=num_classes)
-    with pytest.raises(ReparamError, match="last.ckpt: no checkpoint of .*all of them start with 'model.'"):
+    with pytest.raises(ReparamError, match="last.ckpt: expected keys of .*all of them start with 'model.'"):
         timm_reparam.hub.convert_checkpoint(path, tmp_path / 'out', 'resnet10t_doconv', **arguments)
 
 

@@ -22,7 +22,7 @@ from .fuse import fuse_model
 from .hub import convert_checkpoint, fuse_checkpoint, load_checkpoint, publish, pull, sync, verify, verify_pair
 from .hub.client import limit_requests, one_line, without_secrets
 from .hub.facts import read_config
-from .hub.folder import train_time_path
+from .hub.names import train_time_path
 from .hub.training import load_training
 from .models._registry import ensure_registered, is_variant_name
 from .plot import check_plot, plot_curves, plot_gains, plot_kernels, plot_profiles

@@ -54,8 +54,8 @@ from torch import nn
 from timm_reparam import ACBlock2d, fuse_model, plan_conversion, register_variant, verify_fusion
 from timm_reparam._files import write_whole
 from timm_reparam._measure import device_name
+from timm_reparam.hub import add_facts, save_checkpoint, save_pair
 from timm_reparam.hub.facts import read_facts
-from timm_reparam.hub.folder import add_facts, save_checkpoint, save_pair
 from timm_reparam.layers import RefConv2d
 from timm_reparam.profile import compare_profiles
 from timm_reparam.results import (

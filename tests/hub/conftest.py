@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hub.server import HubServer
-from timm_reparam.hub import VerifyReport, publish, untrusted, verify_pair
+from timm_reparam.hub import VerifyReport, fetch, publish, push, untrusted, verify_pair
 
 _reports: dict[str, VerifyReport] = {}
 _sleep = time.sleep
@@ -70,4 +70,5 @@ def verified_once(monkeypatch: pytest.MonkeyPatch) -> None:
             _reports[key] = verify_pair(*folders)
         return copy.deepcopy(_reports[key])
 
-    monkeypatch.setattr(sys.modules[publish.__module__], 'verify_pair', verify)
+    for module in (fetch, push, sys.modules[publish.__module__]):
+        monkeypatch.setattr(module, 'verify_pair', verify)

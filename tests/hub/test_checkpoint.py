@@ -714,7 +714,7 @@ def test_folders_that_do_not_load(tmp_path: Path, model: nn.Module):
     save_checkpoint(model, folder)
     weights = (folder / 'model.safetensors').read_bytes()
     (folder / 'model.safetensors').write_bytes(weights[: len(weights) // 2])
-    with pytest.raises(ReparamError, match='is no safetensors file'):
+    with pytest.raises(ReparamError, match='is not a safetensors file'):
         load_checkpoint(folder)
     (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin')
     with pytest.raises(ReparamError, match='safetensors'):
@@ -831,7 +831,7 @@ def test_what_cannot_be_converted_leaves_nothing(tmp_path: Path):
         (source, 'resnet18_doconv', {}, r'(?s)missing.*conv1\.weight'),
         (source, SMALL, dict(conv_options=dict(depth_multiplier=2)), 'depth_multiplier'),
         (source, 'resnet10t_acconv', dict(conv_options=dict(gamma_init=0.5)), 'scratch'),
-        (source, SMALL, dict(num_classes=7), 'num_classes: its classifier has 4, got 7'),
+        (source, SMALL, dict(num_classes=7), 'num_classes: expected 4, as in the checkpoint, got 7'),
         (tmp_path / 'missing.pth', SMALL, {}, 'not found'),
         (tmp_path / 'no.pth', SMALL, {}, 'cannot be read'),
         (tmp_path / 'none.pth', SMALL, {}, 'state dict of tensors'),

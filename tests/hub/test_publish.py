@@ -20,7 +20,7 @@ import timm_reparam
 from hub.server import HubServer
 from timm_reparam import FusionReport, ReparamError
 from timm_reparam.cli import main
-from timm_reparam.hub import publish, save_pair, self_check
+from timm_reparam.hub import publish, push, save_pair, self_check
 
 TINY = dict(num_classes=4, channels=(8, 8, 8, 8), stem_width=4)
 DATA_CONFIG = dict(input_size=(3, 32, 32), crop_pct=1.0)
@@ -177,8 +177,8 @@ def test_what_was_fetched_back_is_verified(owner: str, pair: tuple[Path, Path], 
         tensors = safetensors.torch.load(self_check(model, sha256))
         return safetensors.torch.save({**tensors, 'output': tensors['output'] + 1})
 
-    monkeypatch.setattr(sys.modules[publish.__module__], 'self_check', wrong)
-    with pytest.raises(ReparamError, match='what was fetched back is not verified: .*output: differs'):
+    monkeypatch.setattr(push, 'self_check', wrong)
+    with pytest.raises(ReparamError, match='the fetched copy is not verified: .*output: differs'):
         publish(pair[0], owner)
 
 
@@ -217,7 +217,7 @@ def test_private(hub: HubServer, owner: str, pair: tuple[Path, Path]):
 
 def test_private_over_public_is_refused(hub: HubServer, owner: str, copies: tuple[Path, Path]):
     HfApi().create_repo(f'{owner}/{NAMES[0]}')
-    with pytest.raises(ReparamError, match='is public, expected a private repo'):
+    with pytest.raises(ReparamError, match='expected a private repo, got a public one'):
         publish(copies[0], owner, private=True)
     assert not hub.commit_counts
 

@@ -121,7 +121,7 @@ def test_pull_replaces_the_same_architecture_only(hub: HubServer, published: str
     zoo = tmp_path / 'zoo'
     save(zoo, seed=5)
     report = pull(f'{published}/{NAMES[0]}', zoo)
-    assert len(report.sent) == 2 and all('in the place of another version' in result.why for result in report.sent)
+    assert len(report.sent) == 2 and all('replaced another version' in result.why for result in report.sent)
     assert snapshot(zoo) == snapshot(pair[0].parent)
     shutil.rmtree(zoo / NAMES[1])
     (zoo / NAMES[1]).mkdir()
@@ -191,11 +191,11 @@ def args(**values) -> Callable[[bytes], bytes]:
         (edited('config.json', args(num_classes=7)), 'fc.bias'),
         (edited('config.json', args(pretrained=True)), 'model_args.pretrained'),
         (edited('config.json', args(checkpoint_path='/etc/passwd')), 'model_args.checkpoint_path'),
-        (edited('config.json', args(nonsense=1)), 'model_args.nonsense: is no argument of resnet10t_doconv'),
+        (edited('config.json', args(nonsense=1)), 'model_args.nonsense: is not an argument of resnet10t_doconv'),
         (edited('config.json', lambda content: content + b' ' * 2**25), 'at most'),
-        (edited('model.safetensors', lambda content: content[:-100]), 'no safetensors'),
-        (edited('model.safetensors', lambda content: b'\xff' * 100), 'no safetensors'),
-        (edited('model.safetensors', change_weights), 'not of one save'),
+        (edited('model.safetensors', lambda content: content[:-100]), 'not a safetensors file'),
+        (edited('model.safetensors', lambda content: b'\xff' * 100), 'not a safetensors file'),
+        (edited('model.safetensors', change_weights), 'not from one save'),
         (edited('training.json', lambda content: b'[]'), 'json object'),
     ],
 )
@@ -389,7 +389,7 @@ def test_a_number_of_classes_that_is_not_that_of_the_weights(owner: str, pair, t
         config = json.loads((folder / 'config.json').read_text())
         (config[place] if place else config)['num_classes'] = value
         (folder / 'config.json').write_text(json.dumps(config))
-        with pytest.raises(ReparamError, match='num_classes: expected 4, that of the weights'):
+        with pytest.raises(ReparamError, match='num_classes: expected 4, as in the weights'):
             load_checkpoint(folder)
     report = verify(folders[0])
     assert not report.passed and report.fusion is None and len(report.problems) == 2
@@ -415,7 +415,7 @@ def test_a_damaged_self_check_is_mended_as_the_error_says(hub: HubServer, publis
     repo = f'{published}/{NAMES[1]}'
     change(hub, repo, CHECK, change_tensors)
     (problem,) = verify(repo).problems
-    assert problem.endswith('; delete that file on the Hub, publish the pair again')
+    assert problem.endswith('; delete this file on the Hub, then publish the pair again')
     change(hub, repo, CHECK, lambda content: None)
     publish(pair[0], published)
     report = verify(repo)
@@ -431,7 +431,7 @@ def test_verify_finds_a_half_new_pair(hub: HubServer, published: str, tmp_path: 
     report = verify(f'{published}/{NAMES[0]}')
     wrong = [name for name, right in report.checks.items() if not right]
     assert not report.passed and wrong == [f'{NAMES[0]}: one save'] and report.fusion is None
-    with pytest.raises(ReparamError, match='not of one save'):
+    with pytest.raises(ReparamError, match='not from one save'):
         pull(f'{published}/{NAMES[0]}', tmp_path / 'zoo')
     publish(new[0], published)
     assert verify(f'{published}/{NAMES[0]}').passed

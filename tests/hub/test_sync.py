@@ -134,7 +134,7 @@ def test_stock_models_are_left_out(hub: HubServer, owner: str, tmp_path: Path):
     report = sync(zoo, owner)
     (skipped,) = report.skipped
     assert report.ok and len(report.sent) == 2
-    assert skipped.repo_id == f'{owner}/resnet10t.a' and skipped.why == 'a stock model, no pair'
+    assert skipped.repo_id == f'{owner}/resnet10t.a' and skipped.why == 'a stock model without a fused form'
     assert f'{owner}/resnet10t.a' not in hub.repos
     shutil.rmtree(zoo / f'{MODEL}.a_fused')
     report = sync(zoo, owner)

@@ -2,18 +2,14 @@
 
 from .card import render_card
 from .convert import convert_checkpoint, fuse_checkpoint
+from .copies import add_facts
 from .facts import check_facts
-from .folder import (
-    add_facts,
-    check_pair,
-    check_tag,
-    folder_name,
-    load_checkpoint,
-    save_checkpoint,
-    save_pair,
-)
+from .folder import check_pair, save_checkpoint, save_pair
 from .gate import VerifyReport, self_check, verify_checkpoint, verify_pair
-from .sync import RepoResult, SyncReport, publish, pull, sync, verify
+from .load import load_checkpoint
+from .names import check_tag, folder_name
+from .report import RepoResult, SyncReport
+from .sync import publish, pull, sync, verify
 from .training import base_model_facts
 
 __all__ = [

@@ -1,8 +1,8 @@
-"""Model cards, rendered from the files of a checkpoint folder and from nothing else.
+"""Model cards, rendered from the files of a checkpoint folder only.
 
-A card is a pure function of ``config.json``, ``training.json`` (if there is one) and the hash of ``model.safetensors``,
-so rendering again gives the same bytes. What the facts of ``training.json`` do not say (see
-:mod:`timm_reparam.hub.facts`) is not in the card.
+A card is a pure function of ``config.json``, ``training.json`` (if it exists), the hash of ``model.safetensors`` and
+the notes of the present card, so rendering again gives the same bytes. A card states only the facts of
+``training.json`` (see :mod:`timm_reparam.hub.facts`).
 """
 
 import functools
@@ -34,6 +34,7 @@ from .facts import (
     read_facts,
     sha256_of,
 )
+from .markdown import code_span, escape, fenced, hub_link
 
 __all__ = ['bibtex', 'card_text', 'notes_of', 'render_card', 'template_folder']
 
@@ -52,7 +53,7 @@ def render_card(folder: str | Path) -> str:
         The text of ``README.md``; the same bytes every time for the same files.
 
     Raises:
-        ReparamError: A file is missing, or says something that has the wrong form.
+        ReparamError: A file is missing, or a value in it has the wrong type.
     """
     folder = Path(folder)
     return card_text(
@@ -61,9 +62,9 @@ def render_card(folder: str | Path) -> str:
 
 
 def notes_of(path: Path) -> str:
-    """The section of notes in a card, with its two marker lines; empty if the card has none.
+    """Return the section of notes of a card, with its marker lines; empty if the card has none.
 
-    It begins with the line ``<!-- notes -->`` and ends with the line ``<!-- end of notes -->``.
+    The section starts with the line ``<!-- notes -->`` and ends with the line ``<!-- end of notes -->``.
     """
     try:
         text = path.read_bytes().decode('utf-8')
@@ -75,13 +76,13 @@ def notes_of(path: Path) -> str:
 
 
 def card_text(config: dict[str, Any], facts: dict[str, Any], sha256: str, notes: str = '') -> str:
-    """Render a card from what lies in a checkpoint folder.
+    """Render a card from the content of a checkpoint folder.
 
     Args:
         config: Content of ``config.json``, see :func:`read_config`.
-        facts: Content of ``training.json``, see :func:`read_facts`; empty if there is none.
+        facts: Content of ``training.json``, see :func:`read_facts`; empty if there is no such file.
         sha256: Hash of ``model.safetensors``.
-        notes: Section of notes, see :func:`notes_of`, kept as it is.
+        notes: Section of notes, see :func:`notes_of`, which is put at the end without change.
 
     Returns:
         The text of ``README.md``.
@@ -91,9 +92,9 @@ def card_text(config: dict[str, Any], facts: dict[str, Any], sha256: str, notes:
     return str(card).rstrip() + '\n' + (f'\n{notes}\n' if notes else '')
 
 
-@functools.cache  # compiling a template takes most of the time of a card
+@functools.cache  # compiling a template takes most of the time of rendering
 def _template(form: str) -> jinja2.Template:
-    """The template of a form's card."""
+    """The template of the card of a form."""
     folder = template_folder()
     return jinja2.Template(
         ''.join((folder / name).read_text(encoding='utf-8') for name in (f'{form}.md', 'details.md'))
@@ -101,10 +102,10 @@ def _template(form: str) -> jinja2.Template:
 
 
 def template_folder() -> Path:
-    """Return the folder of the card templates, of an installed package or of a checkout.
+    """Return the folder of the card templates, in an installed package or in a checkout.
 
     Raises:
-        ReparamError: There are no templates in either place.
+        ReparamError: Neither place has templates.
     """
     package = Path(str(importlib.resources.files('timm_reparam')))
     for folder in (package / 'model_cards', package.parent / 'model_cards'):
@@ -116,7 +117,7 @@ def template_folder() -> Path:
 
 
 class _Context:
-    """The facts of one folder, turned into front matter and into texts that are safe to put into Markdown."""
+    """The values that a template is rendered with: the front matter, and texts that are safe in Markdown."""
 
     def __init__(self, config: dict[str, Any], facts: dict[str, Any], sha256: str):
         self.config, self.facts, self.sha256 = config, facts, sha256
@@ -125,15 +126,16 @@ class _Context:
         is_variant = bool(stock) and suffix in VARIANTS
         self.variant = facts.get('variant') or (suffix if is_variant else None)
         self.stock_architecture = facts.get('stock_architecture') or (stock if is_variant else architecture)
-        # a model that was never a variant is described as a fused one of which less is known
+        # the card of a stock model uses the template of the fused form, with fewer facts
         self.form = facts.get('form') or ('train_time' if is_variant else 'fused')
-        self.is_plain = self.variant is None
+        self.is_stock = self.variant is None
         self.is_dynamic = is_variant and VARIANTS[suffix].input_dependent
         self.name = facts['name'] if _is_repo_name(facts.get('name')) else None
         self.repo = facts['repo'] if is_published_id(facts.get('repo')) else None
         self.license = license_data(facts)
 
     def card_data(self) -> ModelCardData:
+        """The front matter."""
         facts = self.facts
         base = facts.get('base_model') or {}
         dataset = facts.get('dataset') or {}
@@ -154,23 +156,24 @@ class _Context:
         return ModelCardData(**{key: value for key, value in data.items() if value is not None})
 
     def texts(self) -> dict[str, Any]:
+        """The variables of the template."""
         facts, config = self.facts, self.config
         method = VARIANTS[self.variant].method if self.variant in VARIANTS else None
         input_size = config['pretrained_cfg'].get('input_size')
         input_size = input_size if is_size(input_size) else None
         sibling = facts.get('sibling') or {}
         return {
-            'title': _markdown(self._title()),
+            'title': escape(self._title()),
             'source': f'hf-hub:{self.repo}' if self.repo else f'local-dir:path/to/{self.name or "this-folder"}',
             'needs_plugin': self.form == 'train_time' or self.is_dynamic,
             'registration': self._registration(),
             'image_mode': _IMAGE_MODES.get(input_size[0]) if input_size else None,
-            'architecture': _code(config['architecture']),
-            'stock_architecture': _code(self.stock_architecture),
+            'architecture': code_span(config['architecture']),
+            'stock_architecture': code_span(self.stock_architecture),
             'method': method,
             'citation': bibtex(self.variant, method) if method and self.variant else None,
             'is_dynamic': self.is_dynamic,
-            'start': self._start(),
+            'start': self._base_model_line(),
             'license': self._license_line(),
             'input_size': _size(input_size) if input_size else None,
             'num_classes': config['num_classes'] if isinstance(config.get('num_classes'), int) else None,
@@ -183,18 +186,18 @@ class _Context:
             'fusion': self._fusion_lines(),
             'cost': self._cost_rows(),
             'sibling': self._sibling(sibling),
-            'sibling_sha256': _markdown(sibling['sha256']) if sibling.get('sha256') else None,
+            'sibling_sha256': escape(sibling['sha256']) if sibling.get('sha256') else None,
             'sha256': self.sha256,
-            'recipe': _fenced(json.dumps(facts['recipe'], indent=2), 'json') if facts.get('recipe') else None,
+            'recipe': fenced(json.dumps(facts['recipe'], indent=2), 'json') if facts.get('recipe') else None,
             'environment': ', '.join(
-                f'{_markdown(name)} {_markdown(version)}'
+                f'{escape(name)} {escape(version)}'
                 for name, version in (facts.get('environment') or {}).items()
                 if version is not None
             ),
         }
 
     def _registration(self) -> str | None:
-        """The call that registers the architecture, or None if importing the package does."""
+        """The call that registers the architecture; None if importing the package registers it."""
         stock, _, variant = self.config['architecture'].rpartition('_')
         if variant not in VARIANTS or not re.fullmatch(r'[A-Za-z0-9_]+', stock):
             return None
@@ -202,8 +205,8 @@ class _Context:
             return None
         return f"timm_reparam.register_variant('{stock}', '{variant}')"
 
-    def _start(self) -> str | None:
-        """Where the weights started, or None if the facts do not say."""
+    def _base_model_line(self) -> str | None:
+        """Where the weights come from; None if the facts do not say."""
         if 'base_model' not in self.facts:
             return None
         base = self.facts['base_model']
@@ -211,42 +214,42 @@ class _Context:
             return 'random weights'
         if not base.get('id'):
             return 'trained weights of which nothing is recorded'
-        text = _hub_link(base['id'])
-        return f'{text}, revision {_markdown(base["revision"])}' if base.get('revision') else text
+        text = hub_link(base['id'])
+        return f'{text}, revision {escape(base["revision"])}' if base.get('revision') else text
 
     def _license_line(self) -> str:
         if not self.license:
             return 'none is stated'
-        text = _markdown(self.license.get('license_name') or self.license['license'])
+        text = escape(self.license.get('license_name') or self.license['license'])
         if self.license.get('license_link'):
-            text += f' ({_code(self.license["license_link"])})'
+            text += f' ({code_span(self.license["license_link"])})'
         return text if self.facts.get('license') else f'{text}, that of the weights it started from'
 
     def _sibling(self, sibling: dict[str, Any]) -> str | None:
-        """The other form: a link if it is known to be published."""
+        """The other form, as a link if it is published."""
         repo, name = sibling.get('repo'), sibling.get('name')
         if not repo and self.repo and _is_repo_name(name):
-            repo = f'{self.repo.partition("/")[0]}/{name}'  # the two forms of a pair are published side by side
+            repo = f'{self.repo.partition("/")[0]}/{name}'  # both forms are published under one namespace
         if repo and is_published_id(repo):
-            return _hub_link(repo)
-        return _markdown(name) if name else None
+            return hub_link(repo)
+        return escape(name) if name else None
 
     def _title(self) -> str:
         return self.name or plain(self.config['architecture'])
 
     def _measured(self, kind: str) -> dict[str, dict[str, Any]]:
-        """What was measured of each form, by the label of the form; a plain model has one form only."""
+        """Measured values by the label of the form; a stock model has one form only, with the label 'Value'."""
         measured = {form: values for form, values in (self.facts.get(kind) or {}).items() if form in FORMS and values}
-        if self.is_plain:
+        if self.is_stock:
             return dict(zip(['Value'], measured.values()))
         return {_FORM_LABELS[form]: measured[form] for form in FORMS if form in measured}
 
     def _metrics(self) -> list[tuple[str, float, str]]:
-        measured = self._measured('metrics').get('Value' if self.is_plain else _FORM_LABELS[self.form]) or {}
+        measured = self._measured('metrics').get('Value' if self.is_stock else _FORM_LABELS[self.form]) or {}
         measured = {key: value for key, value in measured.items() if value is not None}
-        known = {key: measured[key] for key in _METRIC_LABELS if key in measured}  # these first, in this order
+        known = {key: measured[key] for key in _METRIC_LABELS if key in measured}  # these come first, in this order
         measured = known | measured
-        return [(_METRIC_LABELS.get(key) or _markdown(key), round(value, 4), key) for key, value in measured.items()]
+        return [(_METRIC_LABELS.get(key) or escape(key), round(value, 4), key) for key, value in measured.items()]
 
     def _eval_results(self, dataset: dict[str, Any]) -> list[EvalResult]:
         name = plain(dataset.get('name') or '')
@@ -272,7 +275,7 @@ class _Context:
         dataset = self.facts.get('dataset') or {}
         lines = []
         if dataset.get('name'):
-            lines.append(f'Dataset: {_markdown(dataset["name"])}')
+            lines.append(f'Dataset: {escape(dataset["name"])}')
         images = [
             f'{dataset[key]} for {use}'
             for key, use in (('train_images', 'training'), ('validation_images', 'validation'))
@@ -283,18 +286,18 @@ class _Context:
         labels = dataset.get('label_names') or []
         if labels:
             lines.append(
-                'Labels: ' + ', '.join([_markdown(label) for label in labels[:20]] + ['...'] * (len(labels) > 20))
+                'Labels: ' + ', '.join([escape(label) for label in labels[:20]] + ['...'] * (len(labels) > 20))
             )
         return lines
 
     def _layer_lines(self) -> list[str]:
-        """What was compared layer by layer; none if the facts are older than that comparison."""
+        """Results of the comparison layer by layer; empty if an older version wrote the facts, without them."""
         fusion = self.facts.get('fusion') or {}
         lines = []
         if fusion.get('num_layers'):
             lines.append(f'Layers compared, each with its own train-time layer in float64: {fusion["num_layers"]}')
         if fusion.get('worst_layer'):
-            lines.append(f'Worst layer: {self._layer_words(fusion["worst_layer"])}')
+            lines.append(f'Worst layer: {self._layer_line(fusion["worst_layer"])}')
         if not lines:
             return []
         for label, key in (
@@ -307,8 +310,8 @@ class _Context:
         return lines
 
     @staticmethod
-    def _layer_words(layer: Mapping[str, Any]) -> str:
-        words = [_code(layer['name'])] if plain(layer.get('name') or '') else []
+    def _layer_line(layer: Mapping[str, Any]) -> str:
+        words = [code_span(layer['name'])] if plain(layer.get('name') or '') else []
         if layer.get('kernel') is not None:
             words.append(f'kernel within {layer["kernel"]:.3g} units in the last place')
         if layer.get('algebra') is not None:
@@ -346,7 +349,7 @@ class _Context:
         return lines
 
     def _cost_rows(self) -> list[list[str]]:
-        """Rows of the table of costs, its header first; none if nothing was measured."""
+        """Rows of the table of costs, with the header first; empty if nothing was measured."""
         profiles = self._measured('profile')
         rows = [
             self._cost_row(label, key, layout, profiles, conditions)
@@ -369,7 +372,7 @@ class _Context:
         profiles: Mapping[str, dict[str, Any]],
         conditions: Callable[[dict[str, Any]], str] | None,
     ) -> list[str]:
-        """A row, with what it was measured under beside its label, or beside each figure where that differs."""
+        """A row; the conditions of the measurement stand beside the label, or beside each figure if they differ."""
         cells = {
             form: layout.format(profile[key]) for form, profile in profiles.items() if profile.get(key) is not None
         }
@@ -389,11 +392,12 @@ def _macs_conditions(profile: dict[str, Any]) -> str:
 def _latency_conditions(profile: dict[str, Any]) -> str:
     where = [f'{profile["runs"]} runs'] if profile.get('runs') is not None else []
     where += [f'batch of {profile["batch_size"]}'] if profile.get('batch_size') is not None else []
-    where += [_markdown(profile[key]) for key in ('device', 'dtype') if isinstance(profile.get(key), str)]
+    where += [escape(profile[key]) for key in ('device', 'dtype') if isinstance(profile.get(key), str)]
     return ', '.join(where)
 
 
 def _is_repo_name(text: Any) -> bool:
+    """Whether a value is a valid repo name, without a namespace."""
     return is_repo_id(text) and '/' not in text
 
 
@@ -401,46 +405,11 @@ def _size(value: Sequence[int]) -> str:
     return ' x '.join(str(side) for side in value)
 
 
-def _hub_link(repo: str) -> str:
-    """A link to a repo on the Hub; the bare text if no repo can have this name."""
-    return f'[{_markdown(repo)}](https://huggingface.co/{repo})' if is_published_id(repo) else _markdown(repo)
-
-
-# Every ascii punctuation mark may be escaped in Markdown. Left as they are: those that can do no harm, the dot, dash
-# and underscore inside of a word, and the colon, but not those that would make an address a link.
-_MARKUP = re.compile(
-    r"""[!#$&()*;<=>?@\[\]\\^`{|}~]|(?<![A-Za-z0-9])[._-]|[._-](?![A-Za-z0-9])|(?<=www)\.|:(?=/)""", re.IGNORECASE
-)
-_ENTITIES = {'<': '&lt;', '>': '&gt;', '&': '&amp;'}
-
-
-def _markdown(text: str) -> str:
-    """One line of text in which Markdown and HTML see no markup, wherever in a line it is put."""
-    return _MARKUP.sub(lambda match: _ENTITIES.get(match[0], '\\' + match[0]), plain(text))
-
-
-def _code(text: str) -> str:
-    """One line of text as a code span, its fence longer than any run of backticks inside."""
-    text = plain(text)
-    fence = '`' * (_longest_backticks(text) + 1)
-    padding = ' ' if text.startswith('`') or text.endswith('`') else ''
-    return f'{fence}{padding}{text}{padding}{fence}'
-
-
-def _fenced(text: str, language: str) -> str:
-    fence = '`' * max(3, _longest_backticks(text) + 1)
-    return f'{fence}{language}\n{text}\n{fence}'
-
-
-def _longest_backticks(text: str) -> int:
-    return max((len(run) for run in re.findall('`+', text)), default=0)
-
-
 def bibtex(key: str, method: Method) -> str:
     """Return the BibTeX entry of a method's paper.
 
     Args:
-        key: What the entry is cited by, its year aside.
+        key: Citation key, without the year.
         method: The method.
     """
     fields = {

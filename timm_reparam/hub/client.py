@@ -1,8 +1,8 @@
-"""The Hub through huggingface_hub's own client: read a repo, commit to it, fetch files, say in one line what failed.
+"""Access to the Hub through huggingface_hub: read a repo, commit to it, fetch files; every error is one line.
 
-Repetitions, waits and hashes are the client's. Only its public functions and error classes are used, from 0.30 on. What
-a version lacks is looked for, never concluded from its number: its HTTP library (requests, httpx, httpx2) is known only
-as what ``HfHubHTTPError`` is made of.
+Retries, waits and hashes are left to huggingface_hub. Only its public functions and error classes are used, from
+version 0.30 on. Features are detected, never derived from the version number. Its HTTP library (requests, httpx or
+httpx2) is known only through the base classes of ``HfHubHTTPError``.
 """
 
 import errno
@@ -51,14 +51,14 @@ __all__ = [
 ]
 
 _T = TypeVar('_T')
-# Errors of the HTTP library, whichever it is: the bases of the client's own error between it and Python's classes.
+# Errors of the HTTP library: the bases of HfHubHTTPError that are not Python's own.
 _HTTP_ERRORS: tuple[type[Exception], ...] = tuple(
     base
     for base in HfHubHTTPError.__mro__
     if issubclass(base, Exception) and base.__module__ != 'builtins' and base is not HfHubHTTPError
 )
-# OSError: the client's offline, not-found and consistency errors. RuntimeError: what it wraps a failed upload into.
-# JSONDecodeError: an answer that broke off. Public, because timm lets them through, too.
+# OSError: offline, not-found and consistency errors of huggingface_hub. RuntimeError: failed uploads. JSONDecodeError:
+# truncated answers. Public, because timm does not catch them either.
 CLIENT_ERRORS: tuple[type[Exception], ...] = (
     HfHubHTTPError,
     EntryNotFoundError,
@@ -69,21 +69,21 @@ CLIENT_ERRORS: tuple[type[Exception], ...] = (
 )
 _BUSY = (408, 429, 500, 502, 503, 504)
 _LOCAL = (errno.EACCES, errno.EDQUOT, errno.ENOENT, errno.ENOSPC, errno.EROFS)
-_PAUSES = (1.0, 4.0)  # seconds before what the client does not repeat is tried again
+_PAUSES = (1.0, 4.0)  # seconds before requests that huggingface_hub does not retry are retried
 
 
 class Conflict(ReparamError):
-    """Somebody else changed a repo after it was read; nothing of theirs was touched."""
+    """Somebody else changed a repo after it was read. Nothing was overwritten."""
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """What the Hub says of a file.
+    """A file on the Hub.
 
     Attributes:
-        size: Its size in bytes.
-        git_oid: Git's hash of it (of the pointer to it, for an LFS file).
-        sha256: Hash of the content of an LFS file; None for others.
+        size: Size in bytes.
+        git_oid: Git's hash of the file, or of the pointer if it is an LFS file.
+        sha256: Hash of the content of an LFS file; None for other files.
     """
 
     size: int | None
@@ -93,11 +93,11 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class RepoState:
-    """What a repo shows at one moment.
+    """The state of a repo at one commit.
 
     Attributes:
-        head: Id of the commit that was read.
-        files: Path to file.
+        head: Id of the commit.
+        files: Files by path.
         private: Whether the repo is private.
     """
 
@@ -106,7 +106,7 @@ class RepoState:
     private: bool
 
     def has(self, operation: CommitOperationAdd) -> bool:
-        """Whether the repo has a file as an operation would put it there."""
+        """Whether the repo already has the file of an operation, with the same content."""
         found = self.files.get(operation.path_in_repo)
         if found is None:
             return False
@@ -117,7 +117,7 @@ class RepoState:
 
 
 class HubClient:
-    """The Hub as this package needs it.
+    """Access to the Hub.
 
     Args:
         token: Access token; the stored one or HF_TOKEN by default.
@@ -130,17 +130,17 @@ class HubClient:
         self._token = token
 
     def find(self, repo_id: str, revision: str | None = None) -> RepoState | None:
-        """Read what a repo shows, with the client's repetitions.
+        """Read the state of a repo, with the retries of huggingface_hub.
 
         Args:
             repo_id: The repo.
             revision: Branch, tag or commit; main by default.
 
         Returns:
-            What it shows; None if there is no such repo.
+            Its state; None if the repo does not exist.
 
         Raises:
-            ReparamError: There is no such revision, or the Hub does not say.
+            ReparamError: The revision does not exist, or the request failed.
         """
         address = f'{self.api.endpoint}/api/models/{repo_id}'
         address += f'/revision/{quote(revision, safe="")}' if revision else ''
@@ -161,14 +161,17 @@ class HubClient:
             raise ReparamError(f'{repo_id}: has no revision {revision!r}; make it first, or name another one') from None
         except RepositoryNotFoundError:
             return None
-        except Exception as error:  # an answer may hold anything
+        except Exception as error:  # a malformed answer may raise anything
             raise self.failure(repo_id, error) from None
 
     def read(self, repo_id: str, revision: str | None = None) -> RepoState:
-        """Read what a repo shows, which has to be there; see :meth:`find`."""
+        """Read the state of an existing repo; see :meth:`find`."""
         state = self.find(repo_id, revision)
         if state is None:
-            raise ReparamError(f'{repo_id}: {self.address} has no such model, or does not show it to this token')
+            raise ReparamError(
+                f'{repo_id}: {self.address} has no such model, or does not show it to this token; check the name, or '
+                'log in with another token'
+            )
         return state
 
     def commit(
@@ -181,32 +184,32 @@ class HubClient:
         private: bool = False,
         **options: Any,
     ) -> tuple[str, str | None]:
-        """Put files into a repo by one commit on top of what was read, once and not twice.
+        """Commit files to a repo exactly once, on top of the state that was read.
 
-        The client does not repeat the request that commits. Where no answer came, the head tells: unchanged, it is
-        tried again; with the files, they have landed.
+        huggingface_hub does not retry the commit request. If no answer arrives, the head of the repo decides: if it is
+        unchanged, the commit is retried; if it has the files, the commit has succeeded.
 
         Args:
-            repo_id: The repo; made if it was not there.
+            repo_id: The repo; created if it does not exist.
             operations: The files.
-            base: What was read; None if there was no such repo.
+            base: State of the repo; None if it does not exist.
             message: Title of the commit.
-            private: Make the repo private if it is made.
-            **options: Those of the client's ``create_commit``: revision, create_pr.
+            private: Make a new repo private.
+            **options: Options of ``HfApi.create_commit``: revision, create_pr.
 
         Returns:
             Id of the commit, and the address of the pull request if it is one.
 
         Raises:
-            Conflict: The repo is no longer as it was read.
-            ReparamError: It failed for good. The repo shows what it did, unless that could not be read.
+            Conflict: The repo was changed after it was read.
+            ReparamError: The commit failed. The repo is unchanged, unless its state could not be read.
         """
         for pause in (*_PAUSES, None):
             try:
                 if base is None:
                     self.api.create_repo(repo_id, private=private, exist_ok=True)
                     base = self.read(repo_id)
-                    if base.files.keys() - {'.gitattributes'} or base.private < private:  # that much is in a new one
+                    if base.files.keys() - {'.gitattributes'} or base.private < private:  # a new repo has that file
                         raise _conflict(repo_id)
                 made = self.api.create_commit(
                     repo_id, operations, commit_message=message, parent_commit=base.head, **options
@@ -214,10 +217,10 @@ class HubClient:
                 return made.oid, made.pr_url
             except ReparamError:
                 raise
-            except Exception as error:  # an answer may hold anything
+            except Exception as error:  # a malformed answer may raise anything
                 status = _status(error)
-                if base is not None and options.get('create_pr') and _passes(error) and status != 429:
-                    remedy = 'look at its pull requests, and publish again if it is not there'
+                if base is not None and options.get('create_pr') and _is_transient(error) and status != 429:
+                    remedy = 'look at its pull requests, and publish again if there is none'
                     raise ReparamError(f'{self.failure(f"{repo_id}: commit", error)}; {remedy}') from None
                 if base is not None and (status is None or status >= 500 or status in (*_BUSY, 409, 412)):
                     now = self.read(repo_id, options.get('revision'))
@@ -227,22 +230,22 @@ class HubClient:
                             return now.head, None
                     if now.head != base.head or status in (409, 412):
                         raise _conflict(repo_id) from None
-                if pause is None or not _passes(error):
+                if pause is None or not _is_transient(error):
                     raise self.failure(f'{repo_id}: commit', error) from None
                 time.sleep(pause)
         raise AssertionError('the last try returns or raises')
 
     def download(self, repo_id: str, paths: Iterable[str], state: RepoState, folder: Path) -> None:
-        """Fetch files of a repo into a folder, by the id of the commit, and compare their hashes.
+        """Fetch files of a repo from one commit into a folder, and compare their hashes.
 
         Args:
             repo_id: The repo.
             paths: The files.
-            state: What the repo shows.
-            folder: Where to put them.
+            state: State of the repo, with the commit and the hashes.
+            folder: Where to put the files.
 
         Raises:
-            ReparamError: A file cannot be fetched, or is not what the Hub says it is.
+            ReparamError: A file cannot be fetched, or has another hash than the Hub gives.
         """
         for path in paths:
             options: dict[str, Any] = dict(revision=state.head, local_dir=folder)
@@ -251,28 +254,28 @@ class HubClient:
                 raise ReparamError(f'{repo_id}: {path}: expected the hash that the Hub gives for it, got other content')
 
     def repeat(self, wanted: str, function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
-        """Call a function of the client, again where an error may pass and the client does not repeat it itself.
+        """Call a function of huggingface_hub that does not retry by itself; retry it after transient errors.
 
         Args:
-            wanted: What it is for, to begin a message with.
+            wanted: What the call is for, the start of the error message.
             function: The function.
             *args: Its arguments.
             **kwargs: Its arguments.
 
         Raises:
-            ReparamError: It failed for good.
+            ReparamError: The last try failed, or the error is permanent.
         """
         for pause in (*_PAUSES, None):
             try:
                 return function(*args, **kwargs)
-            except Exception as error:  # an answer may hold anything
-                if pause is None or not _passes(error):
+            except Exception as error:  # a malformed answer may raise anything
+                if pause is None or not _is_transient(error):
                     raise self.failure(wanted, error) from None
                 time.sleep(pause)
         raise AssertionError('the last try returns or raises')
 
     def failure(self, wanted: str, error: BaseException) -> ReparamError:
-        """The error to raise for one of the client's: one line, what was wanted first."""
+        """Return the error to raise for an error of huggingface_hub: one line that starts with what was wanted."""
         endpoint, status, cause = self.address, _status(error), error.__cause__ or error
         local = 'a checkpoint on disk needs no network: timm.create_model("local-dir:FOLDER", pretrained=True)'
         text = self._without_token(getattr(error, 'server_message', None) or error)
@@ -282,21 +285,23 @@ class HubClient:
         elif getattr(error, 'errno', None) in _LOCAL:
             reason = f'{text} on this machine'
         elif isinstance(error, GatedRepoError):
-            reason = f'{endpoint} asks for permission; accept its terms on its page, and log in with a token'
+            reason = f'{endpoint} requires permission; accept the terms on the page of the repo, log in with a token'
         elif status in (401, 403) or isinstance(error, RepositoryNotFoundError):
-            reason = f'{endpoint} refuses it or has no such repo (HTTP {status}); log in with a token that may do this'
+            reason = (
+                f'{endpoint} denies access or has no such repo (HTTP {status}); log in with a token that may do this'
+            )
         elif status == 429:
             reason = f'{endpoint} limits the rate (HTTP 429); try again later'
         elif status is not None:
             reason = f'{endpoint} answers HTTP {status}: {text}'
-        elif type(error) is ValueError:  # the Hub's opinion of a card
+        elif type(error) is ValueError:  # the Hub rejects the card
             reason = text
-        elif 'xet-write-token' in kind:  # newer clients send large files that way, whatever the Hub says
-            reason = f'{endpoint} has no Xet; set HF_HUB_DISABLE_XET=1 in the environment'
+        elif 'xet-write-token' in kind:  # newer versions use Xet for large files even if the server has no Xet
+            reason = f'{endpoint} does not support Xet; set HF_HUB_DISABLE_XET=1 in the environment'
         elif isinstance(error, CLIENT_ERRORS):
             reason = f'no answer from {endpoint} ({kind[:200]}); check the network, or use a local folder, {local}'
         else:
-            reason = f'{endpoint} gives an answer, or has an address, that the client cannot read ({kind[:200]})'
+            reason = f'{endpoint} gave an invalid answer, or is an invalid address ({kind[:200]})'
         return ReparamError(f'{wanted}: {reason}')
 
     def _without_token(self, error: BaseException | str) -> str:
@@ -305,15 +310,15 @@ class HubClient:
 
 
 def limit_requests(seconds: float) -> None:
-    """Let every request of huggingface_hub in this process fail after a time without an answer.
+    """Set a timeout for every request of huggingface_hub in this process.
 
-    For programs: the client has one session for a process, and waits without a limit by default.
+    For programs only, because huggingface_hub has one session a process. By default it has no timeout.
 
     Args:
-        seconds: How long to wait.
+        seconds: The timeout.
 
     Raises:
-        ReparamError: The time is not above 0.
+        ReparamError: The timeout is not above 0.
     """
     if not seconds > 0:
         raise ReparamError(f'timeout: expected a number of seconds above 0, got {seconds!r}')
@@ -333,7 +338,7 @@ def limit_requests(seconds: float) -> None:
 
 
 def check_repo_id(repo_id: str) -> str:
-    """Check a repo id before it is put into an address or a path.
+    """Check a repo id before it is used in an address or a path.
 
     Args:
         repo_id: ``namespace/name``.
@@ -342,15 +347,15 @@ def check_repo_id(repo_id: str) -> str:
         The same id.
 
     Raises:
-        ReparamError: It is no legal id of that form.
+        ReparamError: The id is not valid.
     """
-    legal = isinstance(repo_id, str) and repo_id.isascii() and repo_id.count('/') == 1
-    legal = legal and all(len(part) <= 96 for part in repo_id.split('/'))
+    is_valid = isinstance(repo_id, str) and repo_id.isascii() and repo_id.count('/') == 1
+    is_valid = is_valid and all(len(part) <= 96 for part in repo_id.split('/'))
     try:
         validate_repo_id(repo_id)
     except HFValidationError:
-        legal = False
-    if not legal:
+        is_valid = False
+    if not is_valid:
         raise ReparamError(f'{repo_id!r}: expected a repo, NAMESPACE/NAME of letters, digits, ".", "_" and "-"')
     return repo_id
 
@@ -361,7 +366,7 @@ def one_line(error: BaseException | str) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """A text with stars for tokens and for names and passwords in addresses, and ``~`` for the user's own folder."""
+    """Replace tokens, and names and passwords in addresses, by stars, and the user's home folder by ``~``."""
     text = re.sub(r'\bhf_[A-Za-z0-9]{20,}|(?<=Bearer )\S+|(?<=://)[^/\s@]+(?=@)', '***', text)
     known, home = get_token(), os.path.expanduser('~')
     text = text.replace(known, '***') if known else text
@@ -369,11 +374,13 @@ def without_secrets(text: str) -> str:
 
 
 def _conflict(repo_id: str) -> Conflict:
-    return Conflict(f'{repo_id}: was changed by somebody else meanwhile; nothing of theirs was touched; publish again')
+    return Conflict(
+        f'{repo_id}: was changed by somebody else after it was read; nothing was overwritten; publish again'
+    )
 
 
 def _status(error: BaseException | None) -> int | None:
-    """The HTTP status that an error is about, if it is about one."""
+    """The HTTP status of an error or of one of its causes; None if there is none."""
     while error is not None:
         status = getattr(getattr(error, 'response', None), 'status_code', None)
         if status is not None:
@@ -382,8 +389,8 @@ def _status(error: BaseException | None) -> int | None:
     return None
 
 
-def _passes(error: BaseException) -> bool:
-    """Whether an error may pass: a busy server, or no answer."""
+def _is_transient(error: BaseException) -> bool:
+    """Whether a retry may succeed: the server is busy, or did not answer."""
     status = _status(error)
     if status is not None:
         return status in _BUSY

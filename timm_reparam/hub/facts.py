@@ -1,22 +1,22 @@
-"""The files of a checkpoint folder that describe it: ``config.json``, and ``training.json`` with its facts.
+"""The files that describe a checkpoint folder: ``config.json``, and ``training.json`` with the facts.
 
-Keys of ``training.json`` that cards use; others are kept as they are:
+Keys of ``training.json`` that cards use; other keys are kept:
 
 - ``form``: 'train_time' or 'fused'; ``name``: name of the folder; ``tag``; ``variant``; ``stock_architecture``;
-- ``repo``: where the folder is published, 'owner/name', as publishing writes it into the published files;
-- ``base_model``: where the weights started, dict(id=Hub repo, revision=commit or None, license=...), or None when the
-  training started from random weights;
-- ``license``, ``license_name``, ``license_link``: licence of the weights, where it is not that of the base model;
+- ``repo``: Hub repo of the folder, 'owner/name', only in published files;
+- ``base_model``: the weights that the training started from, dict(id=Hub repo, revision=commit or None, license=...),
+  or None for random weights;
+- ``license``, ``license_name``, ``license_link``: licence of the weights, if it is not that of the base model;
 - ``dataset``: dict(name=..., id=Hub dataset, split=..., train_images=..., validation_images=..., label_names=[...]);
 - ``metrics``: by form, for instance dict(train_time=dict(top1=97.5), fused=dict(top1=97.5)), accuracies in percent;
 - ``logit_difference``: largest absolute difference between the logits of the two forms;
-- ``profile``: by form, as :meth:`timm_reparam.profile.Profile.to_dict` gives it;
-- ``fusion``: what verifying the fusion measured, as :meth:`timm_reparam.FusionReport.to_dict` gives it;
-- ``sibling``: the other form, dict(name=..., repo=where it is published, by default beside this one, sha256=hash of
-  its model.safetensors);
-- ``results``: how the method compares with stock over several seeds, entries of :class:`timm_reparam.results.Summary`
-  as their ``to_dict`` gives them;
-- ``recipe``: settings of the training run; ``environment``: versions it ran with.
+- ``profile``: by form, as returned by :meth:`timm_reparam.profile.Profile.to_dict`;
+- ``fusion``: report of the verification, as returned by :meth:`timm_reparam.FusionReport.to_dict`;
+- ``sibling``: the other form, dict(name=..., repo=Hub repo, by default in the same namespace, sha256=hash of its
+  model.safetensors);
+- ``results``: comparison of the method with stock over several seeds, a list of ``to_dict`` of
+  :class:`timm_reparam.results.Summary`;
+- ``recipe``: settings of the training run; ``environment``: versions of the software.
 """
 
 import hashlib
@@ -54,6 +54,8 @@ __all__ = [
     'sha256_of',
     'state_license',
     'stated_license',
+    'write_facts',
+    'write_text',
 ]
 
 CONFIG_NAME = 'config.json'
@@ -61,16 +63,16 @@ FACTS_NAME = 'training.json'
 WEIGHTS_NAME = 'model.safetensors'
 CARD_NAME = 'README.md'
 FILES = (CARD_NAME, CONFIG_NAME, FACTS_NAME, WEIGHTS_NAME)
-# The entry of config.json that says in which format it is, and the newest format, which is the one that is written. In
-# format 1, that of 0.1.0, there was no such entry, and the options of the layers were named only where they were given.
+# The entry of config.json with its format, and the newest format, which is the one that is written. Format 1, that of
+# 0.1.0, had no such entry, and recorded only those options of the layers that were given.
 FORMAT_KEY = 'reparam_format'
 FORMAT = 2
 FORMS = ('train_time', 'fused')
 # Facts that the two forms of a pair do not share.
 OF_ONE_FORM = ('form', 'name', 'repo', 'sibling')
 
-# The Hub's licence identifiers (https://huggingface.co/docs/hub/repositories-licenses). One that is missing here does
-# no harm: it is then written as 'other' with its name.
+# The Hub's licence identifiers (https://huggingface.co/docs/hub/repositories-licenses). Any other licence is written as
+# 'other' with its name, so the list need not be complete.
 _LICENSES = frozenset(
     'afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0'
     ' bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5'
@@ -90,7 +92,7 @@ _PROFILE = {
     **dict.fromkeys(('parameters', 'trainable_parameters', 'macs', 'batch_size', 'runs'), int),
     **dict.fromkeys(('latency_ms', 'latency_spread_ms'), float),
 }
-# What each fact is, where it is there: a type, a list of one, or a dict by key, '' for every key.
+# Types of the facts, all of them optional: a type, a list of one type, or a dict by key, with '' for any other key.
 _SCHEMA: dict[str, Any] = {
     **dict.fromkeys(('name', 'tag', 'variant', 'stock_architecture', 'repo'), str),
     **dict.fromkeys(('license', 'license_name', 'license_link'), str),
@@ -123,11 +125,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         folder: Checkpoint folder.
 
     Returns:
-        The configuration; ``architecture`` is a text and ``model_args`` and ``pretrained_cfg`` are dicts.
+        The configuration; ``architecture`` is a string and ``model_args`` and ``pretrained_cfg`` are dicts.
 
     Raises:
-        ReparamError: There is no such file, it does not describe a timm model, or it is in a format that this version
-            does not know.
+        ReparamError: The file does not exist, does not describe a timm model, or has a format that this version does
+            not know.
     """
     path = Path(folder) / CONFIG_NAME
     config = _read_json(path)
@@ -159,25 +161,35 @@ def read_facts(folder: str | Path) -> dict[str, Any] | None:
         The facts, or None if the folder has no such file.
 
     Raises:
-        ReparamError: The file is not json or says something that has the wrong form.
+        ReparamError: The file is not json, or a fact has the wrong type.
     """
     path = Path(folder) / FACTS_NAME
     facts = _read_json(path)
     return facts if facts is None else check_facts(facts, str(path))
 
 
+def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write ``training.json`` of a checkpoint folder."""
+    write_text(folder / FACTS_NAME, json.dumps(facts, indent=2) + '\n')
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file with the same bytes on every system."""
+    path.write_text(text, encoding='utf-8', newline='\n')
+
+
 def check_facts(facts: Mapping[str, Any], place: str = 'facts') -> dict[str, Any]:
-    """Check that the facts about a checkpoint have the form that cards rely on.
+    """Check that the facts about a checkpoint have the types that cards rely on.
 
     Args:
-        facts: What is known of a checkpoint, see the head of this module. Other keys are kept as they are.
-        place: Where they come from, for the message.
+        facts: Facts about a checkpoint, see the head of this module. Other keys are kept.
+        place: Origin of the facts, for error messages.
 
     Returns:
         The same facts as plain json values.
 
     Raises:
-        ReparamError: A value is of the wrong type or cannot be written as json; the message names its key.
+        ReparamError: A value has the wrong type or cannot be written as json; the message names its key.
     """
     if not isinstance(facts, Mapping):
         raise ReparamError(f'{place}: expected a dict, got {type(facts).__name__}')
@@ -196,14 +208,14 @@ def check_facts(facts: Mapping[str, Any], place: str = 'facts') -> dict[str, Any
 
 
 def _check(value: Any, schema: Any, place: str) -> None:
-    """Raise ReparamError unless a json value is what a schema says; see `_SCHEMA`."""
+    """Raise ReparamError unless a json value matches a schema; see `_SCHEMA`."""
     kind: type = schema if isinstance(schema, type) else type(schema)
     kinds: Any = (int, float) if kind is float else kind
     if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
         raise ReparamError(f'{place}: expected {kind.__name__}, got {value!r:.200}')
-    # json has whole numbers of any size
+    # integers in json have any size
     if kind is float and isinstance(value, int) and abs(value) > sys.float_info.max:
-        raise ReparamError(f'{place}: expected a float, got a whole number beyond the largest one')
+        raise ReparamError(f'{place}: expected a float, got an integer that is too large for one')
     if isinstance(schema, list):
         for index, entry in enumerate(value):
             _check(entry, schema[0], f'{place}[{index}]')
@@ -233,15 +245,15 @@ def sha256_of(path: str | Path) -> str:
 
 
 def stated_license(facts: Mapping[str, Any]) -> str | None:
-    """Return the licence in its own words: what the facts state, or else that of the base weights; None if neither."""
+    """Return the licence that the facts state, or else that of the base model; None if neither is known."""
     return facts.get('license') or (facts.get('base_model') or {}).get('license')
 
 
 def license_data(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Return the licence as front matter: 'other' with its name if the Hub has no identifier for it.
+    """Return the licence as front matter: 'other' and a name if the Hub has no identifier for it.
 
     Args:
-        facts: What is known of a checkpoint, see the head of this module.
+        facts: Facts about a checkpoint, see the head of this module.
 
     Returns:
         Entries of the front matter; empty if no licence is known.
@@ -266,17 +278,17 @@ def license_data(facts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def missing_license(facts: Sequence[Mapping[str, Any]], license: str | None) -> str | None:
-    """Return the licence to publish a pair under if its files know none.
+    """Return the licence to add when a pair is published.
 
     Args:
-        facts: What is known of each of the two forms.
+        facts: The facts of each of the two forms.
         license: The licence given by the user, if any.
 
     Returns:
-        That licence, or None if the facts state it.
+        The given licence, or None if the facts state one already.
 
     Raises:
-        ReparamError: No licence is known and none is given, or the given one is not that of the facts, or states none.
+        ReparamError: No licence is known or given, or the given one differs from the facts or is not a licence.
     """
     found = [license_data(one).get('license') for one in facts]
     known = {one for one in found if one is not None}
@@ -286,24 +298,24 @@ def missing_license(facts: Sequence[Mapping[str, Any]], license: str | None) -> 
         return None
     if license is None:
         raise ReparamError(
-            'the licence of the weights is unknown (trained from scratch, or from weights without one); give it with'
-            ' license= (--license on the command line)'
+            'license: the licence of the weights is unknown (trained from scratch, or from weights without one); give'
+            ' it with license= (--license on the command line)'
         )
     if not re.fullmatch(r'[a-z0-9][a-z0-9.-]{0,63}', license):
         raise ReparamError(f"license: expected an identifier as the Hub lists them, 'apache-2.0', got {license!r}")
     if not all(license_data({**one, 'license': license}) for one in facts):
         raise ReparamError(
             f"license: {license!r} states no licence; give an identifier as the Hub lists them, 'apache-2.0', or the"
-            " name of a licence of your own, 'name-of-licence-1.0'"
+            " name of your own licence, 'name-of-licence-1.0'"
         )
     return license
 
 
-def state_license(config: dict[str, Any], facts: Mapping[str, Any]) -> None:
-    """Write the licence that the facts state into a configuration, where timm looks."""
-    config['pretrained_cfg'].pop('license', None)  # timm writes no empty entries
+def state_license(pretrained_cfg: dict[str, Any], facts: Mapping[str, Any]) -> None:
+    """Write the licence that the facts state into a pretrained_cfg, where timm reads it."""
+    pretrained_cfg.pop('license', None)  # timm writes no empty entries
     if license := stated_license(facts):
-        config['pretrained_cfg']['license'] = license
+        pretrained_cfg['license'] = license
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -319,8 +331,8 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def is_repo_id(text: Any) -> bool:
-    """Whether a value is a legal id of a repo, with a namespace or without."""
-    # the client's own rule, and ascii only: older clients let other letters pass
+    """Whether a value is a valid repo id, with or without a namespace."""
+    # older clients accept letters that are not ascii
     if not isinstance(text, str) or not text.isascii():
         return False
     try:
@@ -331,12 +343,12 @@ def is_repo_id(text: Any) -> bool:
 
 
 def is_published_id(text: Any) -> bool:
-    """Whether a value is a legal id of a repo in a namespace."""
+    """Whether a value is a valid repo id with a namespace."""
     return is_repo_id(text) and text.count('/') == 1
 
 
 def is_size(value: Any) -> bool:
-    """Whether a value is three whole numbers: channels, height and width of images."""
+    """Whether a value is three integers: channels, height and width of images."""
     return (
         isinstance(value, (list, tuple))
         and len(value) == 3
@@ -345,5 +357,5 @@ def is_size(value: Any) -> bool:
 
 
 def plain(text: str) -> str:
-    """One line without control characters, for front matter, where yaml does the quoting."""
+    """Return text as one line without control characters. Quoting is left to the yaml library."""
     return ' '.join(''.join(character if character.isprintable() else ' ' for character in text).split())

@@ -1,6 +1,6 @@
-"""Verification of a pair of checkpoint folders, cheap checks first.
+"""Verify a pair of checkpoint folders, with the cheap checks first.
 
-It runs before a pair is published, on what was fetched back, before a pulled pair takes its place, and in `verify`.
+It runs before a pair is published, after it was fetched back, before a pulled pair is put in place, and in `verify`.
 """
 
 import copy
@@ -38,7 +38,8 @@ from .facts import (
     sha256_of,
     stated_license,
 )
-from .folder import fused_path, load_checked, train_time_path
+from .load import load_checked
+from .names import fused_path, train_time_path
 from .untrusted import check_folder
 
 __all__ = [
@@ -55,29 +56,29 @@ __all__ = [
 ]
 
 CHECK_NAME = 'test/rand_tensors.safetensors'
-# as timm's own tests compare such tensors
+# the tolerance of timm's own tests of such files
 _TOLERANCE: dict[str, Any] = dict(rtol=1e-3, atol=1e-4)
-# Models are run one at a time: verifying a fusion switches settings of the whole process.
+# Models run one at a time, because verifying a fusion changes settings of the whole process.
 one_at_a_time = threading.RLock()
-# Facts that are not compared as a whole.
+# Facts that are not compared as a whole between the two forms.
 _NOT_SHARED = (*OF_ONE_FORM, 'metrics', 'profile', 'fusion', 'logit_difference')
 # Entries of a card's front matter that state facts.
 _FACTS = ('base_model', 'base_model_relation', 'license', 'license_name', 'license_link', 'datasets', 'model-index')
 _LONGEST_FRONT_MATTER = 2**16
-# Half precision in the header of a safetensors file.
+# Half-precision types in the header of a safetensors file.
 _DTYPES = {'BF16': torch.bfloat16, 'F16': torch.float16}
 
 
 @dataclass
 class VerifyReport:
-    """What a verification of a pair found.
+    """The report of a verification of a pair.
 
     Attributes:
-        target: What was verified.
+        target: The folder or repo that was verified.
         fusion: The report on the fusion, on fresh inputs; None if it could not be run.
-        problems: What is wrong, a line each.
-        checks: What was looked at, and whether it is right.
-        warnings: What is no fault: a card of other templates, or with text of somebody's own.
+        problems: The problems, one line each.
+        checks: The checks by name, and whether each passed.
+        warnings: Differences that are not errors, such as a card that was edited by hand.
     """
 
     target: str
@@ -98,17 +99,17 @@ class VerifyReport:
 
     def __str__(self) -> str:
         lines = [f'{self.target}: {"verified" if self.passed else "NOT verified"}']
-        lines += [f'  {name}: {"right" if right else "WRONG"}' for name, right in self.checks.items()]
+        lines += [f'  {name}: {"ok" if passed else "FAILED"}' for name, passed in self.checks.items()]
         lines += [f'  {problem}' for problem in self.problems]
         lines += [f'  warning: {warning}' for warning in self.warnings]
         return '\n'.join(lines + ([str(self.fusion)] if self.fusion is not None else []))
 
     @contextmanager
     def check(self, name: str) -> Iterator[None]:
-        """Record the problem of a failed check, and go on."""
+        """Record whether a check passed, and the problem if it raised."""
         try:
             yield
-        except Exception as error:  # files from elsewhere may hold anything
+        except Exception as error:  # untrusted files may raise anything
             self.checks[name] = False
             kind = '' if isinstance(error, ReparamError) else f'{name}: cannot be read: {type(error).__name__}: '
             self.problems.append(f'{kind}{one_line(error)[:2000]}')
@@ -116,25 +117,25 @@ class VerifyReport:
             self.checks[name] = True
 
     def raise_for_problems(self) -> None:
-        """Raise ReparamError with the first problem, if there is one."""
+        """Raise ReparamError with the first problem, if any."""
         if not self.passed:
             raise ReparamError(self.problems[0])
 
 
 def verify_pair(folder: str | Path, fused_folder: str | Path | None = None) -> VerifyReport:
-    """Verify that two folders are the two forms of one model and state nothing else; cheap checks first.
+    """Verify that two folders are the two forms of one model, and that their files agree.
 
-    Of each form: its configuration against the header of its weights (names, shapes, number of classes, cost of running
-    it), before anything is built; and what the front matter of its card states against its other files. Of the pair:
-    that both say the same of the model, that they are of one save, the fusion, and the self-check tensors where they
-    are. Nothing is built unless both configurations are right.
+    For each form, the configuration is compared with the header of the weights (names, shapes, number of classes, cost
+    of a forward pass), and the front matter of the card with the other files. For the pair, the configurations and the
+    facts are compared, and the hashes that each form records of the other. If the files are from one save, both models
+    are built. Then the fusion is verified, and the self-check tensors are compared if there are any.
 
     Args:
         folder: Folder of the train-time form; of either form if no other folder is given.
         fused_folder: Folder of the fused form; by default the one beside it whose name ends with ``_fused``.
 
     Returns:
-        What was found; whether all is right is the report's `passed`.
+        The report; its `passed` says whether everything is right.
     """
     report = VerifyReport(str(folder))
     if fused_folder is None:
@@ -164,14 +165,14 @@ def verify_pair(folder: str | Path, fused_folder: str | Path | None = None) -> V
             if (one / CHECK_NAME).is_file():
                 with report.check(f'{one.name}: self-check tensors'):
                     check_self_check(model, (one / CHECK_NAME).read_bytes())
-        # timm loads any weights into float32; how they round is verified in the dtype that they were fused in
+        # timm loads weights as float32, but rounding is verified in the dtype that they were fused in
         report.fusion = verify_fusion(*(_as_stored(model, one) for model, one in zip(models, folders)))
         if not report.fusion.passed:
             raise ReparamError(f'the fused model differs from the train-time model: {report.fusion}')
         num_layers = len(report.fusion.layers)
         for one in folders:
             stated = ((read_facts(one) or {}).get('fusion') or {}).get('num_layers')
-            if stated not in (None, 0, num_layers):  # 0: by an older version, not layer by layer
+            if stated not in (None, 0, num_layers):  # older versions recorded 0
                 raise ReparamError(
                     f'{one.name}/{FACTS_NAME}: fusion.num_layers: expected {num_layers}, got {stated}; save it again'
                 )
@@ -179,7 +180,7 @@ def verify_pair(folder: str | Path, fused_folder: str | Path | None = None) -> V
 
 
 def verify_checkpoint(folder: str | Path, fused_folder: str | Path | None = None) -> FusionReport:
-    """Verify again that two folders are the two forms of one model; see :func:`verify_pair`.
+    """Verify that two folders are the two forms of one model; see :func:`verify_pair`.
 
     Args:
         folder: Train-time checkpoint, or the fused one if its name ends with ``_fused`` and no other folder is given.
@@ -189,48 +190,49 @@ def verify_checkpoint(folder: str | Path, fused_folder: str | Path | None = None
         The report on the fusion, on fresh inputs.
 
     Raises:
-        ReparamError: A folder cannot be loaded, or anything else than the fusion is wrong.
+        ReparamError: A folder cannot be loaded, or a check other than that of the fusion failed.
     """
     report = verify_pair(folder, fused_folder)
-    # a fusion that is not verified is one problem, and told by its own report
+    # a failed fusion is one of the problems, and its own report describes it
     if report.fusion is None or len(report.problems) > (not report.fusion.passed):
         raise ReparamError(report.problems[0])
     return report.fusion
 
 
 def _as_stored(model: nn.Module, folder: Path) -> nn.Module:
-    """A model in the dtype of its file, where that is in half precision."""
+    """A model in the dtype of its file, if that is half precision."""
     with safetensors.safe_open(folder / WEIGHTS_NAME, 'pt') as file:
         kinds = {kind for name in file.keys() if 'F' in (kind := file.get_slice(name).get_dtype())}
     return model.to(_DTYPES[kinds.pop()]) if len(kinds) == 1 and kinds <= _DTYPES.keys() else model
 
 
 def _check_sibling(folder: Path, other: Path, found: str) -> None:
-    """Raise ReparamError unless the other form's weights, whose hash is given, are those that a form recorded."""
+    """Raise ReparamError unless the hash of the other form's weights is the one that a form records."""
     recorded = ((read_facts(folder) or {}).get('sibling') or {}).get('sha256')
     if recorded not in (None, found):
         raise ReparamError(
             f'{other.name}/{WEIGHTS_NAME}: expected the sha256 that {folder.name}/{FACTS_NAME} records, {recorded}, '
-            f'got {found}: the two are not of one save; fuse the train-time form again, or publish the pair again'
+            f'got {found}: the two forms are not from one save; fuse the train-time form again, or publish the pair '
+            'again'
         )
 
 
 def check_card(folder: Path, sha256: str) -> list[str]:
-    """Compare what the front matter of a card states with the other files of its folder.
+    """Compare the front matter of a card with the other files of its folder.
 
     Args:
         folder: Checkpoint folder.
         sha256: Hash of its weights.
 
     Returns:
-        Warnings: there is no card, it has notes, or its text is not the one that would be rendered now.
+        Warnings: the card is missing, has notes, or has another text than the templates give.
 
     Raises:
-        ReparamError: The card cannot be read, or states something else than the other files.
+        ReparamError: The card cannot be read, or its front matter differs from the other files.
     """
     path, place = folder / CARD_NAME, f'{folder.name}/{CARD_NAME}'
     if not path.is_file():
-        return [f'{place}: not there']
+        return [f'{place}: is missing']
     try:
         text = path.read_text(encoding='utf-8')
     except (OSError, ValueError) as error:
@@ -244,19 +246,19 @@ def check_card(folder: Path, sha256: str) -> list[str]:
                 f'{place}: {key}: expected {expected.get(key)!r:.200}, got {claimed.get(key)!r:.200}; render it again'
             )
     if text != rendered:
-        return [f'{place}: is not what these templates render; its text was not compared']
-    return [f"{place}: has notes of somebody's own, which were not compared"] if notes else []
+        return [f'{place}: differs from what the installed templates render; its text was not compared']
+    return [f'{place}: has notes, which were not compared'] if notes else []
 
 
 def front_matter(card: str, place: str) -> dict[str, Any]:
-    """The entries at the head of a card, between two lines of three dashes.
+    """Read the front matter of a card, the yaml between two lines of three dashes.
 
     Args:
         card: Text of the card.
-        place: Where it comes from, for the message.
+        place: Origin of the card, for error messages.
 
     Raises:
-        ReparamError: There is none, it is no mapping, or has aliases, which may stand for any amount of text.
+        ReparamError: The front matter is missing, is not a mapping, or has aliases, which may expand to any size.
     """
     found = re.match(r'\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)', card, re.DOTALL)
     if not found or len(found[1]) > _LONGEST_FRONT_MATTER:
@@ -273,7 +275,7 @@ def front_matter(card: str, place: str) -> dict[str, Any]:
 
 
 def check_agreement(folder: Path, fused: Path) -> None:
-    """Check that two forms say the same of a model, in their configurations and in their facts.
+    """Check that the configurations and the facts of two forms agree.
 
     Args:
         folder: Train-time checkpoint.
@@ -286,7 +288,9 @@ def check_agreement(folder: Path, fused: Path) -> None:
     facts = [read_facts(one) or {} for one in (folder, fused)]
     stock, _, variant = configs[0]['architecture'].rpartition('_')
     if variant not in VARIANTS:
-        raise ReparamError(f'{folder.name}/{CONFIG_NAME}: expected a variant, got {configs[0]["architecture"]}')
+        raise ReparamError(
+            f'{folder.name}/{CONFIG_NAME}: architecture: expected that of a variant, got {configs[0]["architecture"]}'
+        )
     layer = VARIANTS[variant].layer
     is_dynamic = layer.input_dependent
     differences: list[str] = []
@@ -314,7 +318,7 @@ def check_agreement(folder: Path, fused: Path) -> None:
         if 'name' in sibling and 'name' in other:
             compare(f'{place}sibling.name', other['name'], sibling['name'])
         if not fusion.get('passed', True) or fusion.get('problems') or fusion.get('layers_off'):
-            differences.append(f'{place}fusion: expected one that was verified')
+            differences.append(f'{place}fusion: expected a report that passed, got one with problems')
         if known:
             license = config['pretrained_cfg'].get('license')
             compare(f'{one.name}/{CONFIG_NAME}: pretrained_cfg.license', stated_license(known), license)
@@ -327,23 +331,25 @@ def check_agreement(folder: Path, fused: Path) -> None:
             if None not in stated:
                 compare(f'{place}{key}.{form}', *stated)
     if differences:
-        raise ReparamError(f'{"; ".join(differences)} (expected is what {folder.name} says); save the pair again')
+        raise ReparamError(
+            f'{"; ".join(differences)} (expected values are those of {folder.name}); save the pair again'
+        )
 
 
 def self_check(model: nn.Module, sha256: str) -> bytes:
-    """The self-check file of a checkpoint, as timm's own repos carry it: an image and what the model makes of it.
+    """Return the self-check file of a checkpoint: an image and the outputs of the model, as in timm's own repos.
 
-    Computed in float64 and rounded, so that it is the same bytes however a machine orders its sums.
+    The outputs are computed in float64 and rounded, so that the bytes do not depend on the machine.
 
     Args:
         model: The model.
-        sha256: Hash of its weights, which the image is drawn from.
+        sha256: Hash of its weights, which seeds the image.
 
     Returns:
         A safetensors file of `input`, `features`, `pre_logits` and `output`.
 
     Raises:
-        ReparamError: The model does not run on its own input size.
+        ReparamError: The model does not run on images of its input size.
     """
     generator = torch.Generator().manual_seed(int(sha256[:12], 16))
     size = timm.data.resolve_data_config(model=model)['input_size']
@@ -354,16 +360,16 @@ def self_check(model: nn.Module, sha256: str) -> bytes:
 
 
 def check_self_check(model: nn.Module, content: bytes) -> None:
-    """Run a model on the image of a self-check file.
+    """Run a model on the image of a self-check file and compare the outputs.
 
     Args:
         model: The model.
-        content: The file.
+        content: Content of the file.
 
     Raises:
-        ReparamError: The file cannot be read, or holds other tensors than what the model makes of its image.
+        ReparamError: The file cannot be read, or its outputs differ from those of the model.
     """
-    remedy = 'delete that file on the Hub, publish the pair again'  # a pair that is equal otherwise is not sent again
+    remedy = 'delete this file on the Hub, then publish the pair again'  # a pair without changes is not sent again
     try:
         tensors = safetensors.torch.load(content)
     except safetensors.SafetensorError as error:
@@ -382,9 +388,7 @@ def check_self_check(model: nn.Module, content: bytes) -> None:
             )
         if not torch.allclose(found.float(), expected.float(), **_TOLERANCE):
             difference = float((found.float() - expected.float()).abs().max())
-            raise ReparamError(
-                f'{CHECK_NAME}: {name}: differs from what the weights give by {difference:.3g}; {remedy}'
-            )
+            raise ReparamError(f'{CHECK_NAME}: {name}: differs from that of the model by {difference:.3g}; {remedy}')
 
 
 @torch.no_grad()

@@ -1,9 +1,8 @@
-"""What a checkpoint from elsewhere may ask for, checked from its configuration and header before anything is built.
+"""Check an untrusted checkpoint by its configuration and the header of its weights, before anything is built.
 
-A checkpoint names an architecture, the arguments it is built with, its tensors and the size of its images, and each of
-them may be anything. What is checked here is what :func:`load_checkpoint`, :func:`load_training` and the commands rely
-on: no argument makes timm load something, nothing is built that the weights beside it do not fill, and running the
-model on its images stays within a budget.
+A checkpoint names an architecture, its arguments, its tensors and the size of its images, and may put any value there.
+:func:`load_checkpoint`, :func:`load_training` and the commands rely on these checks: no argument makes timm load
+anything, the model is no larger than the weights, and a forward pass stays within a budget.
 """
 
 import functools
@@ -45,21 +44,21 @@ __all__ = [
     'read_shapes',
 ]
 
-# Of one image: the largest tensor of a forward pass in float64, and the products that it takes. A ResNet-152 at 2,048
-# pixels takes an eighth of the one and a quarter of the other.
+# The budget for one image: the largest tensor of a forward pass in float64, and its multiply-adds. A ResNet-152 at
+# 2,048 pixels needs an eighth of the former and a quarter of the latter.
 MOST_BYTES = 4 * 2**30
 MOST_MACS = 4 * 10**12
-# Tensors of a checkpoint; the CNNs of timm have less than a third of that, with layers of any variant.
+# Tensors of a checkpoint. The CNNs of timm have less than a third of that, with layers of any variant.
 MOST_TENSORS = 2**14
 _MOST_OPERATIONS = 500_000
 _MOST_ITEMS = 64
 _LONGEST_TEXT = 256
 _LARGEST_NUMBER = 2**24
-# A name of a layer, a kind of pooling, a pattern of module names: no address and no path.
+# Names of layers, kinds of pooling, patterns of module names; no addresses and no paths.
 _TEXT = re.compile(r'[\w.*?\[\]!, -]*', re.ASCII)
-# Arguments that timm's builders take beside those of the class, and that decide what is built.
+# Arguments of timm's builders, beside those of the class, that decide what is built.
 _BUILDERS = ('bn_eps', 'bn_momentum', 'output_stride')
-# What makes timm take weights, or code for reading them, from elsewhere than the folder.
+# Entries of pretrained_cfg that make timm load weights, or code that reads them, from elsewhere than the folder.
 _ELSEWHERE = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load')
 _LOADING = ('checkpoint_path', 'cache_dir', 'pruned', 'scriptable', 'exportable', 'no_jit')
 
@@ -71,26 +70,26 @@ def check_folder(folder: Path) -> nn.Module:
         folder: Checkpoint folder.
 
     Returns:
-        The model that it stands for, on the meta device.
+        The model, on the meta device.
 
     Raises:
-        ReparamError: The configuration asks for other weights than those in the folder, for anything else than a model,
-            for another model than the one that the weights are of, or for more than the budget.
+        ReparamError: The configuration names weights outside the folder, is not that of a model, does not fit the
+            weights, or exceeds the budget.
     """
     config = read_config(folder)
     place, cfg = f'{folder.name}/{CONFIG_NAME}', config['pretrained_cfg']
     elsewhere = [key for key in _ELSEWHERE if cfg.get(key)]
     if elsewhere:
-        raise ReparamError(f'{place}: pretrained_cfg.{elsewhere[0]}: would take the weights from elsewhere; remove it')
+        raise ReparamError(f'{place}: pretrained_cfg.{elsewhere[0]}: would load weights from elsewhere; remove it')
     arguments = check_arguments(config['architecture'], config['model_args'], place)
     if not (folder / WEIGHTS_NAME).is_file():
         raise ReparamError(f'{folder / WEIGHTS_NAME}: not found; only safetensors are loaded')
     model: Any = build_for_shapes(config['architecture'], arguments, read_shapes(folder / WEIGHTS_NAME), folder.name)
     for where, values in (('', config), ('pretrained_cfg.', cfg)):
-        # another number makes timm leave the classifier at its random start
+        # with another number timm leaves the classifier at its random initialisation
         if 'num_classes' in values and values['num_classes'] != model.num_classes:
             raise ReparamError(
-                f'{place}: {where}num_classes: expected {model.num_classes}, that of the weights, got '
+                f'{place}: {where}num_classes: expected {model.num_classes}, as in the weights, got '
                 f'{values["num_classes"]!r:.80}'
             )
     size = check_size(cfg.get('input_size', (3, 224, 224)), f'{place}: pretrained_cfg.input_size')
@@ -99,19 +98,19 @@ def check_folder(folder: Path) -> nn.Module:
 
 
 def check_arguments(architecture: Any, arguments: Any, place: str) -> dict[str, Any]:
-    """Check the arguments that a model is to be built with.
+    """Check the architecture and the model arguments of a checkpoint.
 
     Args:
         architecture: Name of the architecture.
         arguments: Arguments of ``timm.create_model``, as a checkpoint records them.
-        place: Where they come from, for the message.
+        place: Origin of the arguments, for error messages.
 
     Returns:
         The arguments, with the defaults that the checkpoint relies on.
 
     Raises:
-        ReparamError: The architecture is unknown, or an argument is none of its model's own, or not made of numbers,
-            short texts and short lists.
+        ReparamError: The architecture is unknown, the model has no such argument, or a value is not made of numbers,
+            short strings and short lists.
     """
     if not isinstance(architecture, str) or len(architecture) > _LONGEST_TEXT or not ensure_registered(architecture):
         raise ReparamError(f'{place}: expected an architecture that timm knows, got {architecture!r:.80}')
@@ -125,7 +124,7 @@ def check_arguments(architecture: Any, arguments: Any, place: str) -> dict[str, 
     known = _argument_names(architecture) if arguments else frozenset()
     unknown = sorted(arguments.keys() - known)
     if unknown:
-        raise ReparamError(f'{place}: model_args.{unknown[0]:.80}: is no argument of {architecture}; remove it')
+        raise ReparamError(f'{place}: model_args.{unknown[0]:.80}: is not an argument of {architecture}; remove it')
     return saved_arguments(architecture, arguments)
 
 
@@ -134,9 +133,9 @@ def _check_value(value: Any, where: str, depth: int) -> None:
         return
     if isinstance(value, str):
         if len(value) > _LONGEST_TEXT or not _TEXT.fullmatch(value):
-            raise ReparamError(f'{where}: expected a name, got {value!r:.80}; no path and no address is allowed here')
+            raise ReparamError(f'{where}: expected a name, got {value!r:.80}; paths and addresses are not allowed here')
     elif isinstance(value, (int, float)):
-        if not abs(value) <= _LARGEST_NUMBER:  # NaN is not, either
+        if not abs(value) <= _LARGEST_NUMBER:  # also rejects NaN
             raise ReparamError(f'{where}: expected a number of at most {_LARGEST_NUMBER}, got {value!r:.80}')
     elif isinstance(value, (list, tuple, dict)) and depth:
         if len(value) > _MOST_ITEMS:
@@ -146,12 +145,12 @@ def _check_value(value: Any, where: str, depth: int) -> None:
             _check_value(key, where, 0)
             _check_value(item, f'{where}.{key!s:.80}', depth - 1)
     else:
-        raise ReparamError(f'{where}: expected numbers, texts and short lists of them, got {value!r:.80}')
+        raise ReparamError(f'{where}: expected numbers, strings and short lists of them, got {value!r:.80}')
 
 
 @functools.cache
 def _argument_names(architecture: str) -> frozenset[str]:
-    """What the class of a model, and the function that builds it, take by name."""
+    """The names of the arguments of a model's class and of the function that builds it."""
     name = architecture.partition('.')[0]
     extra = {'conv_options'} if is_variant_name(name) else set()
     stock = name.rpartition('_')[0] if extra else name
@@ -162,13 +161,13 @@ def _argument_names(architecture: str) -> frozenset[str]:
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors in a safetensors file, which is not read further.
+    """Read the shapes of the tensors from the header of a safetensors file.
 
     Args:
         path: The file.
 
     Raises:
-        ReparamError: It is no such file, or holds no tensors, too many, or some without entries.
+        ReparamError: The file is not safetensors, or contains no tensors, too many, or empty ones.
     """
     place = f'{path.parent.name}/{path.name}'
     try:
@@ -182,7 +181,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
                 raise ReparamError(f'{place}: expected at most {MOST_TENSORS} tensors, got {len(names)}')
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     except (OSError, safetensors.SafetensorError) as error:
-        raise ReparamError(f'{place}: is no safetensors file ({one_line(error)[:200]})') from error
+        raise ReparamError(f'{place}: is not a safetensors file ({one_line(error)[:200]})') from error
     empty = [name for name, shape in shapes.items() if 0 in shape]
     if empty or not shapes:
         found = f'{empty[0]!r:.80} of shape {shapes[empty[0]]}' if empty else 'no tensor'
@@ -191,21 +190,21 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def build_on_meta(architecture: str, arguments: Mapping[str, Any], place: str) -> nn.Module:
-    """Build a model without memory.
+    """Build a model on the meta device.
 
     Args:
         architecture: Name of the architecture.
         arguments: Arguments of ``timm.create_model``.
-        place: Where they come from, for the message.
+        place: Origin of the arguments, for error messages.
 
     Raises:
-        ReparamError: It cannot be built.
+        ReparamError: The model cannot be built.
     """
     try:
         with torch.device('meta'), warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # what there is to say about these arguments is said when it is built
+            warnings.simplefilter('ignore')  # warnings are shown when the model is built with memory
             return timm.create_model(architecture, **arguments)
-    except Exception as error:  # whatever wrong arguments make of it
+    except Exception as error:  # wrong arguments may raise anything
         raise ReparamError(
             f'{place}: {architecture} cannot be built with {dict(arguments)!s:.200} ({type(error).__name__}: '
             f'{one_line(error)[:200]})'
@@ -215,18 +214,19 @@ def build_on_meta(architecture: str, arguments: Mapping[str, Any], place: str) -
 def build_for_shapes(
     architecture: str, arguments: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place: str
 ) -> nn.Module:
-    """Build the model that a checkpoint stands for on the meta device, and compare it with the checkpoint's tensors.
+    """Build the model of a checkpoint on the meta device, and compare its names and shapes with the tensors.
 
     Args:
         architecture: Name of the architecture.
         arguments: Its arguments, as :func:`check_arguments` returns them.
         shapes: Shapes of the checkpoint's tensors by name.
-        place: Where they come from, for the message.
+        place: Origin of the arguments, for error messages.
 
     Raises:
-        ReparamError: It cannot be built, is much larger than the tensors, or has other names or shapes.
+        ReparamError: The model cannot be built, has far more layers than there are tensors, or has other names or
+            shapes.
     """
-    with _at_most(8 * len(shapes) + 2048, architecture):
+    with _limited_layers(8 * len(shapes) + 2048, architecture):
         model = build_on_meta(architecture, arguments, place)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
@@ -239,15 +239,15 @@ def build_for_shapes(
 
 
 @contextmanager
-def _at_most(number: int, architecture: str) -> Iterator[None]:
-    """While a model is built: at most so many modules and tensors."""
+def _limited_layers(number: int, architecture: str) -> Iterator[None]:
+    """Limit the number of modules and tensors that the current thread may add to models."""
     thread, count = threading.get_ident(), 0
 
     def hook(module: nn.Module, name: str, value: Any) -> None:
         nonlocal count
         count += threading.get_ident() == thread
         if count > number:
-            raise ReparamError(f'{architecture} has more layers than the weights fill')
+            raise ReparamError(f'{architecture}: has more layers than the weights')
 
     handles = [
         torch_module.register_module_parameter_registration_hook(hook),
@@ -262,7 +262,7 @@ def _at_most(number: int, architecture: str) -> Iterator[None]:
 
 
 def check_size(size: Any, place: str) -> tuple[int, int, int]:
-    """Check a size of images, (channels, height, width), as a checkpoint names it."""
+    """Check the image size of a checkpoint, (channels, height, width)."""
     if not is_size(size) or min(size) <= 0:
         raise ReparamError(f'{place}: expected (channels, height, width), three positive integers, got {size!r:.80}')
     channels, height, width = size
@@ -270,22 +270,22 @@ def check_size(size: Any, place: str) -> tuple[int, int, int]:
 
 
 def check_cost(model: nn.Module, input_size: tuple[int, int, int], place: str) -> None:
-    """Check that a model can be run on its images within the budget, :data:`MOST_BYTES` and :data:`MOST_MACS`.
+    """Check that a forward pass on one image stays within the budget, :data:`MOST_BYTES` and :data:`MOST_MACS`.
 
     Args:
         model: The model, on the meta device.
         input_size: Channels, height and width of the images.
-        place: Where they come from, for the message.
+        place: Origin of the model, for error messages.
 
     Raises:
-        ReparamError: It cannot, or does not run on such images at all.
+        ReparamError: The model exceeds the budget, or does not run on such images.
     """
     largest = math.prod(input_size)
     if 8 * largest <= MOST_BYTES:
         try:
             with torch.no_grad(), _Cost() as cost:
                 model.eval()(torch.empty(1, *input_size, device='meta'))
-        except Exception as error:  # the model's own code may fail in any way
+        except Exception as error:  # the model's code may raise anything
             raise ReparamError(
                 f'{place}: {type(model).__name__} does not run on images of {input_size} ({type(error).__name__}: '
                 f'{one_line(error)[:200]})'
@@ -294,16 +294,16 @@ def check_cost(model: nn.Module, input_size: tuple[int, int, int], place: str) -
             return
     raise ReparamError(
         f'{place}: images of {input_size} take more than the budget of {MOST_BYTES / 2**30:g} GiB for one tensor and '
-        f'{MOST_MACS:.0e} multiply-adds for one image; expected smaller ones'
+        f'{MOST_MACS:.0e} multiply-adds for one image; use smaller images'
     )
 
 
 class _Cost(TorchDispatchMode):
-    """Counts what a forward pass on the meta device would take.
+    """Measures the cost of a forward pass on the meta device.
 
     Attributes:
-        largest: Entries of the largest tensor that an operation makes.
-        macs: Multiply-adds of products and convolutions.
+        largest: Number of elements of the largest result of an operation.
+        macs: Multiply-adds of matrix products and convolutions.
     """
 
     def __init__(self) -> None:
@@ -313,7 +313,7 @@ class _Cost(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._operations += 1
         if self._operations > _MOST_OPERATIONS:
-            raise ReparamError(f'more than {_MOST_OPERATIONS:,} operations for one image')
+            raise ReparamError(f'expected at most {_MOST_OPERATIONS:,} operations for one image, got more')
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         for value in tree_flatten(result)[0]:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ..errors import ReparamError
-from ..hub.folder import check_tag
+from ..hub.names import check_tag
 from ..variants import VARIANTS
 
 __all__ = ['build_parser', 'dataset_kind', 'parse_args', 'result_tag']
