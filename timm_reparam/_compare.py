@@ -13,7 +13,7 @@ from timm.layers import DropBlock2d, DropPath, PatchDropout
 from torchvision.ops import StochasticDepth
 
 from .fold import NORMS, takes_norm
-from .layers._base import Fusible
+from .layers._fusible import Fusible
 
 __all__ = ['Comparison', 'differing_settings']
 

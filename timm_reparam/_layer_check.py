@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from ._compare import differing_settings
 from .fold import scale_outputs
-from .layers._base import CALL_HOOKS, Fusible, first_conv
+from .layers._fusible import CALL_HOOKS, Fusible, first_conv
 from .layers._tensor import float64_copy, scale_shift, to_float64
 from .variants import is_variant
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from ._files import check_folder, open_csv, write_whole
 from .errors import ReparamError
-from .layers._base import Fusible, first_conv
+from .layers._fusible import Fusible, first_conv
 from .layers._tensor import float64_copy, to_float64
 from .profile import Profile, reference_words, setting_words
 from .results import Summary, setup_words

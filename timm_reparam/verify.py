@@ -32,7 +32,7 @@ from ._layer_check import (
 from .convert import unwrap
 from .errors import ReparamError
 from .fuse import fuse_model, holds_fusible, unwrap_converted, with_fused_layers
-from .layers._base import Fusible
+from .layers._fusible import Fusible
 from .layers._tensor import autocast_disabled, float64_copy, kept_tensors
 from .timm_model import architecture_of, config_of
 
@@ -250,7 +250,7 @@ class _Verification:
             if not len(batch):
                 continue
             if not num_inputs:
-                self._start(batch)
+                self._prepare_checks(batch)
             outputs = self._outputs(batch)
             num_inputs += len(batch)
             like = batch.shape[1:], batch.dtype
@@ -287,7 +287,7 @@ class _Verification:
             problems=tuple(self.problems),
         )
 
-    def _start(self, batch: torch.Tensor) -> None:
+    def _prepare_checks(self, batch: torch.Tensor) -> None:
         """Prepare what depends on the first batch."""
         self._find_folded(batch[:1])
         for check in self.checks:

@@ -201,7 +201,7 @@ class BranchedConv2d(ReparamConv2d):
     # What follows from it
 
     @torch.no_grad()
-    def _init_variant(self, init: str) -> None:
+    def _init_variant_parameters(self, init: str) -> None:
         self._draw_branches(init)
         if init == 'lift':
             self._close_gates()
