@@ -14,6 +14,7 @@ from timm.models import clean_state_dict
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from ._evaluation import evaluating, removed_afterwards
 from .errors import ReparamError
 from .formats import FORMATS, Entries, TranslatedEntries
 from .layers import ReparamLayer
@@ -238,17 +239,8 @@ def _norms_after(model: nn.Module, names: set[str]) -> dict[str, tuple[str, _Bat
 
     watched = [(n, m) for n, m in modules.items() if n in names or isinstance(m, _BatchNorm)]
     handles = [module.register_forward_hook(hook(name)) for name, module in watched]
-    modes = [(module, module.training) for module in modules.values()]
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    dtype = first.weight.dtype
-    try:
-        model.eval()
-        with torch.no_grad():
-            meta = {name: tensor.to('meta') for name, tensor in tensors.items()}
-            torch.func.functional_call(model, meta, (image.to(dtype),))
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes:
-            module.training = training
+    with removed_afterwards(handles), evaluating(model), torch.no_grad():
+        meta = {name: tensor.to('meta') for name, tensor in tensors.items()}
+        torch.func.functional_call(model, meta, (image.to(first.weight.dtype),))
     return found

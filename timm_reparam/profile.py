@@ -3,8 +3,8 @@
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ._evaluation import evaluating
 from ._measure import Runner, Setting, compiled_for, median_and_spread, synchronizer, time_interleaved
 from .errors import ReparamError
 from .timm_model import architecture_of, config_of
@@ -161,7 +162,7 @@ def compare_profiles(
     names = names or [_name(model) for model in models]
     references = references or [0] * len(models)
     batches = [_example_batch(model, input_size, batch_size) for model in models]
-    with _evaluating(models), torch.no_grad():
+    with evaluating(*models), torch.no_grad():
         macs = [_count_macs(model, batch) for model, batch in zip(models, batches)]
     measured: list[dict[str, Any]] = [{} for _ in models]
     if runs or train:
@@ -463,18 +464,6 @@ def _example_batch(model: nn.Module, input_size: Sequence[int] | None, batch_siz
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     generator = torch.Generator().manual_seed(0)  # a generator of its own leaves the global random state alone
     return torch.randn(batch_size, *input_size, generator=generator).to(like.device, like.dtype)
-
-
-@contextmanager
-def _evaluating(models: Sequence[nn.Module]) -> Iterator[None]:
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _count_macs(model: nn.Module, batch: torch.Tensor) -> int:
