@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from ._files import open_csv
+from ._profile_tables import format_count
 from .errors import ReparamError
-from .profile import format_count
 from .variants import run_methods
 
 __all__ = [
