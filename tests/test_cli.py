@@ -15,7 +15,8 @@ from hub.server import HubServer
 from stand_in import add_stock
 
 import timm_reparam
-from timm_reparam.cli import _parser, main
+from timm_reparam._cli_parser import build_parser
+from timm_reparam.cli import main
 from timm_reparam.hub import save_pair
 from timm_reparam.plot import kernel_skeletons
 from timm_reparam.results import COLUMNS
@@ -388,7 +389,7 @@ def parsers(parser: argparse.ArgumentParser, name: str = '') -> dict[str, argpar
 
 
 def test_the_commands():
-    assert list(parsers(_parser())) == COMMANDS
+    assert list(parsers(build_parser())) == COMMANDS
 
 
 @pytest.mark.parametrize('command', COMMANDS)
@@ -399,7 +400,7 @@ def test_help(capsys: pytest.CaptureFixture, command: str):
     assert exit_.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith(f'usage: timm-reparam {command}'.strip())
-    for action in parsers(_parser())[command]._actions:
+    for action in parsers(build_parser())[command]._actions:
         if not isinstance(action, argparse._SubParsersAction):
             assert action.help and action.help.strip(), action
             assert all(option in text for option in action.option_strings)
