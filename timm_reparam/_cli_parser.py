@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         'profile',
         parents=[common],
-        help='measure what models cost: stock, train-time form and fused form side by side',
+        help='measure the cost of models: stock, train-time form and fused form side by side',
         description='Measure models side by side in one interleaved run. A variant is measured as stock model,'
         ' train-time form and fused form.',
     )

@@ -203,7 +203,7 @@ def differing_settings(module: nn.Module, other: nn.Module) -> Iterator[str]:
         if _MISSING not in (expected, found) and expected != found:
             yield f'{key}: expected {ours}, got {theirs}'
     if isinstance(module, torch.fx.GraphModule) and module.code != getattr(other, 'code', None):
-        yield 'code: expected that of the model, got another graph'
+        yield 'code: expected the graph of the model, got another one'
 
 
 def _kind(module: nn.Module) -> tuple[Any, ...]:

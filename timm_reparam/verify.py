@@ -147,7 +147,7 @@ class _Verification:
         """The largest difference of outputs so far, relative to the largest output."""
         return worst_ratio(self.largest[name], self.largest['output'])
 
-    def _check(self, names: list[str], counterpart: nn.Module) -> 'LayerCheck':
+    def _check(self, names: list[str], counterpart: nn.Module) -> LayerCheck:
         exact, exact_fused, own = (modules[names[0]] for modules in self.modules)
         return LayerCheck(names, exact, exact_fused, own, counterpart)
 

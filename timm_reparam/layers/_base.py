@@ -207,11 +207,15 @@ class ReparamLayer(Fusible, _ConvNd):
         conv_type: Any = type(conv)
         added = vars(conv).keys() - _attributes_of(conv_type)
         hiding = sorted(attribute for attribute in added if hasattr(conv_type, attribute))
-        if any(getattr(conv, hooks, None) for hooks in HOOKS) or hiding:
+        if any(getattr(conv, hooks, None) for hooks in HOOKS):
             raise ReparamError(
-                f'{name}: the convolution carries hooks (a weight or spectral norm, perhaps) or a '
-                f'{", ".join(hiding) or "forward"} of its own, which conversion would lose; remove them first, or '
-                'leave it out with skip='
+                f'{name}: expected a convolution without hooks, got one that carries hooks (of a weight or spectral '
+                'norm, for instance), which conversion would lose; remove them first, or leave it out with skip='
+            )
+        if hiding:
+            raise ReparamError(
+                f'{name}: expected the methods of the class, got a convolution with its own {", ".join(hiding)}, which '
+                'conversion would lose; remove them first, or leave it out with skip='
             )
         for role in ('weight', 'bias'):
             value = getattr(conv, role, None)
@@ -221,9 +225,8 @@ class ReparamLayer(Fusible, _ConvNd):
         contents = sorted({*conv._parameters, *conv._buffers, *conv._modules} - {'weight', 'bias'})
         if contents:
             raise ReparamError(
-                f'{name}: expected a convolution with weight and bias alone, got one that holds '
-                f'{", ".join(contents)}, too, which conversion would lose; remove them first, or leave it out with '
-                'skip='
+                f'{name}: expected a convolution with weight and bias alone, got one that also holds '
+                f'{", ".join(contents)}, which conversion would lose; remove them first, or leave it out with skip='
             )
         if not conv.weight.is_floating_point():
             raise ReparamError(f'{name}: expected real weights, got {conv.weight.dtype}; leave it out with skip=')
@@ -240,7 +243,10 @@ class ReparamLayer(Fusible, _ConvNd):
         raise NotImplementedError
 
     def _close_gates(self) -> None:
-        """Set the parameters that make the layer the plain convolution with its `weight`, without random numbers."""
+        """Close the gates: set the parameters with which the layer equals the plain convolution with its `weight`.
+
+        The gates are gammas, factors or residual kernels. No random numbers are drawn.
+        """
         raise NotImplementedError
 
     def _compose(self) -> torch.Tensor:
