@@ -327,7 +327,7 @@ def test_tokens_stay_out_of_every_error(capsys: pytest.CaptureFixture, monkeypat
         (['plot', 'kernels', 'resnet_of_nobody', '-o', 'k.svg'], 'resnet_of_nobody'),
         (['plot', 'kernels', 'resnet18', '-o', 'k.txt'], 'k.txt: expected a name that ends in .png, .svg'),
         (['plot', 'kernels', 'resnet18', '-o', 'no/k.svg'], 'no/k.svg'),
-        (['plot', 'kernels', 'mixer_s32_224', '-o', 'k.svg', '--kernel-size', '3'], 'looked for 3x3'),
+        (['plot', 'kernels', 'mixer_s32_224', '-o', 'k.svg', '--kernel-size', '3'], 'expected 3x3'),
         (['plot', 'curves', 'runs', '-o', 'c.txt'], 'c.txt'),
         (['plot', 'gains', 'r.csv', '-o', 'g.txt'], 'g.txt'),
         (['fuse', 'missing', 'out'], 'config.json'),

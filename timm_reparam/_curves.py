@@ -68,7 +68,9 @@ def read_curves(folders: Sequence[str | Path], column: str) -> list[Curve]:
     for stem, runs in groups.items():
         epochs = sorted(set.intersection(*(set(run) for run in runs.values())))
         if not epochs:
-            raise ReparamError(f'{stem}: {column}: expected an epoch that each of {len(runs)} runs has, found none')
+            raise ReparamError(
+                f'{stem}: {column}: expected an epoch that each of {len(runs)} runs has, found none; draw them apart'
+            )
         values = [[run[epoch] for run in runs.values()] for epoch in epochs]
         name = stem.name if names[stem.name] == 1 else f'{stem.parent.name}/{stem.name}'
         mean, low, high = ([function(v) for v in values] for function in (statistics.fmean, min, max))

@@ -39,7 +39,7 @@ def commonest_kernel_size(*models: nn.Module) -> int:
     sizes = Counter(size for model in models for _, _, size in _square_kernels(model) if size > 1)
     if not sizes:
         raise ReparamError(
-            f'{", ".join(type(model).__name__ for model in models)}: looked for kxk convolutions with k > 1, found none'
+            f'{", ".join(type(model).__name__ for model in models)}: expected kxk convolutions with k > 1, found none'
         )
     return min(sizes, key=lambda size: (-sizes[size], size))
 
@@ -86,7 +86,7 @@ def kernel_skeletons(model: nn.Module, kernel_size: int | None = None) -> list[S
     if not stages:
         sizes = ', '.join(f'{number} of {own_size}x{own_size}' for own_size, number in sorted(found.items())) or 'none'
         raise ReparamError(
-            f'{type(model).__name__}: looked for {size}x{size} convolutions, found {sizes}; choose another size'
+            f'{type(model).__name__}: expected {size}x{size} convolutions, found {sizes}; choose another size'
         )
     return [Skeleton(stage, len(maps), torch.stack(maps).mean(0)) for stage, maps in stages.items()]
 

@@ -77,7 +77,7 @@ def _profile(args: argparse.Namespace) -> int:
     if args.plot is not None:
         check_plot(args.plot)
         if args.runs == 0:
-            raise ReparamError('--plot: expected at least one run to draw, got --runs 0')
+            raise ReparamError('--plot: expected at least one run to draw, got --runs 0; give more')
     if args.output is not None:
         check_folder(args.output)
     names, models, references = _models_to_profile(args)
@@ -259,7 +259,7 @@ def _print(report: Any, as_json: bool) -> None:
 def _run(args: argparse.Namespace) -> int:
     script = Path(args.script)
     if not script.is_file():
-        raise ReparamError(f'{args.script}: expected the path of a Python script, found no file there')
+        raise ReparamError(f'{args.script}: expected the path of a Python script, found no file there; check the path')
     for word in args.args:
         ensure_registered(word.rpartition('=')[2])  # the script may create the models in its arguments
     argv, path = sys.argv, list(sys.path)

@@ -175,7 +175,8 @@ def _translate(conv: _ConvNd, method: type[ReparamLayer], entries: Entries) -> T
         layer.load_state_dict({**layer.state_dict(), **found.entries})
     except RuntimeError as error:
         raise ReparamError(
-            f'the checkpoint does not hold a {method.__name__} with its default options: {error}'
+            f'expected a {method.__name__} with its default options in the checkpoint; build the model with '
+            f'this layer and the options of the checkpoint: {error}'
         ) from None
     return dataclasses.replace(found, entries={'weight': layer.fuse().weight.detach()})
 
@@ -203,7 +204,8 @@ def _place_constants(state: dict[str, torch.Tensor], imported: dict[str, Transla
             continue
         if norm.weight is None or norm.running_mean is None or norm.num_batches_tracked is None:
             raise ReparamError(
-                f'{norm_name}: the official block adds a constant to each channel, but this norm has no bias'
+                f'{norm_name}: the official block adds a constant to each channel, but this norm has no '
+                'bias; build the model with affine norms'
             )
         mean, variance = imported[name].mean, imported[name].variance
         if mean is None or variance is None:

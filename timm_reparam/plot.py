@@ -246,10 +246,12 @@ def plot_gains(summaries: Sequence[Summary], path: str | Path) -> None:
             panels.setdefault(summary.setup, []).append(summary)
     compared = [summary for summary in summaries if summary.difference is not None]
     if not compared:
-        raise ReparamError(f'{path}: expected runs of a variant and of stock with the same seed and epochs, found none')
+        raise ReparamError(
+            f'{path}: expected runs of a variant and of stock with the same seed and epochs, found none; add them'
+        )
     unknown = {summary.label: None for summary in compared if summary.step_ratio is None}
     if unknown:
-        raise ReparamError(f'{path}: step_ratio: expected a ratio to stock, found none of {", ".join(unknown)}')
+        raise ReparamError(f'{path}: step_ratio: expected a ratio to stock, found none for {", ".join(unknown)}')
     columns = min(len(panels), 2)
     with _figure(path, 1 + 5 * columns, 4.2 * math.ceil(len(panels) / columns)) as figure:
         grid = figure.subplots(math.ceil(len(panels) / columns), columns, squeeze=False)

@@ -127,7 +127,8 @@ class CheckpointState:
             raise
         except Exception as error:  # a file of another origin may contain anything
             raise ReparamError(
-                f'--resume {path}: does not fit this model or optimizer ({type(error).__name__}: {error})'
+                f'--resume {path}: does not fit this model or optimizer; give the flags of that run '
+                f'({type(error).__name__}: {error})'
             ) from error
         _logger.info('resumed from %s: epoch %d, batch %d', path, self.position.epoch, self.position.batch)
 
