@@ -214,7 +214,7 @@ def test_plot_kernels(capsys: pytest.CaptureFixture, tmp_path: Path, pair: tuple
     assert main(['plot', 'kernels', str(pair[0]), '-o', str(second), '--kernel-size', '1']) == 0
     assert '1x1' in second.read_text()
     assert main(['plot', 'kernels', str(pair[0]), '-o', str(tmp_path / '3.svg'), '--kernel-size', '7']) == 1
-    assert f'{pair[0].name}: ResNet: looked for 7x7' in capsys.readouterr().err and not (tmp_path / '3.svg').exists()
+    assert f'{pair[0].name}: ResNet: expected 7x7' in capsys.readouterr().err and not (tmp_path / '3.svg').exists()
 
 
 def test_plot_kernels_of_published_weights(hub: HubServer, tmp_path: Path):

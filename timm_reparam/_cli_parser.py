@@ -90,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
         ' for each model, one column for each stage. Variants are drawn with their fused kernels.',
     )
     command.add_argument(
-        'sources', nargs='+', metavar='SOURCE', help=f'{sources}; an architecture without a tag is untrained'
+        'sources', nargs='+', metavar='SOURCE', help=f'{sources}; an architecture without a tag is not trained'
     )
     command.add_argument(
         '--kernel-size', type=int, metavar='K', help='draw the K x K kernels (default: the most common)'
@@ -109,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
         'gains',
         parents=[common, picture],
         help='accuracy gained against training cost',
-        description='Draw the paired difference of top-1 to stock, with its 95 %% confidence interval, against the'
+        description='Draw the paired difference of top-1 to stock, with its 95 % confidence interval, against the'
         ' training step relative to stock, and print both as a table.',
     )
     command.add_argument('results', metavar='RESULTS', help='results file: csv with one row for each run')
