@@ -15,7 +15,8 @@ from hub.server import HubServer
 from stand_in import add_stock
 
 import timm_reparam
-from timm_reparam.cli import _parser, main
+from timm_reparam._cli_parser import build_parser
+from timm_reparam.cli import main
 from timm_reparam.hub import save_pair
 from timm_reparam.plot import kernel_skeletons
 from timm_reparam.results import COLUMNS
@@ -213,7 +214,7 @@ def test_plot_kernels(capsys: pytest.CaptureFixture, tmp_path: Path, pair: tuple
     assert main(['plot', 'kernels', str(pair[0]), '-o', str(second), '--kernel-size', '1']) == 0
     assert '1x1' in second.read_text()
     assert main(['plot', 'kernels', str(pair[0]), '-o', str(tmp_path / '3.svg'), '--kernel-size', '7']) == 1
-    assert f'{pair[0].name}: ResNet: looked for 7x7' in capsys.readouterr().err and not (tmp_path / '3.svg').exists()
+    assert f'{pair[0].name}: ResNet: expected 7x7' in capsys.readouterr().err and not (tmp_path / '3.svg').exists()
 
 
 def test_plot_kernels_of_published_weights(hub: HubServer, tmp_path: Path):
@@ -326,7 +327,7 @@ def test_tokens_stay_out_of_every_error(capsys: pytest.CaptureFixture, monkeypat
         (['plot', 'kernels', 'resnet_of_nobody', '-o', 'k.svg'], 'resnet_of_nobody'),
         (['plot', 'kernels', 'resnet18', '-o', 'k.txt'], 'k.txt: expected a name that ends in .png, .svg'),
         (['plot', 'kernels', 'resnet18', '-o', 'no/k.svg'], 'no/k.svg'),
-        (['plot', 'kernels', 'mixer_s32_224', '-o', 'k.svg', '--kernel-size', '3'], 'looked for 3x3'),
+        (['plot', 'kernels', 'mixer_s32_224', '-o', 'k.svg', '--kernel-size', '3'], 'expected 3x3'),
         (['plot', 'curves', 'runs', '-o', 'c.txt'], 'c.txt'),
         (['plot', 'gains', 'r.csv', '-o', 'g.txt'], 'g.txt'),
         (['fuse', 'missing', 'out'], 'config.json'),
@@ -388,7 +389,7 @@ def parsers(parser: argparse.ArgumentParser, name: str = '') -> dict[str, argpar
 
 
 def test_the_commands():
-    assert list(parsers(_parser())) == COMMANDS
+    assert list(parsers(build_parser())) == COMMANDS
 
 
 @pytest.mark.parametrize('command', COMMANDS)
@@ -399,7 +400,7 @@ def test_help(capsys: pytest.CaptureFixture, command: str):
     assert exit_.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith(f'usage: timm-reparam {command}'.strip())
-    for action in parsers(_parser())[command]._actions:
+    for action in parsers(build_parser())[command]._actions:
         if not isinstance(action, argparse._SubParsersAction):
             assert action.help and action.help.strip(), action
             assert all(option in text for option in action.option_strings)

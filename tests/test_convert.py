@@ -411,7 +411,7 @@ REFUSED = [
     (
         lambda: (nn.Sequential(nn.Conv2d(3, 3, 3), nn.utils.weight_norm(nn.Conv2d(3, 3, 3))), 'doconv'),
         {},
-        '1: DOConv2d: the convolution carries hooks',
+        '1: DOConv2d: expected a convolution without hooks, got one that carries hooks',
     ),
 ]
 

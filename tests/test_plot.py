@@ -146,11 +146,11 @@ def test_every_kind_of_stages():
 
 def test_no_such_kernels(tmp_path: Path):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
-    with pytest.raises(ReparamError, match='Sequential: looked for 5x5 convolutions, found 2 of 1x1, 1 of 3x3'):
+    with pytest.raises(ReparamError, match='Sequential: expected 5x5 convolutions, found 2 of 1x1, 1 of 3x3'):
         kernel_skeletons(model, 5)
-    with pytest.raises(ReparamError, match='Linear: looked for kxk convolutions with k > 1, found none'):
+    with pytest.raises(ReparamError, match='Linear: expected kxk convolutions with k > 1, found none'):
         kernel_skeletons(nn.Linear(2, 2))
-    with pytest.raises(ReparamError, match='second: Linear: looked for 3x3 convolutions, found none'):
+    with pytest.raises(ReparamError, match='second: Linear: expected 3x3 convolutions, found none'):
         plot_kernels([model, nn.Linear(2, 2)], tmp_path / 'k.svg', names=['first', 'second'])
     assert not list(tmp_path.iterdir())
 
@@ -353,7 +353,7 @@ def test_pictures_that_cannot_be(tmp_path: Path):
         plot_profiles(compare_profiles(nn.Conv2d(3, 4, 3), input_size=(3, 8, 8), runs=0), tmp_path / 'p.png')
     with pytest.raises(ReparamError, match='expected runs of a variant and of stock with the same seed'):
         plot_gains([summary('stock', None), summary('doconv', None)], tmp_path / 'p.png')
-    with pytest.raises(ReparamError, match='step_ratio: .* found none of doconv'):
+    with pytest.raises(ReparamError, match='step_ratio: .* found none for doconv'):
         plot_gains([summary('doconv', 0.5, step_ratio=None), summary('acconv', 0.5)], tmp_path / 'p.png')
     with pytest.raises(ReparamError, match='p.txt: expected a name that ends in .png, .svg'):
         check_plot(tmp_path / 'p.txt')

@@ -55,14 +55,14 @@ class ToyConv2d(ReparamConv2d):
         self.gamma = nn.Parameter(torch.empty(2, shape[0], **factory))
         self.register_buffer('running_var', torch.empty(2, shape[0], **factory))
         self._complete = True
-        self._start('scratch')
+        self._reset_variant_parameters('scratch')
 
     @classmethod
     def selects(cls, conv: nn.Conv2d, is_stem: bool) -> bool:
         return max(conv.kernel_size) > 1 and all(side % 2 for side in conv.kernel_size)
 
     @torch.no_grad()
-    def _init_variant(self, init: str) -> None:
+    def _init_variant_parameters(self, init: str) -> None:
         for weight in (self.point_weight, self.full_weight):
             nn.init.kaiming_uniform_(weight, a=5**0.5)
         self.running_var.fill_(1)

@@ -234,8 +234,8 @@ def test_other_flags_of_timm_name_the_way():
         (['--license', 'mit'], '--license'),
         (['--publish', 'owner'], 'add --license'),
         (['--log-wandb'], '--log-wandb: the package wandb is not installed'),
-        (['--target-key', 'x'], '--target-key x: read by datasets of kind hfds only, not by folder'),
-        (['--dataset', 'wds/x'], '--dataset wds/x: streams are not read here'),
+        (['--target-key', 'x'], '--target-key x: expected a dataset of kind hfds, got folder; leave the flag out'),
+        (['--dataset', 'wds/x'], '--dataset wds/x: streams are not supported; run timm'),
         (['--variant-lr', '2', '--sched', 'none'], '--variant-lr 2: '),
         (['--variant-lr', '-1'], 'argument --variant-lr: expected at least 0, got -1'),
         (['--jsd-loss', '--bce-loss', '--aug-splits', '3'], '--jsd-loss and --bce-loss: choose one'),
@@ -1024,7 +1024,7 @@ def test_a_checkpoint_of_timm_can_be_resumed(flags, tmp_path):
 def test_bad_checkpoints(flags, tmp_path, capsys):
     assert train_only(flags('--epochs', '1')) == 0
     last = tmp_path / 'output/run/last.pth.tar'
-    assert 'holds resnet18_doconv' in refusal(
+    assert 'got resnet18_doconv; change --model' in refusal(
         flags('--resume', str(last), model='resnet18_acconv', experiment='other'), capsys
     )
     wider = flags('--resume', str(last), '--model-kwargs', 'layers=(1,1,1,1)', experiment='other')

@@ -1,4 +1,4 @@
-"""Compare two models apart from their convolutions, module by module, under the same names."""
+"""Comparison of two models outside their fused layers, module by module, under the same names."""
 
 import functools
 import math
@@ -13,40 +13,41 @@ from timm.layers import DropBlock2d, DropPath, PatchDropout
 from torchvision.ops import StochasticDepth
 
 from .fold import NORMS, takes_norm
-from .layers._base import Fusible
+from .layers._fusible import Fusible
 
 __all__ = ['Comparison', 'differing_settings']
 
-# Modules that do nothing in evaluation, whatever their settings.
+# Modules without effect in evaluation, whatever their settings.
 _IDLE = (
     nn.Identity,
     *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
     *(DropBlock2d, DropPath, PatchDropout, StochasticDepth),
 )
 _BATCH_NORMS = (*NORMS, nn.BatchNorm1d, nn.BatchNorm3d)
-# Attributes that decide nothing in evaluation: how a model trains, is named, is exported, or saves memory.
+# Attributes without effect on outputs in evaluation: of training, names, export and memory.
 _WITHOUT_EFFECT = (
     *('training', 'inplace', 'grad_checkpointing', 'process_group', 'fused_attn', 'exportable', 'scriptable'),
     *('pretrained_cfg', 'pretrained_model_args', 'default_cfg', 'folded_norms'),
 )
-# The private attributes that are compared, too: how torch's convolutions pad in the modes other than 'zeros'.
+# Private attributes that are compared, too: the padding of torch's convolutions in modes other than 'zeros'.
 _PRIVATE = ('_reversed_padding_repeated_twice',)
 _MISSING = object()
 
 
 class Comparison:
-    """Two models, walked through side by side.
+    """Comparison of all modules of two models.
 
     Args:
         model: The train-time model.
-        fused: What is to be its fusion.
+        fused: The model that is expected to be its fusion.
 
     Attributes:
-        problems: What differs beside the layers below, as sentences that begin with the name of the module.
-        layers: What is fused and what stands in its place, by their ids: (names, layer, counterpart).
-        convs: The plain convolutions whose tensors differ, likewise, and how: right only where a norm was folded in.
-        folded: The norms of the model in whose place is only what follows them, by id, with their names.
-        dtypes: To what the floating-point tensors of each dtype were cast.
+        problems: Differences outside `layers` and `convs`, as sentences that begin with the name of the module.
+        layers: Fusible modules and their counterparts, by the ids of both: (names, layer, counterpart).
+        convs: Plain convolutions whose tensors differ, by the ids of both: (names, convolution, counterpart,
+            differences). They are correct only if a norm was folded into the counterpart.
+        folded: Norms that the fused model lacks, by id: (name, norm).
+        dtypes: The dtype in the fused model for each floating-point dtype of the train-time model.
     """
 
     def __init__(self, model: nn.Module, fused: nn.Module) -> None:
@@ -93,7 +94,7 @@ class Comparison:
         self._compare_children(name, module, other)
 
     def _compare_forwards(self, name: str, module: nn.Module, other: nn.Module) -> None:
-        """Compare forward methods that are set on instances."""
+        """Compare forward methods that were set on instances."""
         ours, theirs = (_plain(vars(each).get('forward')) for each in (module, other))
         if ours != theirs:
             self._add(name, 'forward', *('that of the class' if f is None else 'its own' for f in (ours, theirs)))
@@ -114,7 +115,7 @@ class Comparison:
                 self._add(path, 'a module', *('none' if m is None else type(m).__name__ for m in (child, counterpart)))
 
     def _compare_norms(self, name: str, norm: Any, other: Any) -> None:
-        """Compare two BatchNorms of whatever class: timm's with activation, synchronised and frozen ones."""
+        """Compare two BatchNorms of any class: timm's with activation, synchronised and frozen ones."""
         for key in ('eps', 'momentum'):
             ours, theirs = (getattr(module, key, _MISSING) for module in (norm, other))
             if ours != theirs and _MISSING not in (ours, theirs):  # a frozen norm has no momentum
@@ -134,7 +135,7 @@ class Comparison:
             self.problems += self._differing_tensor(f'{name}.num_batches_tracked', ours, theirs)
 
     def _compare_steps(self, name: str, norm: nn.Module, other: nn.Module) -> None:
-        """Compare what happens after a norm: the activation of timm's, which is left where the norm was folded."""
+        """Compare the activation that timm's norms include; it remains where the norm was folded."""
         steps, others = _steps(norm), _steps(other)
         if len(steps) != len(others):
             texts = (' and '.join(type(step).__name__ for step in found) or 'nothing' for found in (steps, others))
@@ -157,7 +158,7 @@ class Comparison:
             yield f'{name}: expected shape {tuple(ours.shape)}, got {tuple(theirs.shape)}'
             return
         expected = self._dtype_of(ours, theirs)
-        if theirs.dtype not in (expected, ours.dtype):  # some stay as they are where the others are cast: norms
+        if theirs.dtype not in (expected, ours.dtype):  # norms may keep their dtype where the rest is cast
             yield f'{name}: expected {expected}, got {theirs.dtype}'
         cast = ours.detach().to(theirs.device, theirs.dtype)
         if not torch.equal(cast, theirs.detach()):
@@ -165,12 +166,13 @@ class Comparison:
             yield f"{name}: expected the model's values, got others, by up to {difference:.3g}"
 
     def _dtype_of(self, ours: torch.Tensor, theirs: torch.Tensor) -> torch.dtype:
-        """The dtype that a tensor has to have: what the first one of its dtype was cast to."""
+        """The expected dtype of a tensor: the one to which the first tensor of the same dtype was cast."""
         if not ours.is_floating_point():
             return theirs.dtype if ours.is_complex() and theirs.is_complex() else ours.dtype
         return self.dtypes.setdefault(ours.dtype, theirs.dtype)
 
     def _note_dtypes(self, name: str, layer: nn.Module, other: nn.Module) -> None:
+        """Record the dtype to which a layer was cast, and compare it with that of earlier layers."""
         ours, theirs = next(layer.parameters(), None), getattr(other, 'weight', None)
         if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
             expected = self._dtype_of(ours, theirs)
@@ -182,13 +184,13 @@ class Comparison:
 
 
 def differing_settings(module: nn.Module, other: nn.Module) -> Iterator[str]:
-    """What two modules of one class were built with differently, where it decides their output in evaluation.
+    """Yield the settings in which two modules of one class differ, if they matter in evaluation.
 
-    Numbers, texts, functions, and sequences and dicts of those are compared. What only trains, or caches, is not.
+    Numbers, strings, functions, and sequences and dicts of these are compared. Settings of training and caches are not.
 
     Args:
-        module: The module that is as it should be.
-        other: The other one.
+        module: The module with the expected settings.
+        other: The module to compare with it.
 
     Yields:
         Texts such as 'stride: expected (1, 1), got (2, 2)'.
@@ -201,24 +203,25 @@ def differing_settings(module: nn.Module, other: nn.Module) -> Iterator[str]:
         if _MISSING not in (expected, found) and expected != found:
             yield f'{key}: expected {ours}, got {theirs}'
     if isinstance(module, torch.fx.GraphModule) and module.code != getattr(other, 'code', None):
-        yield 'code: expected that of the model, got another graph'
+        yield 'code: expected the graph of the model, got another one'
 
 
 def _kind(module: nn.Module) -> tuple[Any, ...]:
-    """A module's class by name and code: torch.fx, torch.nn.utils.parametrize and functions make new ones each time."""
+    """A module's class by name and code, since torch.fx, parametrizations and functions create equal classes anew."""
     cls = type(module)
     code = None if isinstance(module, torch.fx.GraphModule) else getattr(cls.forward, '__code__', None)
     return cls.__module__, cls.__qualname__, code
 
 
 def _is_idle(module: nn.Module | None) -> bool:
+    """Whether a module has no effect in evaluation."""
     if type(module) is nn.Sequential:
         return all(_is_idle(child) for child in module)
     return module is None or (type(module) in _IDLE and 'forward' not in vars(module))
 
 
 def _steps(module: nn.Module) -> list[nn.Module]:
-    """The modules that do something in evaluation, of a norm after normalising, or of what stands in its place."""
+    """The modules with an effect in evaluation that follow the normalisation, or that replace the norm."""
     if type(module) in _BATCH_NORMS:
         steps = [getattr(module, name) for name in ('drop', 'act') if hasattr(module, name)]
     else:
@@ -227,10 +230,10 @@ def _steps(module: nn.Module) -> list[nn.Module]:
 
 
 def _plain(value: Any) -> Any:
-    """A value that can be compared, or _MISSING."""
+    """A form of the value that can be compared, or _MISSING."""
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes, type, torch.dtype)):
         return 'nan' if isinstance(value, float) and math.isnan(value) else value
-    if isinstance(value, types.FunctionType):  # made anew with each model, perhaps
+    if isinstance(value, types.FunctionType):  # each model may have its own copy
         return value.__code__, _plain(value.__defaults__), *map(_content, value.__closure__ or ())
     if isinstance(value, types.BuiltinFunctionType):
         return value
@@ -248,12 +251,12 @@ def _plain(value: Any) -> Any:
 
 
 def _content(cell: Any) -> Any:
-    """What a closure holds, if it can be compared."""
+    """The value of a closure's variable, if it can be compared."""
     try:
         value = cell.cell_contents
-    except ValueError:  # nothing yet
+    except ValueError:  # not assigned yet
         return _MISSING
-    return value.__code__ if isinstance(value, types.FunctionType) else _plain(value)  # it may hold itself
+    return value.__code__ if isinstance(value, types.FunctionType) else _plain(value)  # a function may refer to itself
 
 
 def _shape(tensor: torch.Tensor | None) -> str:

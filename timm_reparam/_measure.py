@@ -1,4 +1,4 @@
-"""What running a model costs: time of interleaved runs, and the memory of a training step."""
+"""Time of interleaved runs of models, and memory of a training step."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten
 
 from .errors import ReparamError
 
-# name: dtype of the weights and the input, dtype of autocast; as in timm's benchmark.py
+# Dtype of weights and input, and dtype of autocast, by the names of timm's benchmark.py.
 PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     'float32': (torch.float32, None),
     'bfloat16': (torch.bfloat16, None),
@@ -33,7 +33,7 @@ PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
 
 
 def device_name(device: torch.device) -> str:
-    """What a device is called: the model of the GPU or of the processor, as far as the system tells."""
+    """The model of a GPU or processor, if the system reports it."""
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
     info = Path('/proc/cpuinfo')
@@ -44,12 +44,12 @@ def device_name(device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class Setting:
-    """How the models are run.
+    """Precision, memory format and compilation of the runs.
 
     Args:
-        precision: One of `PRECISIONS`; None leaves each model in the dtype it is in.
-        channels_last: Whether weights and input are laid out channels last; otherwise they stay as they are.
-        torchcompile: Backend of torch.compile; None runs the models as they are.
+        precision: One of `PRECISIONS`; None keeps the dtype of each model.
+        channels_last: Whether to convert weights and input to channels_last.
+        torchcompile: Backend of torch.compile; None runs the models uncompiled.
     """
 
     precision: str | None = None
@@ -61,24 +61,24 @@ class Setting:
             raise ReparamError(f'precision: expected one of {", ".join(PRECISIONS)}, got {self.precision!r}')
 
     def place(self, value: Any) -> Any:
-        """Bring a module or a batch of images into the dtype and the layout."""
+        """Convert a module or a batch of images to the dtype and memory format."""
         if self.precision is not None:
             value = value.to(PRECISIONS[self.precision][0])
         return value.to(memory_format=torch.channels_last) if self.channels_last else value
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        """The context of a forward pass."""
+        """The autocast context of a forward pass."""
         dtype = PRECISIONS[self.precision][1] if self.precision is not None else None
         return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 class Runner:
-    """Runs a copy of a model, so that the model stays as it is.
+    """Runs a copy of a model, so that the model itself does not change.
 
     Args:
         model: Any model that takes a batch of images.
         batch: The batch, on the model's device.
-        setting: How it is run.
+        setting: Precision, memory format and compilation.
     """
 
     def __init__(self, model: nn.Module, batch: torch.Tensor, setting: Setting):
@@ -97,10 +97,12 @@ class Runner:
             self.call(self.batch)
 
     def start_training(self) -> None:
-        """Switch to training mode and take the first step, after which the optimizer holds its state."""
+        """Switch to training mode and take the first step, which creates the optimizer's state."""
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if not trainable:
-            raise ReparamError(f'{type(self.model).__name__}: it has no trainable parameter; measure it without train')
+            raise ReparamError(
+                f'{type(self.model).__name__}: expected a trainable parameter, got none; measure it without train'
+            )
         self.model.train()
         self._optimizer = torch.optim.SGD(trainable, lr=1e-6, momentum=0.9)
         self.step()
@@ -115,15 +117,15 @@ class Runner:
         self._optimizer.step()
 
     def activation_bytes(self) -> int | None:
-        """Count what autograd keeps of one forward pass in training mode for the backward pass.
+        """Measure the tensors that autograd saves for the backward pass in one forward pass in training mode.
 
         Returns:
-            Bytes of the distinct storages, without those of parameters, buffers and the batch; None on the meta
-            device, where nothing is stored.
+            Bytes of the distinct storages, without those of parameters, buffers and the batch; None on the meta device,
+            which stores nothing.
         """
         if self.batch.is_meta:
             return None
-        kept: weakref.WeakSet[_Kept] = weakref.WeakSet()  # what a finished part of the graph let go of is not in it
+        kept: weakref.WeakSet[_Kept] = weakref.WeakSet()  # tensors of freed parts of the graph drop out
 
         def keep(tensor: torch.Tensor) -> _Kept:
             held = _Kept(tensor)
@@ -134,19 +136,19 @@ class Runner:
             with self._setting.autocast(self.batch.device):
                 output = self.call(self.batch)
             storages = _storages(held.tensor for held in kept)
-            del output  # only now: it is what holds the graph
+            del output  # not earlier: it keeps the graph alive
         own = _storages([*self.model.parameters(), *self.model.buffers(), self.batch])
         return sum(size for place, size in storages.items() if place not in own)
 
     def peak_bytes(self) -> int | None:
-        """Measure the memory of one training step at its fullest.
+        """Measure the peak memory of one training step.
 
         Returns:
-            Bytes that the model, the optimizer's state and the batch take, and what the step allocates on top of them;
-            None on a device that does not tell.
+            Bytes of the model, the optimizer's state and the batch, plus the peak of the allocations of the step; None
+            if the device does not report it.
         """
         assert self._optimizer is not None
-        self._optimizer.zero_grad()  # a step frees the old gradients before anything else
+        self._optimizer.zero_grad()  # a step begins by freeing the old gradients
         rise = _allocation_peak(self.step, self.batch.device)
         if rise is None:
             return None
@@ -157,7 +159,7 @@ class Runner:
 
 
 class _Kept:
-    """A saved tensor in a box of its own, which lives as long as autograd keeps it."""
+    """Wrapper of a saved tensor, which lives as long as autograd keeps the tensor."""
 
     def __init__(self, tensor: torch.Tensor):
         self.tensor = tensor
@@ -173,18 +175,18 @@ def time_interleaved(
 ) -> list[list[float]]:
     """Time several functions side by side.
 
-    Every round runs each of them once, so that a busy moment of the machine does not fall on one of them alone, and
-    each round begins with another one.
+    Every round runs each function once, starting with another function each time, so that a busy moment of the machine
+    affects all of them.
 
     Args:
         calls: The functions.
-        runs: Timed rounds.
-        warmup: Rounds before the first timed one, if there is any.
+        runs: Number of timed rounds.
+        warmup: Number of rounds before the timed ones.
         synchronize: Waits until the devices have finished.
-        clock: Tells the seconds.
+        clock: Returns the time in seconds.
 
     Returns:
-        The seconds of each timed round, in the order of the rounds, one list a function.
+        The seconds of each timed round, in order, one list for each function.
     """
     timings: list[list[float]] = [[] for _ in calls]
     for round_ in range(warmup + runs if runs else 0):
@@ -200,7 +202,7 @@ def time_interleaved(
 
 
 def median_and_spread(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
-    """Return the median and the interquartile range, None for both if there is no value."""
+    """Return the median and the interquartile range, or None for both if there are no values."""
     if not values:
         return None, None
     if len(values) == 1:
@@ -210,7 +212,7 @@ def median_and_spread(values: Sequence[float]) -> tuple[float, float] | tuple[No
 
 
 def synchronizer(devices: Iterable[torch.device]) -> Callable[[], None]:
-    """Return a function that waits for those of the devices that work on while Python goes on."""
+    """Return a function that waits for the devices that run asynchronously."""
     accelerators = {device for device in devices if device.type not in ('cpu', 'meta')}
 
     def synchronize() -> None:
@@ -222,11 +224,11 @@ def synchronizer(devices: Iterable[torch.device]) -> Callable[[], None]:
 
 @contextmanager
 def compiled_for(models: int) -> Iterator[None]:
-    """Let torch.compile hold a graph for each mode of several models of the same class.
+    """Raise the recompile limit of torch.compile, for several models of one class in several modes.
 
-    Beyond its limit (8) it would run the next model uncompiled, and not say so.
+    Above the limit (8) torch.compile silently runs a model uncompiled.
     """
-    import torch._dynamo.config as config  # only here: it takes a second
+    import torch._dynamo.config as config  # imported here because it takes a second
 
     limit = 'recompile_limit' if hasattr(config, 'recompile_limit') else 'cache_size_limit'
     with config.patch({limit: max(getattr(config, limit), 8 * models)}):
@@ -234,7 +236,7 @@ def compiled_for(models: int) -> Iterator[None]:
 
 
 def _loss(output: Any) -> torch.Tensor:
-    """Cross-entropy of a batch of logits, the mean square of any other output."""
+    """Cross-entropy for a batch of logits, the mean square for any other output."""
     if isinstance(output, torch.Tensor) and output.ndim == 2:
         return F.cross_entropy(output, torch.zeros(len(output), dtype=torch.long, device=output.device))
     values = [value for value in tree_flatten(output)[0] if isinstance(value, torch.Tensor) and value.requires_grad]
@@ -242,13 +244,13 @@ def _loss(output: Any) -> torch.Tensor:
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
-    """Bytes of the distinct storages, by their place in memory."""
+    """Bytes of the distinct storages, by address."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
 def _allocation_peak(call: Callable[[], object], device: torch.device) -> int | None:
-    """The most that a function allocates beyond what is allocated before it, in bytes; None where nothing tells."""
+    """Peak of the bytes that a function allocates, or None if the device does not report it."""
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -262,8 +264,8 @@ def _allocation_peak(call: Callable[[], object], device: torch.device) -> int | 
 
 
 def cpu_allocations(call: Callable[[], object]) -> list[int]:
-    """Bytes of tensors that a function allocates on the CPU, and as negative numbers what it frees, in order."""
-    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler tells its inner life
+    """Bytes of the tensors that a function allocates on the CPU, in order; freed bytes are negative."""
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # silences the profiler's log
     cpu = torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
         call()

@@ -10,7 +10,7 @@ import torch.nn as nn
 from .convert import plain_modules, unwrap
 from .errors import ReparamError
 from .fold import fold_norms
-from .layers._base import HOOKS, Fusible
+from .layers._fusible import HOOKS, Fusible
 from .layers._tensor import float64_copy
 from .timm_model import architecture_of, rename, stock_architecture
 from .variants import is_variant

@@ -1,7 +1,6 @@
-"""Whole checkpoints of the methods' official code, for models of this package and from them.
+"""Import and export of whole checkpoints in the formats of the methods' official code.
 
-The convolutions' entries are read and written by :mod:`timm_reparam.formats`; the keys of the rest of the model are
-timm's.
+:mod:`timm_reparam.formats` reads and writes the entries of the convolutions. The other keys of a model are timm's.
 """
 
 import dataclasses
@@ -14,6 +13,7 @@ from timm.models import clean_state_dict
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from ._evaluation import evaluating, removed_afterwards
 from .errors import ReparamError
 from .formats import FORMATS, Entries, TranslatedEntries
 from .layers import ReparamLayer
@@ -30,28 +30,29 @@ _logger = logging.getLogger(__name__)
 def import_state_dict(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Translate a checkpoint that was trained with a method's official code.
 
-    DO-Conv's ``W``, ``D`` and ``d_diag``, ACNet's blocks (train-time or fused), RefConv's ``convmap.weight``, and K
-    stacked kernels with their attention become entries of this package's layers. Where the model has no layer of that
-    method in that place, or one that cannot hold the parameters, it gets the kernel that they stand for.
+    Entries of the official layers, such as DO-Conv's ``W``, ``D`` and ``d_diag``, ACNet's blocks (train-time or fused),
+    RefConv's ``convmap.weight``, and K stacked kernels with their attention, become entries of this package's layers.
+    If the model has no layer of that method in that place, or one that cannot hold the parameters, it gets the
+    equivalent kernel.
 
-    ACNet's blocks replace a convolution *and* its BatchNorm. Where the checkpoint has no entries of the BatchNorm that
-    follows in the model, they are made: in evaluation they are exact; in training they normalise as the block did as
-    far as the checkpoint knows (exact means; variances as if the branches' inputs had no structure). Where it has
-    them, the block's constant, which that norm removes, is taken from its mean.
+    The official blocks of ACNet replace a convolution *and* its BatchNorm. If the checkpoint has no entries for the
+    BatchNorm that follows in the model, they are computed. They are exact in evaluation. In training mode the variance
+    is an estimate, as if the input were white noise. If the checkpoint has entries for the BatchNorm,
+    the bias of the block, which that norm removes, is subtracted from its running mean.
 
     Args:
-        state_dict: Any checkpoint with timm's names around the convolutions, those of a wrapper (``module.`` and
-            ``_orig_mod.``) before them or not. Left as it was.
-        model: The model it is for: a variant, a stock model or one with ACBlock2d.
+        state_dict: Any checkpoint with timm's names around the convolutions, with or without the prefixes of wrappers
+            (``module.`` and ``_orig_mod.``). It is not changed.
+        model: The model to load it into: a variant, a stock model or one with ACBlock2d.
 
     Returns:
         A new state dict in the model's layout; the same entries if no convolution is in an official format.
 
     Raises:
-        ReparamError: entries of an official convolution are missing, or the model cannot hold what it computes.
+        ReparamError: Entries of an official convolution are missing, or the model cannot represent it.
     """
     own = model.state_dict().keys()
-    wrapped = any(key.startswith(('module.', '_orig_mod.')) for key in own)  # the model itself is
+    wrapped = any(key.startswith(('module.', '_orig_mod.')) for key in own)  # the model itself is wrapped
     translated = dict(state_dict) if wrapped else clean_state_dict(state_dict)
     imported: dict[str, TranslatedEntries] = {}
     missing = []
@@ -79,11 +80,11 @@ def import_state_dict(state_dict: dict[str, torch.Tensor], model: nn.Module) -> 
         if not own & translated.keys():
             remedy = prefix_remedy(translated, own)
             _logger.warning(
-                'nothing is read: no key of the checkpoint is one of the model; %s', remedy or 'look at both'
+                'no key of the checkpoint matches the model: nothing will be loaded; %s', remedy or 'compare the keys'
             )
         return translated
     _place_constants(translated, imported, model)
-    # What the checkpoint has plain, or as a kernel only, starts as in a lift.
+    # Layers with nothing but a plain kernel start as in a lift.
     composed = []
     for name, entries in entries_by_module(translated, convolutions).items():
         layer = convolutions[name]
@@ -101,17 +102,17 @@ def import_state_dict(state_dict: dict[str, torch.Tensor], model: nn.Module) -> 
 
 
 def export_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A model's state dict with its variants in the layout of the method's official (or most common) code.
+    """Return the state dict of a model in the format of the method's official (or most common) code.
 
     Args:
-        model: A model with dynamic convolutions; each becomes K stacked kernels, ``attention.fc1`` and
+        model: A model with dynamic convolutions. Each becomes K stacked kernels, ``attention.fc1`` and
             ``attention.fc2``, with the current temperature folded in.
 
     Returns:
         A new state dict; keys other than the convolutions' are unchanged.
 
     Raises:
-        ReparamError: the model holds no variant, or one whose method has no such way.
+        ReparamError: The model holds no variant, or one whose method cannot be exported.
     """
     layers = [(name, layer) for name, layer in _convolutions(model) if is_variant(layer)]
     if not layers:
@@ -127,11 +128,13 @@ def export_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _written(layer: ReparamLayer) -> Entries:
-    """A layer's entries in the format of its method's code; ReparamError if the method has no such way."""
+    """A layer's entries in the format of its method's code; ReparamError if the method cannot be exported."""
     for method, layout in FORMATS.items():
         if isinstance(layer, method) and layout.write is not None:
             return layout.write(layer)
-    raise ReparamError(f'{type(layer).__name__}: only dynamic convolution is exported; fuse_model() gives stock keys')
+    raise ReparamError(
+        f'{type(layer).__name__}: only dynamic convolution can be exported; use fuse_model() for stock keys'
+    )
 
 
 def _convolutions(model: nn.Module) -> Iterator[tuple[str, _ConvNd]]:
@@ -149,7 +152,7 @@ def _prefixed(name: str, entries: dict[str, torch.Tensor]) -> dict[str, torch.Te
 
 
 def _method_of(conv: _ConvNd, entries: Entries) -> type[ReparamLayer] | None:
-    """The layer in whose official format a convolution's entries are, or None."""
+    """The layer class whose official format matches a convolution's entries, or None."""
     for layer, layout in FORMATS.items():
         if isinstance(conv, layer.conv_types) and layout.matches(entries):
             return layer
@@ -161,10 +164,10 @@ def _translate(conv: _ConvNd, method: type[ReparamLayer], entries: Entries) -> T
         return FORMATS[method].read(conv, entries)
     if method.input_dependent:
         raise ReparamError(
-            'the checkpoint has a dynamic convolution here, which is no single kernel, and the model has none; '
-            'choose the model and its skip= as the checkpoint was made'
+            'expected a dynamic convolution as in the checkpoint, which has no single kernel, but the model has none '
+            'here; choose the model and its skip= as for the checkpoint'
         )
-    # a stand-in of that method, of which the kernel is taken
+    # The equivalent kernel is taken from a temporary layer of that method.
     layer = method.from_conv(nn.Conv2d(**conv_arguments(conv), device='meta'))
     found = FORMATS[method].read(layer, entries)
     layer = fresh_layer(layer, found.entries['weight'])
@@ -172,13 +175,14 @@ def _translate(conv: _ConvNd, method: type[ReparamLayer], entries: Entries) -> T
         layer.load_state_dict({**layer.state_dict(), **found.entries})
     except RuntimeError as error:
         raise ReparamError(
-            f'the checkpoint does not hold a {method.__name__} with its default options: {error}'
+            f'expected a {method.__name__} with its default options in the checkpoint; build the model with '
+            f'this layer and the options of the checkpoint: {error}'
         ) from None
     return dataclasses.replace(found, entries={'weight': layer.fuse().weight.detach()})
 
 
 def _place_constants(state: dict[str, torch.Tensor], imported: dict[str, TranslatedEntries], model: nn.Module) -> None:
-    """Put what official layers add to each channel into the bias, or into the norm that follows, in place."""
+    """Put the constants that official layers add into the bias, or into the norm that follows; changes `state`."""
     modules = dict(model.named_modules())
     constants = {name: found.constant for name, found in imported.items() if found.constant is not None}
     without_bias = {name for name in constants if modules[name].bias is None}
@@ -195,36 +199,37 @@ def _place_constants(state: dict[str, torch.Tensor], imported: dict[str, Transla
             )
         norm_name, norm = norms[name]
         if f'{norm_name}.running_mean' in state:
-            # The norm takes the constant away again.
+            # The norm subtracts its mean, and with it the constant.
             state[f'{norm_name}.running_mean'] = state[f'{norm_name}.running_mean'] - constant
             continue
         if norm.weight is None or norm.running_mean is None or norm.num_batches_tracked is None:
             raise ReparamError(
-                f'{norm_name}: the official block adds a constant to each channel, but this norm has no bias'
+                f'{norm_name}: the official block adds a constant to each channel, but this norm has no '
+                'bias; build the model with affine norms'
             )
         mean, variance = imported[name].mean, imported[name].variance
         if mean is None or variance is None:
             unknown.append(name)
             mean, variance = torch.zeros_like(constant), torch.ones_like(constant)
         made = dict(running_mean=mean, running_var=variance, bias=constant + mean)
-        # this scale undoes the division in evaluation, whatever the variance
+        # This scale cancels the division by the standard deviation in evaluation.
         made['weight'] = (variance.double() + norm.eps).sqrt().to(variance.dtype)
         made['num_batches_tracked'] = norm.num_batches_tracked.detach().clone()
         state.update(_prefixed(norm_name, made))
     if unknown:
         _logger.warning(
-            'fused blocks do not tell the statistics of their outputs, so the norms behind them are right in '
-            'evaluation only: %s',
+            'a fused block stores no statistics, so the norms that follow are correct in evaluation only; run a few '
+            'batches before fine-tuning: %s',
             ', '.join(unknown),
         )
 
 
 def _norms_after(model: nn.Module, names: set[str]) -> dict[str, tuple[str, _BatchNorm]]:
-    """The BatchNorm that takes a convolution's output itself, by the convolution's name, from a pass without values."""
+    """The BatchNorm that directly follows each convolution, by the convolution's name, from a pass on meta tensors."""
     modules = dict(model.named_modules())
     first = next(conv for _, conv in _convolutions(model))
     image = torch.empty(1, first.in_channels, *(config_of(model).get('input_size') or (3, 224, 224))[1:], device='meta')
-    made: dict[int, tuple[str, torch.Tensor]] = {}  # the outputs are kept, so that no id comes twice
+    made: dict[int, tuple[str, torch.Tensor]] = {}  # holds the outputs, so that their ids stay unique
     found: dict[str, tuple[str, _BatchNorm]] = {}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
@@ -238,17 +243,8 @@ def _norms_after(model: nn.Module, names: set[str]) -> dict[str, tuple[str, _Bat
 
     watched = [(n, m) for n, m in modules.items() if n in names or isinstance(m, _BatchNorm)]
     handles = [module.register_forward_hook(hook(name)) for name, module in watched]
-    modes = [(module, module.training) for module in modules.values()]
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    dtype = first.weight.dtype
-    try:
-        model.eval()
-        with torch.no_grad():
-            meta = {name: tensor.to('meta') for name, tensor in tensors.items()}
-            torch.func.functional_call(model, meta, (image.to(dtype),))
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes:
-            module.training = training
+    with removed_afterwards(handles), evaluating(model), torch.no_grad():
+        meta = {name: tensor.to('meta') for name, tensor in tensors.items()}
+        torch.func.functional_call(model, meta, (image.to(first.weight.dtype),))
     return found

@@ -1,4 +1,4 @@
-"""What a variant gains: training runs of a results file condensed to means, paired differences and their intervals."""
+"""Accuracy of variants: means, paired differences to stock and confidence intervals of the runs in a results file."""
 
 import csv
 import json
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from ._files import open_csv
+from ._profile_tables import format_count
 from .errors import ReparamError
-from .profile import format_count
 from .variants import run_methods
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
     'summarize',
 ]
 
-# Columns of a results file, which has one row a run. Accuracies are in percent, `epochs` is the total.
+# Columns of a results file, which has one row for each run. Accuracies are in percent; `epochs` is the total.
 COLUMNS: dict[str, type] = {
     **dict(model=str, method=str, protocol=str, epochs=int, seed=int),
     **dict(top1=float, top5=float, loss=float, fused_top1=float, differing=int, max_logit_difference=float),
@@ -37,8 +37,8 @@ COLUMNS: dict[str, type] = {
     **dict(device=str, torch=str, timm=str, commit=str, data_sha256=str),
 }
 _REQUIRED = ('model', 'method', 'protocol', 'epochs', 'seed', 'top1', 'size', 'data_sha256')
-# Protocol of a run -> protocols of the stock runs that it is compared with, each of them as long in total. Refocusing
-# begins with a trained model, so what it adds shows beside stock that was fine-tuned from the same one.
+# Protocol of a run -> protocols of the stock runs that it is compared with, which have as many epochs in total.
+# Refocusing starts from a trained model, so it is compared with stock fine-tuned from the same model first.
 _AGAINST = {'scratch': ('scratch',), 'refocus': ('finetune', 'scratch'), 'finetune': ('finetune',)}
 _CONFIDENCE = 0.95
 
@@ -52,20 +52,20 @@ class Summary:
         size: Side of the images.
         method: One of `timm_reparam.variants.run_methods`.
         protocol: 'scratch', 'refocus' or 'finetune'.
-        epochs: Epochs in total, those of the checkpoint that a run began with included.
+        epochs: Epochs in total, including those of the checkpoint that a run started from.
         n: Number of runs.
         mean: Mean top-1 accuracy in percent.
-        std: Standard deviation over the runs (n - 1 in the denominator); None of a single run.
-        step_ratio: Time of a training step relative to stock; None if it is not known.
-        train_parameters: Parameters while training; None if they are not known.
-        fused_parameters: Parameters of the fused form; None if they are not known.
+        std: Standard deviation over the runs (n - 1 in the denominator); None for a single run.
+        step_ratio: Time of a training step relative to stock; None if unknown.
+        train_parameters: Number of parameters in training; None if unknown.
+        fused_parameters: Number of parameters of the fused form; None if unknown.
         against: Protocol of the stock runs; None for stock itself.
         pairs: Number of runs that have a stock run of the same seed.
-        difference: Mean over these pairs of top-1 minus stock's, in points; None without pairs.
+        difference: Mean difference of top-1 to stock over these pairs, in points; None without pairs.
         low: Lower end of the difference's 95 % confidence interval, by Student's t; None with fewer than two pairs.
-        high: Upper end.
-        arguments: What the architecture was built with, besides its defaults.
-        options: What its layers and their training were given, besides the method's own settings.
+        high: Upper end of the interval.
+        arguments: Arguments of the architecture that are not defaults.
+        options: Options of the layers and of their training that are not the method's defaults.
     """
 
     model: str
@@ -89,32 +89,32 @@ class Summary:
 
     @property
     def label(self) -> str:
-        """The method, with its options: what tells the entries of one protocol and setup apart."""
+        """The method with its options, which is unique within a protocol and a setup."""
         return _label(self.method, self.options)
 
     @property
     def setup(self) -> tuple[str, str, int]:
-        """What is compared within: the model, its arguments, and the size of the images."""
+        """The model, its arguments and the size of the images; runs are compared within a setup."""
         return self.model, self.arguments, self.size
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values, for json."""
+        """Return the fields as a dict of JSON values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Any, place: str = 'summary') -> 'Summary':
-        """Make an entry from what `to_dict` returned.
+        """Create an entry from the result of `to_dict`.
 
         Args:
             values: The fields by name.
-            place: Where they come from, for the message.
+            place: Origin of the values, for error messages.
 
         Returns:
             The entry.
 
         Raises:
-            ReparamError: They are no dict, a field is missing, unknown or of the wrong type, or its method or protocol
-                is unknown.
+            ReparamError: `values` is not a dict, a field is missing, unknown or of the wrong type, or the method or
+                protocol is unknown.
         """
         if not isinstance(values, Mapping):
             raise ReparamError(f'{place}: expected a dict, got {type(values).__name__}')
@@ -138,8 +138,8 @@ class Summary:
         if not re.fullmatch(r'[A-Za-z0-9_.-]+', values['model']):
             raise ReparamError(f'{place}.model: expected the name of an architecture, got {values["model"]!r}')
         for name in ('arguments', 'options'):
-            if not re.fullmatch(r'[ -_a-{}~]*', values.get(name, '')):  # what a code span in a table can hold
-                raise ReparamError(f'{place}.{name}: expected name=value, in ascii, got {values[name]!r}')
+            if not re.fullmatch(r'[ -_a-{}~]*', values.get(name, '')):  # valid in a code span of a Markdown table
+                raise ReparamError(f'{place}.{name}: expected name=value in ASCII, got {values[name]!r}')
         return cls(**values)
 
 
@@ -147,23 +147,25 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
     """Read a results file.
 
     Args:
-        path: csv file with the columns of `COLUMNS`, one row a run.
+        path: csv file with the columns of `COLUMNS` and one row for each run.
 
     Returns:
-        The rows, each with its columns' values as the types of `COLUMNS`; None where a cell is empty.
+        The rows, with values of the types in `COLUMNS`; None for an empty cell.
 
     Raises:
         ReparamError: The file cannot be read or is empty, lacks columns or values, names an unknown method or protocol,
-            has a run twice, or one model's runs saw different data.
+            contains a run twice, or the runs of one model used different data.
     """
     with open_csv(path) as file:
         reader = csv.DictReader(file)
         missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
         if missing:
-            raise ReparamError(f'{path}: expected one row a run, lacks the columns {", ".join(missing)}')
+            raise ReparamError(
+                f'{path}: expected one row for each run, but the file lacks the columns {", ".join(missing)}'
+            )
         rows = [_parsed(row, f'{path}, line {reader.line_num}') for row in reader]
     if not rows:
-        raise ReparamError(f'{path}: expected one row a run, found none')
+        raise ReparamError(f'{path}: expected one row for each run, found none')
     data: dict[str, set[str]] = {}
     seen = set()
     for row in rows:
@@ -181,18 +183,18 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
 
 
 def summarize(rows: Iterable[Mapping[str, Any]]) -> list[Summary]:
-    """Condense runs to one entry a method, and compare each with stock, run by run.
+    """Summarise runs in one entry for each method, and compare them with stock run by run.
 
-    A pair shares model, its arguments, size, epochs and seed. Runs from scratch are compared with stock from scratch,
-    fine-tuned ones with fine-tuned stock, refocused ones with fine-tuned stock and, in a second entry, with stock from
-    scratch.
+    A pair has the same model, arguments, size, epochs and seed. Runs from scratch are compared with stock from scratch,
+    and fine-tuned runs with fine-tuned stock. Refocused runs are compared with fine-tuned stock, and in a second entry
+    with stock from scratch.
 
     Args:
         rows: As `read_results` returns them.
 
     Returns:
-        The entries by model, arguments, size and epochs, within these in the order of the protocols and of the table of
-        variants; an entry for each set of options that a method was run with.
+        The entries, sorted by model, arguments, size and epochs, then in the order of the protocols and of the table of
+        variants. Each set of options of a method has its own entry.
 
     Raises:
         ReparamError: Runs of one entry have different numbers of parameters.
@@ -234,26 +236,26 @@ def summarize(rows: Iterable[Mapping[str, Any]]) -> list[Summary]:
 
 
 def setup_of(row: Mapping[str, Any]) -> tuple[str, str, int]:
-    """What a run is compared within, as `Summary.setup`.
+    """The setup of a run, as `Summary.setup`.
 
     Args:
-        row: One of `read_results`.
+        row: A row of `read_results`.
 
     Returns:
-        The model, ``model_kwargs`` of its options as on a command line, ``name=value …``, and the size of the images.
+        The model, ``model_kwargs`` of its options in the form ``name=value …``, and the size of the images.
     """
     arguments = json.loads(row['options'] or '{}').get('model_kwargs') or {}
     return row['model'], _assignments(arguments), row['size']
 
 
 def options_of(row: Mapping[str, Any]) -> str:
-    """What a run's method was given, as `Summary.options`.
+    """The options of a run's method, as `Summary.options`.
 
     Args:
-        row: One of `read_results`.
+        row: A row of `read_results`.
 
     Returns:
-        ``conv_options`` of its options and ``map_lr``, where it is not 0, as on a command line, ``name=value …``.
+        ``conv_options`` of its options, and ``map_lr`` if it is not 0, in the form ``name=value …``.
     """
     options = json.loads(row['options'] or '{}')
     map_lr = options.get('map_lr')
@@ -265,14 +267,14 @@ def _assignments(values: Mapping[str, Any]) -> str:
 
 
 def of_variant(summaries: Iterable[Summary], variant: str) -> list[Summary]:
-    """Take the entries of one variant, and of the stock runs that they are compared with.
+    """Select the entries of one variant, and those of the stock runs that they are compared with.
 
     Args:
         summaries: As `summarize` returns them.
         variant: A name of `timm_reparam.variants.VARIANTS`.
 
     Returns:
-        These entries, in their order; none if there are none of the variant.
+        These entries in their order; empty if there are none of the variant.
     """
     summaries, methods = list(summaries), run_methods()
     chosen = [summary for summary in summaries if methods[summary.method] == variant]
@@ -286,13 +288,13 @@ def of_variant(summaries: Iterable[Summary], variant: str) -> list[Summary]:
 
 
 def format_summary(summaries: Sequence[Summary]) -> str:
-    """Lay out summaries as a Markdown table.
+    """Format summaries as a Markdown table.
 
     Args:
         summaries: As `summarize` returns them.
 
     Returns:
-        The table, one line a summary; a column of the model only where there are several.
+        The table, one line for each summary. It has a column for the model if there are several setups.
     """
     setups = setup_words(summaries)
     header = ['method', 'epochs', 'runs', 'top-1 (%)', 'difference to stock (95 % interval)', 'training step']
@@ -318,13 +320,14 @@ def format_summary(summaries: Sequence[Summary]) -> str:
 
 
 def setup_words(summaries: Iterable[Summary]) -> dict[tuple[str, str, int], str]:
-    """Name what summaries are compared within.
+    """Short names of the setups of summaries.
 
     Args:
         summaries: As `summarize` returns them.
 
     Returns:
-        By `Summary.setup` the model and the size in Markdown, with the arguments that tell it from others of the model.
+        For each `Summary.setup` the model and the size in Markdown, with the arguments in which it differs from other
+        setups of the model.
     """
     setups = list(dict.fromkeys(summary.setup for summary in summaries))
     words = {}
@@ -352,8 +355,8 @@ def student_quantile(probability: float, degrees: int) -> float:
         raise ReparamError(f'probability: expected at least 0.5 and less than 1, got {probability}')
     if degrees < 1:
         raise ReparamError(f'degrees: expected at least 1, got {degrees}')
-    # With t = sqrt(degrees) tan(angle), P(|T| <= t) is a finite sum (Abramowitz and Stegun, 26.7.3 and 26.7.4), which
-    # rises with the angle: halved until no number lies between the ends.
+    # With t = sqrt(degrees) tan(angle), P(|T| <= t) is a finite sum (Abramowitz and Stegun, 26.7.3 and 26.7.4) that
+    # increases with the angle. Bisection stops when no floating-point number lies between the ends.
     low, high = 0.0, math.pi / 2
     while low < (angle := (low + high) / 2) < high:
         if _within(angle, degrees) < 2 * probability - 1:
@@ -375,7 +378,7 @@ def _within(angle: float, degrees: int) -> float:
 
 
 def _interval(differences: Sequence[float]) -> tuple[float | None, float | None, float | None]:
-    """Mean of differences and its confidence interval, as far as their number tells."""
+    """Mean of differences and its confidence interval; None for what their number does not allow."""
     if not differences:
         return None, None, None
     mean = statistics.fmean(differences)
@@ -425,7 +428,7 @@ def _words(row: Mapping[str, Any]) -> str:
 
 
 def _one_value(rows: Iterable[Mapping[str, Any]], column: str) -> Any:
-    """What all rows have in a column; those that have nothing there do not count."""
+    """The value that all rows share in a column; empty cells are ignored."""
     values = {row[column]: row for row in rows if row[column] is not None}
     if len(values) > 1:
         words = _words(next(iter(values.values())))

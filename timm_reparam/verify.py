@@ -1,16 +1,14 @@
-"""Verify a fusion: every fused layer against its own train-time layer first, then the two models as a whole.
+"""Verification of a fusion: each fused layer against its train-time layer, then the two models as a whole.
 
-Outputs of the whole models alone would not do: timm's networks start with gamma = 0 in the last norm of each residual
-branch, and what lies behind that never reaches an output.
+The outputs of the models are not enough. timm's networks start with gamma = 0 in the last norm of each residual branch,
+so an error before that norm does not change the output.
 """
 
 import copy
-import dataclasses
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,117 +16,28 @@ import torch.nn as nn
 from torch.utils._pytree import tree_flatten
 
 from ._compare import Comparison
-from ._layer_check import (
-    ALGEBRA_BOUND,
-    MOST_ROUNDINGS,
-    LayerCheck,
-    LayerReport,
-    differences,
-    maximum,
-    round_at_random,
-    sizes,
-    worst_ratio,
-)
+from ._differences import MOST_ROUNDINGS, differences, maximum, round_at_random, sizes, worst_ratio
+from ._evaluation import default_dtype, evaluating, full_precision, removed_afterwards
+from ._layer_check import LayerCheck
+from ._reports import ALGEBRA_BOUND, FusionReport, LayerReport
 from .convert import unwrap
 from .errors import ReparamError
 from .fuse import fuse_model, holds_fusible, unwrap_converted, with_fused_layers
-from .layers._base import Fusible
-from .layers._tensor import autocast_disabled, float64_copy, kept_tensors
+from .layers._fusible import Fusible
+from .layers._tensor import float64_copy, kept_tensors
 from .timm_model import architecture_of, config_of
 
 __all__ = ['FusionReport', 'LayerReport', 'verify_fusion']
 
 _VERIFY_IMAGES = 64
-# Entries of all images together: fewer of them are taken beyond about 320 pixels, so that time and memory stay bounded.
+# Limit of the entries of all images. Above about 320 pixels there are fewer images, which bounds time and memory.
 _VERIFY_ENTRIES = 64 * 3 * 320**2
 _VERIFY_BATCH = 16
 _NOISE_SAMPLES = 4
-# How much larger one rounding of a model may be than another one by chance, in a model with a few outputs; 5 was seen.
+# Ratio by which two rounding errors of a model with few outputs may differ by chance; 5 was observed.
 _BY_CHANCE = 16
-# Rounding, as a share of the largest output, beyond which outputs of one model differ as those of two do.
+# Rounding error, relative to the largest output, above which the dtype does not determine the output.
 _UNDETERMINED = 0.5
-
-
-@dataclasses.dataclass(frozen=True)
-class FusionReport:
-    """What :func:`verify_fusion` measured. Differences of outputs are the largest one over the largest output.
-
-    Attributes:
-        algebra: Between the model in float64 and its fusion in float64; at most `algebra_bound`.
-        stored: Between the fused model in its own dtype and the train-time model in float64.
-        own: Between the train-time model in the fused dtype and the same in float64: its own rounding. It may be small
-            by chance; where `stored` is more than twice as large, it is taken on seeded noise, too, where kernels are
-            also rounded up or down at random.
-        bound: What `stored` may be at most: twice `own`, and in float64 what `algebra` may be. None where `own` is more
-            than half of the output, which the dtype does not determine then: the layers alone are compared.
-        top1_agreement: Share of inputs that both models, in their own dtype, put into the same class; None when the
-            output is not one batch of logits.
-        num_inputs: Number of inputs compared.
-        algebra_bound: 1e-10; more only for a model that rounds to float32 whatever its dtype: twice the change of its
-            output in float64 when its input changes by rounding.
-        layers: The figures of every layer that was fused.
-        problems: What differs between the two models beside these layers.
-    """
-
-    algebra: float
-    stored: float
-    own: float
-    bound: float | None
-    top1_agreement: float | None
-    num_inputs: int
-    algebra_bound: float = ALGEBRA_BOUND
-    layers: tuple[LayerReport, ...] = ()
-    problems: tuple[str, ...] = ()
-
-    ALGEBRA_BOUND = ALGEBRA_BOUND
-
-    @property
-    def passed(self) -> bool:
-        """Whether every layer is, nothing else differs, and the outputs are within their bounds (NaN is not)."""
-        outputs = self.algebra <= self.algebra_bound and (self.bound is None or self.stored <= self.bound)
-        return outputs and not self.problems and not self.layers_off
-
-    @property
-    def layers_off(self) -> tuple[LayerReport, ...]:
-        """The layers that failed."""
-        return tuple(layer for layer in self.layers if not layer.passed)
-
-    @property
-    def layers_without_input(self) -> list[str]:
-        """Names of the layers that no input reached, whose figures are those of noise alone."""
-        return [layer.name for layer in self.layers if not layer.num_inputs and not layer.problems]
-
-    @property
-    def worst_layer(self) -> LayerReport | None:
-        """The layer whose figures are closest to, or furthest beyond, what they may be; None if there are no layers."""
-        return max(self.layers, key=lambda layer: math.inf if math.isnan(layer.excess) else layer.excess, default=None)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The figures as plain values: of the layers the number, the worst one and those that are off."""
-        names = ('algebra', 'stored', 'own', 'bound', 'top1_agreement', 'num_inputs', 'algebra_bound')
-        return dict(
-            {name: getattr(self, name) for name in names},
-            num_layers=len(self.layers),
-            layers_without_input=self.layers_without_input,
-            worst_layer=None if self.worst_layer is None else self.worst_layer.to_dict(),
-            layers_off=[layer.to_dict() for layer in self.layers_off],
-            problems=list(self.problems),
-            passed=self.passed,
-        )
-
-    def __str__(self) -> str:
-        agreement = '' if self.top1_agreement is None else f', top-1 agreement {self.top1_agreement:.2%}'
-        allowed = 'no bound' if self.bound is None else f'at most {self.bound:.1e}'
-        text = (
-            f'fusion {"verified" if self.passed else "NOT verified"} on {self.num_inputs} inputs: '
-            f'algebra {self.algebra:.1e} (at most {self.algebra_bound:.0e}), stored {self.stored:.1e} '
-            f"({allowed}; the train-time model's own rounding is {self.own:.1e}){agreement}"
-        )
-        if self.worst_layer is not None:
-            text += f'\n{len(self.layers)} layers, the worst one {self.worst_layer}'
-        if self.layers_without_input:
-            text += f'\nreached by no input, compared on noise alone: {", ".join(self.layers_without_input)}'
-        return '\n'.join([text, *(f'  {layer}' for layer in self.layers_off), *(f'  {text}' for text in self.problems)])
 
 
 @torch.no_grad()
@@ -140,33 +49,37 @@ def verify_fusion(
 ) -> FusionReport:
     """Compare a converted model with its fusion, layer by layer and then as a whole.
 
-    Every layer or `ACBlock2d` that was fused (under all of its names, in each of its calls, a BatchNorm that was folded
-    into it included) is compared with what stands in its place: type and settings; every tap of the kernel, composed in
-    float64; and its function, computed branch by branch in float64, on the inputs that reach it and on seeded noise.
-    All other tensors, norms, activations and settings of the two models have to be equal, after a cast to the fused
-    dtype; modules that do nothing in evaluation are left out. Then the outputs of both models are compared.
+    Each fused layer or block is compared with its counterpart in the fused model, under all of its names, in each of
+    its calls, and together with a BatchNorm that was folded into it:
 
-    Both run in evaluation mode, without autocast and TF32; their modes and the random state are restored. One batch at
-    a time is held, and of the layers one sample.
+    - type and settings;
+    - every tap of the kernel, against the kernel composed in float64;
+    - the function, against the layer computed branch by branch in float64, on the inputs that reach it and on seeded
+      noise.
+
+    All other tensors, norms, activations and settings of the two models must be equal after a cast to the fused dtype.
+    Modules without effect in evaluation are ignored. Finally the outputs of both models are compared.
+
+    Both models run in evaluation mode, without autocast and TF32. Their modes and the random state are restored. Only
+    one batch, and the outputs of one sample of a layer, are in memory at a time.
 
     Args:
         model: The converted model.
-        fused: Its fusion, as it will be saved: in the dtype of the model, or cast to a narrower one (all of it, or all
-            but some modules, such as norms); fused here when None.
-        inputs: A batch, or an iterable of batches, taken one at a time and not kept; None takes 64 seeded random images
-            of the model's own input size, fewer of more than 320 pixels.
+        fused: Its fusion, as it will be saved: in the dtype of the model, or cast to a narrower one, as a whole or
+            without some modules such as norms. None fuses the model here.
+        inputs: A batch, or an iterable of batches, which is read one batch at a time. None takes 64 seeded random
+            images of the model's own input size, and fewer above 320 pixels.
 
     Returns:
-        The figures; whether they are good enough is the report's `passed`.
+        The figures; the report's `passed` says whether they are within their limits.
 
     Raises:
-        ReparamError: the model holds nothing to fuse; `fused` is the model itself, or still holds a layer that should
-            have been fused; no input size is known, there are no inputs or they are no tensors; one of the models
-            cannot run; or there are no outputs to compare, others than the model's, or a number of them that depends on
-            rounding.
+        ReparamError: The model holds nothing to fuse; `fused` is the model itself or still holds a layer that should
+            have been fused; the input size is unknown; there are no inputs or they are no tensors; one of the models
+            cannot run; or the outputs cannot be compared: there are none, their shapes differ from the model's, or
+            their number depends on rounding.
     """
     model = unwrap_converted(model, 'verify_fusion')
-    # no advice to those who passed nothing
     remedy = '' if fused is None else '; pass what fuse_model() made of the model'
     fused = fuse_model(model) if fused is None else unwrap(fused, 'verify_fusion: fused')
     _check_fused(model, fused, remedy)
@@ -179,14 +92,15 @@ def verify_fusion(
             f'verify_fusion: expected a batch or an iterable of batches as inputs=, got {type(batches).__name__}; '
             'pass a tensor'
         )
-    with _evaluation(model, fused, device=device):
+    with evaluating(model, fused), full_precision(device):
         return _Verification(model, fused, remedy).run(batches)
 
 
 def _check_fused(model: nn.Module, fused: nn.Module, remedy: str) -> None:
+    """Raise ReparamError if the two models cannot be a model and its fusion."""
     if fused is model:
         raise ReparamError(
-            'verify_fusion: got the model itself as its fusion, which shows nothing; pass what fuse_model() made of it'
+            'verify_fusion: got the model itself as its fusion; pass what fuse_model() made of it, or leave it out'
         )
     for each in (model, fused):
         if any(parameter.is_meta for parameter in each.parameters()):
@@ -201,12 +115,12 @@ def _check_fused(model: nn.Module, fused: nn.Module, remedy: str) -> None:
 
 
 class _Verification:
-    """One comparison of two models, in evaluation mode.
+    """Comparison of two models, both in evaluation mode.
 
     Args:
         model: The train-time model.
-        fused: What is to be its fusion.
-        remedy: What to do if it is none, as the end of a sentence; empty if it was made here.
+        fused: The model that is expected to be its fusion.
+        remedy: Advice for error messages if `fused` is wrong; empty if it was made by `verify_fusion`.
     """
 
     def __init__(self, model: nn.Module, fused: nn.Module, remedy: str) -> None:
@@ -214,57 +128,59 @@ class _Verification:
         comparison = Comparison(model, fused)
         self.problems = comparison.problems
         self.folded, self.convs = comparison.folded, comparison.convs
-        # its own rounding is that in the dtype of the fused model
+        # The rounding error of the train-time model is measured in the dtype of the fused model.
         self.own = model
         if any(ours != theirs for ours, theirs in comparison.dtypes.items()):
             self.own = _cast_copy(model, fused).eval()
         self.exact = float64_copy(model).eval()
-        # The two share what fusing leaves as it is: nothing is trained here.
+        # The two share the tensors that fusing does not change.
         shared = {id(tensor): tensor for tensor in (*self.exact.parameters(), *self.exact.buffers())}
         self.exact_fused = with_fused_layers(self.exact, shared)
         self.modules = [
             dict(each.named_modules(remove_duplicate=False)) for each in (self.exact, self.exact_fused, self.own)
         ]
         self.checks = [self._check(names, counterpart) for names, _, counterpart in comparison.layers.values()]
-        # by output, whose sizes may differ by orders of magnitude
+        # One value for each output, since outputs may differ by orders of magnitude.
         self.largest: dict[str, list[float]] = {name: [] for name in ('output', 'algebra', 'stored', 'own')}
 
     def _figure(self, name: str) -> float:
+        """The largest difference of outputs so far, relative to the largest output."""
         return worst_ratio(self.largest[name], self.largest['output'])
 
-    def _check(self, names: list[str], counterpart: nn.Module) -> 'LayerCheck':
+    def _check(self, names: list[str], counterpart: nn.Module) -> LayerCheck:
         exact, exact_fused, own = (modules[names[0]] for modules in self.modules)
         return LayerCheck(names, exact, exact_fused, own, counterpart)
 
     def run(self, batches: Iterable[torch.Tensor]) -> FusionReport:
+        """Compare the models on batches of inputs."""
         num_inputs = agreeing = 0
         classifies = True
         for batch in batches:
             if not isinstance(batch, torch.Tensor):
                 raise ReparamError(
-                    f'verify_fusion: expected tensors as inputs=, got a batch of type {type(batch).__name__}; leave '
-                    'labels and the like out'
+                    f'verify_fusion: expected tensors as inputs=, got a batch of type {type(batch).__name__}; pass '
+                    'the images without labels'
                 )
             if not batch.dim():
                 raise ReparamError('verify_fusion: expected batches as inputs=, got a single number; pass a batch')
             if not len(batch):
                 continue
             if not num_inputs:
-                self._start(batch)
+                self._prepare_checks(batch)
             outputs = self._outputs(batch)
             num_inputs += len(batch)
             like = batch.shape[1:], batch.dtype
             classifies = classifies and len(outputs['own']) == 1 and outputs['own'][0].dim() == 2
             if classifies:
                 agreeing += int((outputs['own'][0].argmax(1).cpu() == outputs['stored'][0].argmax(1).cpu()).sum())
-            del batch, outputs  # gone before the next one is made
+            del batch, outputs  # free their memory before the next batch is made
         if not num_inputs:
             raise ReparamError('verify_fusion: expected at least one input, got none; pass a batch as inputs=')
         for check in self.checks:
-            check.settle()
+            check.measure_random_roundings()
         algebra, stored, own = (self._figure(name) for name in ('algebra', 'stored', 'own'))
         shape, dtype = like
-        # The rounding of the kernels, the same for all inputs, may happen to cancel in one model and not in the other.
+        # The rounding errors of the kernels are the same for all inputs, and may cancel in one model by chance.
         if stored > max(2 * own, ALGEBRA_BOUND) and dtype.is_floating_point:
             own = max(own, self._own_rounding(shape, dtype, enough=stored / 2))
         if not math.isfinite(own):
@@ -287,15 +203,15 @@ class _Verification:
             problems=tuple(self.problems),
         )
 
-    def _start(self, batch: torch.Tensor) -> None:
-        """Prepare what depends on the first batch."""
+    def _prepare_checks(self, batch: torch.Tensor) -> None:
+        """Pair the folded norms with their convolutions, then compare all kernels, and all layers on noise."""
         self._find_folded(batch[:1])
         for check in self.checks:
             check.compare_kernels()
             check.compare_on_noise()
 
     def _find_folded(self, batch: torch.Tensor) -> None:
-        """Give each norm that was folded to the convolution whose output it takes, as seen in a forward pass."""
+        """Assign each folded norm to the convolution whose output is its input, as a forward pass shows."""
         taken = self._inputs_of_norms(batch) if self.folded else {}
         checks = {check.names[0]: check for check in self.checks}
         convs = {names[0]: (names, counterpart) for names, _, counterpart, _ in self.convs.values()}
@@ -308,13 +224,18 @@ class _Verification:
                 checks[maker].norm_name = name
                 checks[maker].norm, _, checks[maker].own_norm = (modules[name] for modules in self.modules)
             else:
-                self.problems.append(f'{name}: expected {type(norm).__name__}, which no convolution has taken in')
+                self.problems.append(
+                    f'{name}: expected {type(norm).__name__}, got neither it nor a convolution that has it folded in'
+                )
         for names, _, _, differing in self.convs.values():
             if names[0] not in checks:
                 self.problems += differing
 
     def _inputs_of_norms(self, batch: torch.Tensor) -> dict[str, str]:
-        """The convolution whose every output goes straight into a folded norm, by the norm's name."""
+        """Name of the convolution that each folded norm follows.
+
+        Every output of that convolution must be the input of the norm, unchanged, and have no other reader.
+        """
         made: dict[int, tuple[weakref.ref, int, str]] = {}
         calls: Counter[str] = Counter()
         taken: dict[str, list[str]] = {}
@@ -330,7 +251,7 @@ class _Verification:
             def hook(module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
                 x = args[0] if args else next(iter(kwargs.values()))
                 reference, version, maker = made.get(id(x), (None, 0, ''))
-                # the same tensor, and nothing was done to it in place
+                # The same tensor, not modified in place.
                 is_same = reference is not None and reference() is x and x._version == version
                 taken.setdefault(name, []).append(maker if is_same else '')
 
@@ -343,7 +264,7 @@ class _Verification:
             modules[name].register_forward_pre_hook(note_input(name), with_kwargs=True)
             for name, _ in self.folded.values()
         ]
-        with _removed_afterwards(handles):
+        with removed_afterwards(handles):
             self._run(self.own, batch)
         pairs = {name: makers[0] for name, makers in taken.items() if makers == [makers[0]] * calls[makers[0]]}
         if self._are_read_elsewhere(batch, pairs):
@@ -351,9 +272,10 @@ class _Verification:
         return pairs
 
     def _are_read_elsewhere(self, batch: torch.Tensor, pairs: Mapping[str, str]) -> bool:
-        """Whether anything but its norm reads the output of a convolution: where that is NaN, an output is, too.
+        """Whether anything but its norm reads the output of a convolution.
 
-        gamma = 0 hides nothing here: 0 times NaN is NaN.
+        The outputs of the convolutions are replaced by NaN, and those of the norms by their earlier values. Any other
+        reader carries the NaN to an output of the model, even through gamma = 0, because 0 times NaN is NaN.
         """
         kept: dict[str, list[torch.Tensor]] = {norm: [] for norm in pairs}
         modules = self.modules[-1]
@@ -367,16 +289,16 @@ class _Verification:
         def poison(name: str) -> Any:
             return modules[name].register_forward_hook(lambda module, args, output: torch.full_like(output, math.nan))
 
-        with _removed_afterwards([keep(norm) for norm in pairs]):
+        with removed_afterwards([keep(norm) for norm in pairs]):
             before = self._run(self.own, batch)
-        with _removed_afterwards([*map(poison, pairs.values()), *map(give_back, pairs)]):
+        with removed_afterwards([*map(poison, pairs.values()), *map(give_back, pairs)]):
             after = self._run(self.own, batch)
         return any(map(torch.Tensor.any, differences(after, before)))
 
     def _outputs(self, batch: torch.Tensor) -> dict[str, list[torch.Tensor]]:
-        """Run all models on a batch; return the outputs in their own dtype, and keep the largest differences."""
+        """Run all models on a batch, update the largest differences, and return the outputs."""
         handles = [handle for check in self.checks for handle in check.hooks()]
-        with _removed_afterwards(handles):
+        with removed_afterwards(handles):
             outputs = {'own': self._run(self.own, batch)}
         reference = self._run(self.exact, batch)
         outputs['algebra'] = self._run(self.exact_fused, batch)
@@ -391,11 +313,12 @@ class _Verification:
         return outputs
 
     def _check_shapes(self, reference: list[torch.Tensor], outputs: Mapping[str, list[torch.Tensor]]) -> None:
+        """Raise ReparamError unless there are outputs, and all models return the same shapes."""
         name = type(self.model).__name__
         if not reference:
             raise ReparamError(
-                f'verify_fusion: {name} returns no floating-point tensor (in tuples, lists and dicts, at most) that '
-                'could be compared; verify a module that does'
+                f'verify_fusion: expected floating-point tensors as outputs, alone or in tuples, lists and dicts, but '
+                f'{name} returns no floating-point tensor; verify a module that does'
             )
         expected = [tuple(value.shape) for value in reference]
         found = {role: [tuple(value.shape) for value in values] for role, values in outputs.items()}
@@ -420,22 +343,22 @@ class _Verification:
         return [report for report in (check.report() for check in self.checks) if not report.passed]
 
     def _found_so_far(self) -> str:
-        """The problems found so far, for an error message."""
+        """The problems so far, for the end of an error message."""
         texts = [*map(str, self._layers_off()), *self.problems]
         return '' if not texts else '. What differs:\n' + '\n'.join(f'  {text}' for text in texts)
 
     def _run(self, model: nn.Module, batch: torch.Tensor) -> list[torch.Tensor]:
-        """Every floating-point or complex tensor that a model returns, in order; the exact models run in float64."""
+        """Return the floating-point and complex tensors of a model's output, in order; exact models run in float64."""
         is_exact, is_fused = model is self.exact or model is self.exact_fused, model is not self.own
         is_fused = is_fused and model is not self.exact
         dtype = torch.float64 if is_exact else _dtype_of(model)
         try:
-            # for tensors that a forward makes without saying a dtype
-            with _default_dtype(dtype if is_exact else torch.get_default_dtype()):
+            # The default dtype is that of tensors that a forward creates without a dtype.
+            with default_dtype(dtype if is_exact else torch.get_default_dtype()):
                 return _flat_outputs(model, batch, next(model.parameters()).device, dtype)
         except ReparamError:
             raise
-        except Exception as error:  # the model's own code may fail in any way
+        except Exception as error:  # the model's own code may raise anything
             which = f'the {"fused" if is_fused else "train-time"} {type(model).__name__}'
             remedy = 'pass inputs= and a dtype that it runs with'
             if is_exact and not is_fused:  # it ran in its own dtype before
@@ -449,13 +372,18 @@ class _Verification:
             ) from error
 
     def _own_rounding(self, shape: torch.Size, dtype: torch.dtype, enough: float) -> float:
-        """The relative rounding, on seeded noise, of the train-time model and of kernels rounded up or down at random.
+        """Relative rounding error on seeded noise: of the train-time model, and of kernels rounded at random.
 
-        That is within what the layers may differ by, one unit in the last place. It is looked for until it is `enough`.
+        Random rounding changes a kernel by less than one unit in the last place, which the layers may differ by.
+
+        Args:
+            shape: Shape of one input.
+            dtype: Dtype of the inputs.
+            enough: The search stops at an error of this size.
         """
         largest = 0.0
         generator = torch.Generator().manual_seed(0)
-        rounded = with_fused_layers(self.own)  # of what is right, whatever the fused model is
+        rounded = with_fused_layers(self.own)  # the correct fusion, not the one under test
         modules = dict(rounded.named_modules(remove_duplicate=False))
         for _ in range(MOST_ROUNDINGS):
             noise = torch.randn(_VERIFY_BATCH, *shape, generator=generator, device='cpu').to(dtype)
@@ -469,12 +397,12 @@ class _Verification:
 
     @staticmethod
     def _relative(values: list[torch.Tensor], reference: list[torch.Tensor]) -> float:
-        """The largest difference of outputs, each over the largest entry of its reference."""
+        """The largest difference of outputs, each relative to the largest entry of its reference."""
         found = ([maximum(0.0, [t]) for t in tensors] for tensors in (differences(values, reference), sizes(reference)))
         return worst_ratio(*found)
 
     def _rounding_in_float64(self, shape: torch.Size, dtype: torch.dtype) -> float:
-        """How far the outputs in float64 move when the input does by 2**-40 of itself: more if the model rounds."""
+        """Relative change of the float64 outputs for a relative change of 2**-40 of the input; large if it rounds."""
         noise = (
             torch.randn(_NOISE_SAMPLES, *shape, generator=torch.Generator().manual_seed(0), device='cpu')
             .to(dtype)
@@ -485,7 +413,7 @@ class _Verification:
 
 
 def _cast_copy(model: nn.Module, fused: nn.Module) -> nn.Module:
-    """A copy of a model in the dtypes that the tensors have in its fusion."""
+    """A copy of a model whose tensors have the dtypes of its fusion."""
     memo: dict[int, Any] = {}
     default = _dtype_of(fused)
     modules = dict(fused.named_modules(remove_duplicate=False))
@@ -497,7 +425,7 @@ def _cast_copy(model: nn.Module, fused: nn.Module) -> nn.Module:
                     continue
                 found = getattr(counterpart, 'weight' if isinstance(module, Fusible) else key, None)
                 dtype = found.dtype if isinstance(found, torch.Tensor) else default
-                cast = tensor.detach().to(dtype, copy=True)  # its values may be set
+                cast = tensor.detach().to(dtype, copy=True)  # the model itself must not change
                 memo[id(tensor)] = nn.Parameter(cast) if isinstance(tensor, nn.Parameter) else cast
     memo |= {id(kept): kept.detach().to(default) for kept in kept_tensors(model) if id(kept) not in memo}
     return copy.deepcopy(model, memo)
@@ -509,7 +437,7 @@ def _dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def seeded_images(input_size: Sequence[int]) -> tuple[torch.Tensor, ...]:
-    """The batches that :func:`verify_fusion` takes by default, of images of a size (channels, height, width)."""
+    """The default inputs of :func:`verify_fusion`: batches of random images of size (channels, height, width)."""
     generator = torch.Generator().manual_seed(0)
     number = min(_VERIFY_IMAGES, max(2, _VERIFY_ENTRIES // math.prod(input_size)))
     batch = max(1, number * _VERIFY_BATCH // _VERIFY_IMAGES)
@@ -526,72 +454,9 @@ def _input_size(model: nn.Module) -> tuple[int, int, int]:
     return resolve_input_data_config(model)['input_size']
 
 
-@contextmanager
-def _evaluation(*models: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode without autocast and TF32; everything is restored on exit."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    cudnn = torch.backends.cudnn
-    devices = [device] if device.type == 'cuda' else []
-    try:
-        for model in models:
-            model.eval()
-        with (
-            torch.random.fork_rng(devices=devices),
-            autocast_disabled(device.type),
-            _highest_matmul_precision(),
-            cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False),
-        ):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def _highest_matmul_precision() -> Iterator[None]:
-    """float32 products as they are; what was set by torch's older function or by its newer names is put back."""
-    backends: Any = torch.backends
-    newer = [each.matmul for each in (backends.cuda, backends.mkldnn) if hasattr(each, 'matmul')]
-    newer = [place for place in newer if hasattr(place, 'fp32_precision')]
-    settings = [place.fp32_precision for place in newer]
-    try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set by the newer names, of which the older function knows nothing
-        before = None
-    torch.set_float32_matmul_precision('highest')
-    try:
-        yield
-    finally:
-        if before is not None:
-            torch.set_float32_matmul_precision(before)
-        else:
-            for place, setting in zip(newer, settings):
-                place.fp32_precision = setting
-
-
 def _flat_outputs(
     model: nn.Module, batch: torch.Tensor, device: torch.device, dtype: torch.dtype
 ) -> list[torch.Tensor]:
     batch = batch.to(device, dtype if batch.is_floating_point() else None)
     values = [value for value in tree_flatten(model(batch))[0] if isinstance(value, torch.Tensor)]
     return [value for value in values if value.is_floating_point() or value.is_complex()]
-
-
-@contextmanager
-def _removed_afterwards(handles: list[Any]) -> Iterator[None]:
-    """Remove the hooks on exit."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

@@ -868,10 +868,10 @@ def test_attributes_that_somebody_has_set_are_carried_over(method: Method, case:
 
 
 CONTENTS = [
-    (lambda conv: conv.register_parameter('gain', nn.Parameter(torch.ones(6))), 'holds gain, too'),
-    (lambda conv: conv.register_buffer('mask', torch.ones(6)), 'holds mask, too'),
-    (lambda conv: setattr(conv, 'act', nn.ReLU()), 'holds act, too'),
-    (lambda conv: setattr(conv, '_conv_forward', lambda *args: None), 'or a _conv_forward of its own'),
+    (lambda conv: conv.register_parameter('gain', nn.Parameter(torch.ones(6))), 'also holds gain, which'),
+    (lambda conv: conv.register_buffer('mask', torch.ones(6)), 'also holds mask, which'),
+    (lambda conv: setattr(conv, 'act', nn.ReLU()), 'also holds act, which'),
+    (lambda conv: setattr(conv, '_conv_forward', lambda *args: None), 'with its own _conv_forward'),
     (lambda conv: conv.register_state_dict_post_hook(lambda *args: None), 'carries hooks'),
     (lambda conv: conv.register_load_state_dict_pre_hook(lambda *args: None), 'carries hooks'),
 ]

@@ -1,17 +1,17 @@
-"""What every over-parameterised convolution shares: construction from a plain convolution, and the way back.
+"""Base classes of the over-parameterised convolutions: construction from a plain convolution, and fusion.
 
 A variant is a small subclass of ``nn.Conv2d`` (or ``nn.ConvTranspose2d``) whose ``weight`` and ``bias`` keep the stock
-names and shapes; everything a method adds lies beside them and is a residual from identity. A method is one file beside
-this one: a class that derives from :class:`ReparamLayer` and the torch layer, and that writes down what it adds
-(``__init__``), how that starts (``_init_variant``) and the kernel it stands for (``_compose``). A method that is more
-than one convolution with that kernel also has its own ``_forward_impl``.
+names and shapes. Everything that a method adds lies beside them and is a residual from identity. Each method is one
+file of this folder. Its class defines the parameters that it adds (``__init__``), their initial values
+(``_init_variant_parameters`` and ``_close_gates``) and the equivalent kernel (``_compose``). A method that is more than
+one convolution with that kernel also defines ``_forward_impl``.
 """
 
 import dataclasses
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -24,12 +24,10 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..errors import ReparamError
+from ._fusible import HOOKS, Fusible
 from ._tensor import autocast_disabled, float64_copy, materialize
 
 __all__ = [
-    'CALL_HOOKS',
-    'Fusible',
-    'HOOKS',
     'Method',
     'PaddingMode',
     'ReparamLayer',
@@ -37,47 +35,35 @@ __all__ = [
     'ReparamConvTranspose2d',
     'check_init',
     'conv_arguments',
-    'first_conv',
 ]
 
 PaddingMode = Literal['zeros', 'reflect', 'replicate', 'circular']
 
-# Hooks on the calls of a module.
-CALL_HOOKS = (
-    *('_forward_hooks', '_forward_hooks_with_kwargs', '_forward_hooks_always_called'),
-    *('_forward_pre_hooks', '_forward_pre_hooks_with_kwargs', '_backward_hooks', '_backward_pre_hooks'),
-)
-# All hooks of a module: its fused form keeps them, and a convolution that has any is not converted.
-HOOKS = (
-    *CALL_HOOKS,
-    *('_state_dict_hooks', '_state_dict_pre_hooks', '_load_state_dict_pre_hooks', '_load_state_dict_post_hooks'),
-)
-
 
 def _fx_leaf(layer: nn.Module, *inputs: Any) -> Any:
-    """A call of the layer as one node of the graph that torch.fx is tracing, as for torch's own layers."""
+    """Record a call of the layer as one node of the graph that torch.fx is tracing, as for torch's own layers."""
     tracer = inputs[0].tracer
     return tracer.create_proxy('call_module', tracer.path_of_module(layer), inputs, {})
 
 
 def check_init(owner: str, init: str) -> None:
-    """Raise ReparamError unless `init` is one of the two starts that every layer knows."""
+    """Raise ReparamError unless `init` is 'lift' or 'scratch'."""
     if init not in ('lift', 'scratch'):
         raise ReparamError(f"{owner}: init must be 'lift' (exactly the given convolution) or 'scratch', got {init!r}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What is said of a method, and who is credited.
+    """Description and citation of a method.
 
     Attributes:
-        name: What it is called.
+        name: Name of the method.
         summary: What it does, in a sentence or two.
         title: Title of the paper.
-        authors: Its authors, as BibTeX writes them.
-        venue: Where it appeared.
-        year: When it appeared.
-        arxiv: Its number on arXiv.
+        authors: Authors in BibTeX format.
+        venue: Journal or conference.
+        year: Year of publication.
+        arxiv: arXiv identifier.
     """
 
     name: str
@@ -89,56 +75,9 @@ class Method:
     arxiv: str
 
 
-class Fusible(nn.Module):
-    """A module that ``fuse_model`` folds into one convolution, and that ``verify_fusion`` compares with it.
-
-    The first convolution in it (:func:`first_conv`) has the geometry of the fused one.
-
-    Attributes:
-        input_dependent: Whether the kernel depends on the input, so that fusing gives a form for inference only.
-    """
-
-    input_dependent: ClassVar[bool] = False
-
-    def fuse(self) -> nn.Module:
-        """The fused form, a fresh module with the same device, dtype and mode; this one is left as it was."""
-        raise NotImplementedError
-
-    def branch_form(self) -> Callable[..., torch.Tensor]:
-        """The module in evaluation as its method defines it: every branch by itself, with running statistics.
-
-        Verification compares the fused form with this one, so the two must share no step.
-
-        Returns:
-            A function of what `forward` takes, with the parameters that the module has now.
-
-        Raises:
-            ReparamError: the class does not define it.
-        """
-        raise ReparamError(
-            f'{type(self).__name__}: no branch_form to verify its fusion against; define it from the formula of the '
-            'method, without what fuse() uses'
-        )
-
-    def _fresh(self) -> nn.Module:
-        """A module that has the attributes of a new one of this class."""
-        return nn.Module()
-
-    def added_attributes(self) -> dict[str, Any]:
-        """The plain attributes that somebody has set on the module, which its fused form keeps."""
-        # what hides one of the class, such as a forward, is of this class alone
-        own = vars(self._fresh()).keys() | dir(type(self))
-        return {name: value for name, value in vars(self).items() if name not in own}
-
-
-def first_conv(module: nn.Module) -> Any:
-    """The first convolution in a module, which may be the module itself."""
-    return next(part for part in module.modules() if isinstance(part, _ConvNd))
-
-
 @functools.cache
 def _attributes_of(conv_type: Any) -> frozenset[str]:
-    """The attributes of a new convolution of torch's or timm's."""
+    """Names of the instance attributes of a new convolution of this type."""
     return frozenset(vars(conv_type(1, 1, 1, device='meta')))
 
 
@@ -146,11 +85,11 @@ class ReparamLayer(Fusible, _ConvNd):
     """Mixin in front of a torch convolution: ``from_conv``, ``equivalent_kernel`` and ``fuse``.
 
     Attributes:
-        method: The method behind the layer.
+        method: Description and citation of the method.
         conv_types: Exact types of convolution that this layer replaces.
-        needs_trained_weights: Whether the method starts from trained weights and means nothing without.
-        schedule_options: Options of a schedule of training; in the form for inference one of them is None.
-        training_warning: What the first forward pass in training mode warns of; loading weights clears it.
+        needs_trained_weights: Whether the method only makes sense with trained weights to start from.
+        schedule_options: Options of a training schedule. One of them is None in the form for inference.
+        training_warning: Warning of the first forward pass in training mode; loading weights clears it.
     """
 
     method: ClassVar[Method]
@@ -168,7 +107,7 @@ class ReparamLayer(Fusible, _ConvNd):
 
     @classmethod
     def default_options(cls) -> dict[str, Any]:
-        """The method's own options by name, as they are where none is given."""
+        """The method's own options with their defaults."""
         parameters = inspect.signature(cls.__init__).parameters
         return {name: parameters[name].default for name in cls.option_names()}
 
@@ -177,17 +116,19 @@ class ReparamLayer(Fusible, _ConvNd):
         return {name: getattr(self, name) for name in self.option_names()}
 
     def scale_outputs(self, scale: torch.Tensor, shift: torch.Tensor) -> None:
-        """Make the layer give ``scale * y + shift``, rounded once; needed where the kernel depends on the input.
+        """Change the layer so that its output y becomes ``scale * y + shift``, with one rounding.
+
+        Only layers whose kernel depends on the input define it.
 
         Args:
             scale: Scale of each output channel, (out_channels,), in float64.
-            shift: What is added to each output channel, likewise.
+            shift: Shift of each output channel, (out_channels,), in float64.
         """
         raise NotImplementedError
 
     @classmethod
     def is_for_inference(cls, options: Mapping[str, Any]) -> bool:
-        """Whether a layer with these options is the form for inference that an input-dependent one is fused to."""
+        """Whether a layer with these options is the form for inference, to which an input-dependent layer fuses."""
         return any(options.get(name, 0) is None for name in cls.schedule_options)
 
     @classmethod
@@ -196,7 +137,7 @@ class ReparamLayer(Fusible, _ConvNd):
 
         Args:
             conv: A convolution of one of `conv_types`.
-            is_stem: Whether it is the convolution that sees the image.
+            is_stem: Whether its input is the image.
 
         Returns:
             True if `convert_model` should replace it.
@@ -205,20 +146,20 @@ class ReparamLayer(Fusible, _ConvNd):
 
     @classmethod
     def check_lift(cls, **options: Any) -> None:
-        """Raise ReparamError if these options leave no start that is exactly the given convolution."""
+        """Raise ReparamError if a layer with these options cannot start as exactly the given convolution."""
 
     @classmethod
     def from_conv(cls, conv: nn.Module, *, init: str = 'lift', **options: Any) -> 'ReparamLayer':
-        """Build the layer from a plain convolution, which is left as it was.
+        """Build the layer from a plain convolution, which is not changed.
 
-        The Parameter objects of `conv` are reused wherever they stay parameters, so that ties, device, dtype and
-        ``requires_grad`` survive; their values are those of `conv` with either start. What the method adds is frozen if
-        the convolution's weight is. Attributes that somebody has set on `conv` come along.
+        The layer reuses the Parameter objects of `conv` wherever they stay parameters, so that ties, device, dtype and
+        ``requires_grad`` survive. Their values are kept with either `init`. The added parameters are frozen if the
+        weight of `conv` is. Attributes that were set on `conv` are kept.
 
         Args:
             conv: The convolution, of one of `conv_types` exactly.
-            init: 'lift' starts as exactly the same function; 'scratch' is the method's own random start of what it
-                adds.
+            init: Initial values of the added parameters: 'lift' gives exactly the function of `conv`, 'scratch' the
+                method's own random initialisation.
             **options: The method's own options, as in the constructor.
 
         Returns:
@@ -235,14 +176,46 @@ class ReparamLayer(Fusible, _ConvNd):
             raise ReparamError(
                 f'{name} replaces {expected} exactly, got {type(conv).__name__}; leave it out with skip='
             )
+        added = cls._check_contents(conv)
+        unknown = sorted(set(options) - set(cls.option_names()))
+        if unknown:
+            known = ', '.join(cls.option_names()) or 'none'
+            raise ReparamError(f'{name}: unknown option {", ".join(unknown)}; its options are: {known}')
+        if init == 'lift':
+            cls.check_lift(**options)
+        # Built on the meta device, so that no random weight is drawn only to be replaced.
+        layer = cls(**conv_arguments(conv), device='meta', dtype=conv.weight.dtype, **options)
+        taken = sorted(attribute for attribute in added if hasattr(layer, attribute))
+        if taken:
+            raise ReparamError(
+                f'{name}: expected attributes beside those of the layer, got a convolution with {", ".join(taken)} set '
+                'on it; remove them first, or leave it out with skip='
+            )
+        vars(layer).update({attribute: vars(conv)[attribute] for attribute in added})
+        layer._assign_from_conv(conv)
+        materialize(layer, conv.weight.device)
+        layer._reset_variant_parameters(init)
+        for parameter_name, parameter in layer.named_parameters():
+            if parameter_name not in ('weight', 'bias'):
+                parameter.requires_grad_(conv.weight.requires_grad)
+        return layer.train(conv.training)
+
+    @classmethod
+    def _check_contents(cls, conv: _ConvNd) -> set[str]:
+        """Raise ReparamError if conversion would lose a part of `conv`; return the attributes that were set on it."""
+        name = cls.__name__
         conv_type: Any = type(conv)
         added = vars(conv).keys() - _attributes_of(conv_type)
         hiding = sorted(attribute for attribute in added if hasattr(conv_type, attribute))
-        if any(getattr(conv, hooks, None) for hooks in HOOKS) or hiding:
+        if any(getattr(conv, hooks, None) for hooks in HOOKS):
             raise ReparamError(
-                f'{name}: the convolution carries hooks (a weight or spectral norm, perhaps) or a '
-                f'{", ".join(hiding) or "forward"} of its own, which conversion would lose; remove them first, or '
-                'leave it out with skip='
+                f'{name}: expected a convolution without hooks, got one that carries hooks (of a weight or spectral '
+                'norm, for instance), which conversion would lose; remove them first, or leave it out with skip='
+            )
+        if hiding:
+            raise ReparamError(
+                f'{name}: expected the methods of the class, got a convolution with its own {", ".join(hiding)}, which '
+                'conversion would lose; remove them first, or leave it out with skip='
             )
         for role in ('weight', 'bias'):
             value = getattr(conv, role, None)
@@ -252,51 +225,46 @@ class ReparamLayer(Fusible, _ConvNd):
         contents = sorted({*conv._parameters, *conv._buffers, *conv._modules} - {'weight', 'bias'})
         if contents:
             raise ReparamError(
-                f'{name}: expected a convolution with weight and bias alone, got one that holds '
-                f'{", ".join(contents)}, too, which conversion would lose; remove them first, or leave it out with '
-                'skip='
+                f'{name}: expected a convolution with weight and bias alone, got one that also holds '
+                f'{", ".join(contents)}, which conversion would lose; remove them first, or leave it out with skip='
             )
         if not conv.weight.is_floating_point():
             raise ReparamError(f'{name}: expected real weights, got {conv.weight.dtype}; leave it out with skip=')
-        unknown = sorted(set(options) - set(cls.option_names()))
-        if unknown:
-            known = ', '.join(cls.option_names()) or 'none'
-            raise ReparamError(f'{name}: unknown option {", ".join(unknown)}; its options are: {known}')
-        if init == 'lift':
-            cls.check_lift(**options)
-        # Built on meta, then given memory: nothing is drawn for the weight that is replaced.
-        layer = cls(**conv_arguments(conv), device='meta', dtype=conv.weight.dtype, **options)
-        taken = sorted(attribute for attribute in added if hasattr(layer, attribute))
-        if taken:
-            raise ReparamError(
-                f'{name}: expected attributes beside those of the layer, got a convolution with {", ".join(taken)} set '
-                'on it; remove them first, or leave it out with skip='
-            )
-        vars(layer).update({attribute: vars(conv)[attribute] for attribute in added})
-        layer._adopt(conv)
-        materialize(layer, conv.weight.device)
-        layer._start(init)
-        for parameter_name, parameter in layer.named_parameters():
-            if parameter_name not in ('weight', 'bias'):
-                parameter.requires_grad_(conv.weight.requires_grad)
-        return layer.train(conv.training)
+        return added
 
-    def _adopt(self, conv: _ConvNd) -> None:
-        """Take over the stock parameters themselves."""
-        self.weight = conv.weight
-        self.bias = conv.bias
+    # Defined by a method
 
-    def _init_variant(self, init: str) -> None:
-        """Give everything beside `weight` and `bias` its start."""
+    def _init_variant_parameters(self, init: str) -> None:
+        """Initialise every parameter and buffer beside `weight` and `bias`.
+
+        Args:
+            init: 'lift' or 'scratch', as in :meth:`from_conv`.
+        """
         raise NotImplementedError
 
     def _close_gates(self) -> None:
-        """Set what makes the layer the plain convolution with its `weight`; nothing is drawn."""
+        """Close the gates: set the parameters with which the layer equals the plain convolution with its `weight`.
+
+        The gates are gammas, factors or residual kernels. No random numbers are drawn.
+        """
         raise NotImplementedError
 
     def _compose(self) -> torch.Tensor:
-        """The kernel this layer stands for, from its parameters and buffers in their own dtype."""
+        """Compute the equivalent kernel from the parameters and buffers, in their own dtype."""
         raise NotImplementedError
+
+    # Shared by all methods
+
+    def _assign_from_conv(self, conv: _ConvNd) -> None:
+        """Assign the parameters of a plain convolution, the objects themselves, to the layer."""
+        self.weight = conv.weight
+        self.bias = conv.bias
+
+    def _reset_variant_parameters(self, init: str) -> None:
+        """Initialise the added parameters and buffers; constructors end with this call."""
+        # The meta device has no values to set, and random numbers are slow there: torch runs them in Python.
+        if not self.weight.is_meta:
+            self._init_variant_parameters(init)
 
     def _load_from_state_dict(
         self,
@@ -310,10 +278,10 @@ class ReparamLayer(Fusible, _ConvNd):
     ) -> None:
         """Load as torch does, and take the entries of a plain convolution as a lift.
 
-        These are `weight`, of the right shape, and `bias`, with no other entry under the layer's name. The gates close,
-        so that the layer is that convolution; what they hide keeps its values, so nothing is drawn and the ranks of a
-        wrapped model stay equal. Loaders that bypass ``load_state_dict`` (torch.distributed.checkpoint, for instance)
-        bypass this, too.
+        These are `weight`, of the right shape, and `bias`, with no other entry under the layer's name. The gates are
+        closed, so that the layer equals that convolution. The parameters behind the gates keep their values: no random
+        numbers are drawn, and the ranks of a distributed model stay equal. Loaders that bypass ``load_state_dict``,
+        such as torch.distributed.checkpoint, bypass this, too.
         """
         given = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         added = self._entries().keys() - {'weight', 'bias'}
@@ -328,8 +296,8 @@ class ReparamLayer(Fusible, _ConvNd):
                     self._close_gates()
                 elif local_metadata.get('assign_to_params_buffers', False):
                     materialize(self.to(given['weight'].dtype), given['weight'].device)
-                    self._start('lift')
-            # for the layer itself, and for the modules in it, which torch loads next
+                    self._reset_variant_parameters('lift')
+            # Also for the submodules, which torch loads next.
             state_dict.update((prefix + key, value) for key, value in self._entries().items() if key in added)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -337,7 +305,7 @@ class ReparamLayer(Fusible, _ConvNd):
         if 'weight' in given:
             self.training_warning = ''
         if not self.weight.is_meta:
-            for name in self._non_persistent_buffers_set:  # still without memory after assign=True to a meta model
+            for name in self._non_persistent_buffers_set:  # still on meta after assign=True to a meta model
                 buffer = self._buffers[name]
                 if buffer is not None and buffer.is_meta:
                     self._buffers[name] = torch.zeros_like(buffer, device=self.weight.device)
@@ -349,22 +317,17 @@ class ReparamLayer(Fusible, _ConvNd):
         self.training_warning = ''
 
     def _entries(self) -> dict[str, torch.Tensor]:
-        """The layer's own entries of a state dict, without running the hooks that somebody has on it."""
+        """The layer's entries of a state dict, without running its state dict hooks."""
         entries: dict[str, torch.Tensor] = {}
         for name, part in self.named_modules():
             part._save_to_state_dict(entries, name and f'{name}.', keep_vars=False)
         return entries
 
-    def _start(self, init: str) -> None:
-        # what has no values needs none, and random ones take long there: torch goes through Python
-        if not self.weight.is_meta:
-            self._init_variant(init)
-
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register as torch does, which an assignment does, too; refuse a bias where the layer has none.
+        """Register a parameter as torch does, but reject a bias if the layer has none; assignments end here, too.
 
-        Code that folds a BatchNorm into a convolution gives it one (``torch.nn.utils.fusion.fuse_conv_bn_eval``). The
-        BatchNorm's scale would reach `weight` only, which is one part of the kernel.
+        Code that folds a BatchNorm into a convolution adds a bias (``torch.nn.utils.fusion.fuse_conv_bn_eval``). It
+        would apply the scale of the BatchNorm to `weight` only, which is one part of the kernel.
 
         Raises:
             ReparamError: the layer was built without a bias.
@@ -378,7 +341,7 @@ class ReparamLayer(Fusible, _ConvNd):
         super().register_parameter(name, param)
 
     def reset_parameters(self) -> None:
-        """Draw a new start, as the constructor does: torch's for `weight` and `bias`, the method's for the rest."""
+        """Initialise again as the constructor does: `weight` and `bias` as torch does, the rest with 'scratch'."""
         if not self.weight.numel():
             raise ReparamError(
                 f'{type(self).__name__}: expected at least one input and output channel, got {self.in_channels} and '
@@ -386,14 +349,14 @@ class ReparamLayer(Fusible, _ConvNd):
             )
         if not self.weight.is_meta:
             super().reset_parameters()
-        # torch's constructor calls this before the method has added anything
+        # torch's constructor calls this before the method has added its parameters.
         if getattr(self, '_complete', False):
-            self._start('scratch')
+            self._reset_variant_parameters('scratch')
 
     def equivalent_kernel(self) -> torch.Tensor:
-        """The kernel of the one plain convolution that this layer equals in evaluation mode.
+        """The kernel of the plain convolution that this layer equals in evaluation mode.
 
-        Pure and differentiable; composed in the parameters' own dtype, outside autocast.
+        Pure and differentiable; computed in the parameters' own dtype, outside autocast.
 
         Returns:
             The kernel, of `weight`'s shape and dtype.
@@ -405,19 +368,19 @@ class ReparamLayer(Fusible, _ConvNd):
 
     @torch.no_grad()
     def fuse(self) -> _ConvNd:
-        """Fold the layer into a plain convolution; the layer itself is left as it was.
+        """Fold the layer into a plain convolution; the layer itself is not changed.
 
-        The kernel is composed in float64 and rounded once, and so is a bias that is computed.
+        The kernel, and a computed bias, are computed in float64 and rounded once.
 
         Returns:
-            A fresh convolution of the type this layer was built from, with the same device, dtype and mode, and the
-            attributes that somebody has set on the layer.
+            A new convolution of the type this layer was built from, with the same device, dtype and mode, and the
+            attributes that were set on the layer.
         """
-        exact = float64_copy(self).eval()  # a spectral norm changes as it is read in training
+        exact = float64_copy(self).eval()  # in training mode a spectral norm changes when it is read
         return self.plain_conv(exact.equivalent_kernel(), exact.bias)
 
     def plain_conv(self, kernel: torch.Tensor, bias: torch.Tensor | None) -> _ConvNd:
-        """A fresh plain convolution of this layer's geometry with these weights."""
+        """A new plain convolution with the geometry of this layer and these weights."""
         arguments = dict(conv_arguments(self), bias=bias is not None)
         conv_type = self.conv_types[0]
         if getattr(self, 'tf_same', False):
@@ -439,21 +402,21 @@ class ReparamLayer(Fusible, _ConvNd):
 
 
 def conv_arguments(conv: _ConvNd) -> dict[str, Any]:
-    """The constructor arguments, device and dtype aside, that make a convolution of the same geometry."""
+    """Constructor arguments, without device and dtype, for a convolution of the same geometry."""
     names = ['in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'groups', 'padding_mode']
     if isinstance(conv, nn.ConvTranspose2d):
         names.append('output_padding')
     return dict({name: getattr(conv, name) for name in names}, bias=conv.bias is not None)
 
 
-# FX must not trace into a layer: it would bake in the state that a forward moves, and kernels cannot be composed from
-# the stand-ins that it has in place of parameters.
+# torch.fx must not trace into a layer: the graph would contain state that a forward pass changes as a constant, and
+# kernels cannot be computed from proxies.
 @register_notrace_module
 class ReparamConv2d(ReparamLayer, nn.Conv2d):
     """Base of the variants of ``nn.Conv2d`` and of timm's ``Conv2dSame``.
 
     Attributes:
-        tf_same: Whether the input is padded as TensorFlow's SAME does, by its size (timm's ``Conv2dSame``).
+        tf_same: Whether the padding is TensorFlow's SAME, which depends on the input size (timm's ``Conv2dSame``).
     """
 
     __constants__ = [*nn.Conv2d.__constants__, 'tf_same']
@@ -464,12 +427,12 @@ class ReparamConv2d(ReparamLayer, nn.Conv2d):
         stride: tuple[int, int]
         dilation: tuple[int, int]
 
-    def _adopt(self, conv: _ConvNd) -> None:
-        super()._adopt(conv)
+    def _assign_from_conv(self, conv: _ConvNd) -> None:
+        super()._assign_from_conv(conv)
         self.tf_same = isinstance(conv, Conv2dSame)
 
     def _pad(self, x: torch.Tensor) -> torch.Tensor:
-        """The input with all the padding of the plain convolution around it."""
+        """Pad the input as the plain convolution does."""
         if self.tf_same:
             # timm declares lists
             return pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
@@ -477,20 +440,20 @@ class ReparamConv2d(ReparamLayer, nn.Conv2d):
         return F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
 
     def _pad_partly(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        """The input, padded if a convolution cannot pad it so, and the padding that is left to the convolution."""
+        """Return the input, padded if ``F.conv2d`` cannot do it, and the padding that is left to ``F.conv2d``."""
         left, right, top, bottom = self._reversed_padding_repeated_twice
         if self.tf_same or self.padding_mode != 'zeros' or (left, top) != (right, bottom):
             return self._pad(x), (0, 0)
         return x, (top, left)
 
     def _convolve(self, x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """One convolution with `kernel` and `bias`, padded as the plain convolution pads."""
+        """Convolve with `kernel` and `bias`, padded as the plain convolution pads."""
         if self.tf_same:
             return F.conv2d(self._pad(x), kernel, bias, self.stride, (0, 0), self.dilation, self.groups)
         return self._conv_forward(x, kernel, bias)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Convolve (batch, in_channels, height, width), batched or unbatched."""
+        """Convolve an input (batch, in_channels, height, width), batched or unbatched."""
         if not torch.jit.is_scripting():
             if isinstance(input, Proxy):  # torch.fx is tracing
                 return _fx_leaf(self, input)
@@ -507,10 +470,10 @@ class ReparamConvTranspose2d(ReparamLayer, nn.ConvTranspose2d):
 
     conv_types = (nn.ConvTranspose2d,)
     if TYPE_CHECKING:
-        padding: tuple[int, int]  # never a text
+        padding: tuple[int, int]  # never 'same' or 'valid'
 
     def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
-        """Transposed convolution of (batch, in_channels, height, width) with the equivalent kernel."""
+        """Apply the transposed convolution to an input (batch, in_channels, height, width), batched or unbatched."""
         if not torch.jit.is_scripting():
             if isinstance(input, Proxy):  # torch.fx is tracing
                 return _fx_leaf(self, input, output_size)
@@ -525,7 +488,7 @@ class ReparamConvTranspose2d(ReparamLayer, nn.ConvTranspose2d):
         output_size: list[int] | None = None,
         groups: int | None = None,
     ) -> torch.Tensor:
-        """One transposed convolution with `kernel` and `bias`, and the plain one's geometry."""
+        """Apply a transposed convolution with `kernel` and `bias`, and the geometry of the layer."""
         groups = self.groups if groups is None else groups
         # torch declares lists, and passes tuples itself
         output_pad = self._output_padding(x, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation)  # type: ignore[arg-type]

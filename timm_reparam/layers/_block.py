@@ -6,7 +6,8 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 
-from ._base import Fusible, conv_arguments, first_conv
+from ._base import conv_arguments
+from ._fusible import Fusible, first_conv
 from ._tensor import autocast_disabled, float64_copy
 
 __all__ = ['BranchBlock2d']

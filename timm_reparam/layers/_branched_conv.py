@@ -64,7 +64,7 @@ class BranchedConv2d(ReparamConv2d):
         in_channels, ..., dtype: As in ``nn.Conv2d``.
         norms: The possible values of `branch_norm`.
         branch_norm: 'batch', 'scale' or 'none', as above.
-        gamma_init: Start of gamma with init='scratch', the method's own by default; not with 'none'.
+        gamma_init: Initial value of gamma with init='scratch', the method's own by default; not with 'none'.
         scale: Factor on the sum of the kernels; 'none' only.
         eps: Added to the variances; 'batch' only.
         momentum: Weight of the newest batch in the running variances; 'batch' only.
@@ -160,7 +160,7 @@ class BranchedConv2d(ReparamConv2d):
                 "init='scratch'"
             )
 
-    # What a method defines
+    # Defined by a method
 
     def _branch_weights(self) -> list[torch.Tensor]:
         """The parameters that the branches' kernels are made of."""
@@ -183,7 +183,7 @@ class BranchedConv2d(ReparamConv2d):
         raise NotImplementedError
 
     def _gamma_starts(self) -> list[float]:
-        """Start of each gamma with init='scratch'."""
+        """Initial value of each gamma with init='scratch'."""
         return [1.0] * len(self._branches)
 
     def _stock_kernel(self) -> torch.Tensor:
@@ -191,17 +191,17 @@ class BranchedConv2d(ReparamConv2d):
         return self.weight
 
     def _draw_branches(self, init: str) -> None:
-        """Give the parameters of the branches their start."""
+        """Initialise the parameters of the branches."""
         for weight in self._branch_weights():
             if init == 'scratch':
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-            elif self.branch_norm != 'none':  # gamma is 0: what they are now does not matter yet
+            elif self.branch_norm != 'none':  # gamma is 0 and hides these values at first
                 fast_uniform_(weight, 1 / math.sqrt(weight[0].numel()))
 
-    # What follows from it
+    # Shared by all methods
 
     @torch.no_grad()
-    def _init_variant(self, init: str) -> None:
+    def _init_variant_parameters(self, init: str) -> None:
         self._draw_branches(init)
         if init == 'lift':
             self._close_gates()

@@ -116,7 +116,7 @@ class ACConv2d(BranchedConv2d):
         self.horizontal_weight = nn.Parameter(torch.empty(*shape[:2], 1, shape[3], device=device, dtype=dtype))
         self._add_norms(['vertical', 'horizontal'], device, dtype)
         self._complete = True
-        self._start('scratch')
+        self._reset_variant_parameters('scratch')
 
     def _branch_weights(self) -> list[torch.Tensor]:
         return [self.vertical_weight, self.horizontal_weight]

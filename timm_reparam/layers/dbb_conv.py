@@ -133,7 +133,7 @@ class DBBConv2d(BranchedConv2d):
             self.register_parameter('point_gamma', None)
             self.register_buffer('point_running_var', None)
         self._complete = True
-        self._start('scratch')
+        self._reset_variant_parameters('scratch')
 
     @classmethod
     def selects(cls, conv: _ConvNd, is_stem: bool) -> bool:

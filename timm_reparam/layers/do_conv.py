@@ -73,7 +73,7 @@ class _DepthwiseOverParameterised(ReparamLayer):
         self._complete = True
 
     @torch.no_grad()
-    def _init_variant(self, init: str) -> None:
+    def _init_variant_parameters(self, init: str) -> None:
         # Both starts are the same: with D = 0 the layer is the plain convolution, and that is the paper's start, too.
         if self.surplus_weight is not None:
             # The columns that no whole identity block covers reach the kernel through D alone: D = W = 0 never moves.
@@ -187,7 +187,7 @@ class DOConv2d(_DepthwiseOverParameterised, ReparamConv2d):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
         self._add_depthwise(depth_multiplier, device, dtype)
-        self._start('scratch')
+        self._reset_variant_parameters('scratch')
 
     def branch_form(self) -> Callable[..., torch.Tensor]:
         # the paper's composition of features: D is applied to the window of each position, then W to what comes out
@@ -249,7 +249,7 @@ class DOConvTranspose2d(_DepthwiseOverParameterised, ReparamConvTranspose2d):
         geometry = (kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode)
         super().__init__(in_channels, out_channels, *geometry, device, dtype)
         self._add_depthwise(depth_multiplier, device, dtype)
-        self._start('scratch')
+        self._reset_variant_parameters('scratch')
 
     def branch_form(self) -> Callable[..., torch.Tensor]:
         # as for the convolution; each input channel spreads into as many maps as D has columns

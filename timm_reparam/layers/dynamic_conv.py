@@ -150,7 +150,7 @@ class DynamicConv2d(TemperatureSchedule, PerSampleConv2d):
         )
         self._add_schedule(temperature, temperature_steps, device)
         self._complete = True
-        self._start('scratch')
+        self._reset_variant_parameters('scratch')
 
     @classmethod
     def selects(cls, conv: _ConvNd, is_stem: bool) -> bool:
@@ -169,7 +169,7 @@ class DynamicConv2d(TemperatureSchedule, PerSampleConv2d):
         return stacks
 
     @torch.no_grad()
-    def _init_variant(self, init: str) -> None:
+    def _init_variant_parameters(self, init: str) -> None:
         self.attention.fc1.reset_parameters()
         if init == 'scratch':
             self.attention.fc2.reset_parameters()

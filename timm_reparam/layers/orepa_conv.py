@@ -144,7 +144,7 @@ class OREPAConv2d(BranchedConv2d):
             self.register_parameter(f'{name}_weight', nn.Parameter(torch.empty(shape, **factory)))
         self._add_norms(branches, device, dtype)
         self._complete = True
-        self._start('scratch')
+        self._reset_variant_parameters('scratch')
 
     @classmethod
     def selects(cls, conv: _ConvNd, is_stem: bool) -> bool:
@@ -209,8 +209,8 @@ class OREPAConv2d(BranchedConv2d):
         return [0.5] if self.first_weight is not None else [0.25, 0.0, 1.0, 0.5, 0.5]
 
     @torch.no_grad()
-    def _init_variant(self, init: str) -> None:
-        super()._init_variant(init)
+    def _init_variant_parameters(self, init: str) -> None:
+        super()._init_variant_parameters(init)
         if init == 'scratch':
             self.weight_gamma.fill_(0.25 if self.first_weight is None else 1.0)
 

@@ -72,12 +72,12 @@ class _Refocusing(ReparamLayer):
             return
         super().register_parameter(name, param)
 
-    def _adopt(self, conv: _ConvNd) -> None:
-        super()._adopt(conv)
+    def _assign_from_conv(self, conv: _ConvNd) -> None:
+        super()._assign_from_conv(conv)
         self._freeze_base()
 
     @torch.no_grad()
-    def _init_variant(self, init: str) -> None:
+    def _init_variant_parameters(self, init: str) -> None:
         if init == 'lift':
             self._close_gates()
         else:
@@ -181,7 +181,7 @@ class RefConv2d(_Refocusing, ReparamConv2d):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
         self._add_map(map_kernel_size, device, dtype)
-        self._start('scratch')
+        self._reset_variant_parameters('scratch')
 
 
 class RefConvTranspose2d(_Refocusing, ReparamConvTranspose2d):
@@ -218,4 +218,4 @@ class RefConvTranspose2d(_Refocusing, ReparamConvTranspose2d):
         geometry = (kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode)
         super().__init__(in_channels, out_channels, *geometry, device, dtype)
         self._add_map(map_kernel_size, device, dtype)
-        self._start('scratch')
+        self._reset_variant_parameters('scratch')

@@ -1,1 +1,1 @@
-"""What train.py is made of. ``import timm_reparam`` does not import it."""
+"""The parts of train.py. ``import timm_reparam`` does not import them."""

@@ -1,4 +1,4 @@
-"""The folder of a run: its checkpoints, what they hold, and going on from one."""
+"""The folder of a run: its checkpoints, their contents, and how to resume from one."""
 
 import logging
 import os
@@ -34,23 +34,40 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run goes on."""
+    """Position of a run, from which it resumes.
+
+    Args:
+        epoch: The epoch.
+        batch: Index of the first batch that has not been trained on.
+        losses: Sum and number of the losses of the images before that batch.
+        random_states: Random states of all processes.
+    """
 
     epoch: int = 0
-    batch: int = 0  # the first one that has not been trained on
-    losses: tuple[float, int] = (0.0, 0)  # sum and number of those of the batches before
-    random_states: list[dict[str, Any]] = field(default_factory=list)  # of all processes
+    batch: int = 0
+    losses: tuple[float, int] = (0.0, 0)
+    random_states: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
 class CheckpointState:
-    """What a checkpoint holds: the entries of timm's checkpoints, and the position of the run in `train_state`.
+    """Contents of a checkpoint: the entries of timm's checkpoints, and the position of the run in `train_state`.
 
-    Plain values and tensors only, so torch.load(weights_only=True) reads it, and so do timm's loaders.
+    It has plain values and tensors only, so that torch.load(weights_only=True) and timm's loaders read it.
+
+    Args:
+        settings: The arguments as given, before others were derived from them.
+        model: The plain module; a wrapper around it may be trained.
+        task: The training task.
+        optimizer: The optimizer.
+        scheduler: Schedule of the learning rate.
+        ema: Moving average of the weights.
+        scaler: Scaler of the loss.
+        position: Position of the run.
     """
 
-    settings: dict[str, Any]  # the arguments as they were given, before anything was worked out from them
-    model: nn.Module  # the plain module; what trains may be a wrapper around it
+    settings: dict[str, Any]
+    model: nn.Module
     task: TrainingTask
     optimizer: torch.optim.Optimizer
     scheduler: Any = None
@@ -59,11 +76,11 @@ class CheckpointState:
     position: Position = field(default_factory=Position)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The weights to validate: those of the average, if there is one."""
+        """The weights to validate: the moving average, if there is one."""
         return (self.model if self.ema is None else self.ema.module).state_dict()
 
     def get_checkpoint_state(self, ema: bool = False, unwrap_fn: Any = None) -> dict[str, Any]:
-        """The entries beside those of timm's saver, which calls this."""
+        """The entries that timm's saver adds to its own; it calls this method."""
         if ema:
             return {} if self.ema is None else dict(state_dict_ema=self.ema.module.state_dict())
         record_options(self.model)
@@ -85,31 +102,33 @@ class CheckpointState:
         return state
 
     def check_finite(self) -> None:
-        """Stop before a checkpoint with NaN or infinity replaces a good one."""
+        """Raise ReparamError if the weights contain NaN or infinity, before a checkpoint replaces a good one."""
         damaged = [name for name, value in self.model.state_dict().items() if not torch.isfinite(value).all()]
         if damaged:
             raise ReparamError(
-                f'NaN or infinity in {len(damaged)} tensors ({", ".join(damaged[:3])}), epoch {self.position.epoch}; '
-                'nothing was saved; lower --lr, or add --clip-grad, and --resume from the last checkpoint'
+                f'epoch {self.position.epoch}: expected finite weights, got NaN or infinity in {len(damaged)} tensors '
+                f'({", ".join(damaged[:3])}); nothing was saved; lower --lr or add --clip-grad, and --resume from the '
+                'last checkpoint'
             )
 
     def resume(self, setup: Setup, path: Path, checkpoint: dict[str, Any]) -> None:
-        """Load what a checkpoint file holds, random states included.
+        """Load a checkpoint, including the random states.
 
         Raises:
-            ReparamError: The checkpoint does not fit, or is damaged.
+            ReparamError: The checkpoint does not match this run, or is damaged.
         """
         _check_history(checkpoint.get('saver') or {}, path)
         found, architecture = checkpoint.get('arch'), architecture_of(self.model)
         if found not in (None, architecture, setup.args.model):
-            raise ReparamError(f'--resume {path}: holds {found}, not {architecture}; change --model')
+            raise ReparamError(f'--resume {path}: expected a checkpoint of {architecture}, got {found}; change --model')
         try:
             self.position = self._load(setup, path, checkpoint)
         except ReparamError:
             raise
-        except Exception as error:  # a file from elsewhere may hold anything
+        except Exception as error:  # a file of another origin may contain anything
             raise ReparamError(
-                f'--resume {path}: does not fit this model or optimizer ({type(error).__name__}: {error})'
+                f'--resume {path}: does not fit this model or optimizer; give the flags of that run '
+                f'({type(error).__name__}: {error})'
             ) from error
         _logger.info('resumed from %s: epoch %d, batch %d', path, self.position.epoch, self.position.batch)
 
@@ -123,32 +142,32 @@ class CheckpointState:
             scales = [group.get('lr_scale') for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(checkpoint['optimizer'])
             for group, scale in zip(self.optimizer.param_groups, scales):
-                if scale is not None:  # --variant-lr and --layer-decay are those of this run, as --lr is
+                if scale is not None:  # as --lr, --variant-lr and --layer-decay are those of this run
                     group['lr_scale'] = scale
         if not args.no_resume_opt and self.scaler is not None and self.scaler.state_dict_key in checkpoint:
             self.scaler.load_state_dict(checkpoint[self.scaler.state_dict_key])
         epoch, batch = position_of(checkpoint, path)
         state = checkpoint.get('train_state')
-        if state is None:  # timm's
+        if state is None:  # a checkpoint of timm's script
             return Position(epoch, batch)
         states = state['random_states']
         if len(states) == args.world_size:
             set_random_state(states[args.rank], setup.device)
         else:
-            _logger.warning('the checkpoint is of %d processes: random numbers start anew', len(states))
+            _logger.warning('the checkpoint is of %d processes: random states are not restored', len(states))
         total, count = state['losses'] if batch else (0.0, 0)
         return Position(epoch, batch, (total, count), states)
 
 
 def position_of(checkpoint: dict[str, Any], path: Path) -> tuple[int, int]:
-    """Epoch and batch with which a run goes on from a checkpoint."""
+    """Epoch and batch at which a run resumes from a checkpoint."""
     state = checkpoint.get('train_state')
     if state is not None:
         found = state.get('epoch'), state.get('next_batch')
         if not all(type(number) is int and number >= 0 for number in found):
             raise ReparamError(
-                f'--resume {path}: train_state: expected an epoch and a batch to go on from, got {found!r:.80}; resume '
-                'another file'
+                f'--resume {path}: train_state: expected an epoch and a batch, got {found!r:.80}; resume from another '
+                'file'
             )
         return found
     epoch = checkpoint.get('epoch', -1)
@@ -156,19 +175,19 @@ def position_of(checkpoint: dict[str, Any], path: Path) -> tuple[int, int]:
 
 
 def _load_whole(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Load weights that have every key of the model: a variant would take stock ones, too, as a lift."""
+    """Load weights that must have exactly the keys of the model; a variant would accept stock weights as a lift."""
     weights, expected = clean_state_dict(weights), model.state_dict().keys()
     if weights.keys() != expected:
         lacking, strange = sorted(expected - weights.keys()), sorted(weights.keys() - expected)
         raise ReparamError(
             f'--resume {path}: state_dict: does not fit this model, missing: {lacking[:3]}, unexpected: '
-            f'{strange[:3]}; weights alone, stock ones too, are for --initial-checkpoint'
+            f'{strange[:3]}; use --initial-checkpoint for weights alone, including stock weights'
         )
     model.load_state_dict(weights)
 
 
 def _check_history(saved: dict[str, Any], path: Path) -> None:
-    """Check that a history names checkpoints of this folder only: timm's saver deletes the worst of them."""
+    """Raise ReparamError unless a history names checkpoints of the run only, since timm's saver deletes the worst."""
     try:
         files = [name for name, _ in saved.get('checkpoint_files', ())]
         epoch, metric = saved.get('pending', (None, None))
@@ -181,7 +200,7 @@ def _check_history(saved: dict[str, Any], path: Path) -> None:
     if not right:
         raise ReparamError(
             f"--resume {path}: saver: expected names such as 'checkpoint-1.pth.tar' with numbers; the file is damaged, "
-            'resume another one'
+            'resume from another one'
         )
 
 
@@ -191,12 +210,12 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(args: Namespace) -> tuple[Path, dict[str, Any]] | None:
-    """Return the path of the checkpoint that --resume names and what it holds, or None for a new run."""
+    """Return the path and the contents of the checkpoint that --resume names, or None for a new run."""
     path = Path(args.resume) if args.resume else None
     if args.resume == 'auto':
         found = checkpoints_in(_output_root(args) / args.experiment) if utils.is_primary(args) else []
         path = max(found, default=None, key=lambda file: position_of(read_training(file, mmap=True), file))
-        if args.distributed:  # the others take what the first process saw
+        if args.distributed:  # all processes use the choice of the first one
             shared = [path]
             dist.broadcast_object_list(shared, 0)
             path = shared[0]
@@ -204,7 +223,7 @@ def find_checkpoint(args: Namespace) -> tuple[Path, dict[str, Any]] | None:
 
 
 class Saver(utils.CheckpointSaver):
-    """timm's checkpoint saver, of which a kill leaves the previous file or the new one, at every moment."""
+    """timm's checkpoint saver with atomic writes: a kill leaves either the previous file or the new one."""
 
     def __init__(self, folder: Path, state: CheckpointState, decreasing: bool, max_history: int):
         super().__init__(
@@ -228,7 +247,7 @@ class Saver(utils.CheckpointSaver):
                 os.unlink(save_path)
             raise ReparamError(
                 f'{self.checkpoint_dir}: the checkpoint of epoch {epoch} cannot be written ({error}); the last one is '
-                'still good; make room, then --resume from it'
+                'still good; free disk space, then --resume from it'
             ) from error
 
     def _replace(self, src: str, dst: str) -> None:
@@ -243,12 +262,12 @@ class Saver(utils.CheckpointSaver):
         except OSError:  # a file system without hard links
             shutil.copy2(src, partial_file)
         os.replace(partial_file, dst)
-        if os.path.exists(partial_file):  # both were the same file already
+        if os.path.exists(partial_file):  # both are links to the same file: nothing was replaced
             os.unlink(partial_file)
 
     def restore_history(self, path: Path, checkpoint: dict[str, Any]) -> None:
-        """Restore which checkpoints are kept and which is best, also where the run was killed while it sorted them."""
-        # the next recovery checkpoints replace those that are left
+        """Restore which checkpoints are kept and which is best, even if the run was killed while it sorted them."""
+        # The next recovery checkpoints replace the remaining ones.
         left = sorted(self.folder.glob('recovery-*.pth.tar'), key=lambda file: file.stat().st_mtime)
         self.prev_recovery_file, self.curr_recovery_file = ['', '', *map(str, left)][-2:]
         saved = checkpoint.get('saver')
@@ -259,7 +278,7 @@ class Saver(utils.CheckpointSaver):
             kept = self._checkpoint_path(epoch)
             if not os.path.exists(kept):
                 self._duplicate(str(path), kept)
-        # a recovery checkpoint has no metric, and no place in the history
+        # A recovery checkpoint has no metric and is not part of the history.
         self.load_state_dict({**saved, 'pending': (None if metric is None else epoch, metric)})
         self._cleanup_checkpoints()
         names = (f'checkpoint-{self.best_epoch}{self.extension}', f'model_best{self.extension}')
@@ -272,7 +291,7 @@ class Saver(utils.CheckpointSaver):
         return max(checkpoints_in(self.folder), default=None, key=lambda path: path.stat().st_mtime)
 
     def best(self) -> dict[str, Any] | None:
-        """What the best checkpoint holds; the last one where none is best, None where there is none."""
+        """The contents of the best checkpoint, or of the last one; None if there are no checkpoints."""
         for name in ('model_best', 'last'):
             path = self.folder / f'{name}{self.extension}'
             if path.exists():
@@ -281,10 +300,10 @@ class Saver(utils.CheckpointSaver):
 
 
 def open_saver(setup: Setup, state: CheckpointState, resumed: tuple[Path, dict[str, Any]] | None) -> Saver:
-    """Make the folder of a run, with its args.yaml and summary.csv, and take over the history of what is resumed.
+    """Create the folder of a run with args.yaml and summary.csv, and restore the history of a resumed run.
 
     Raises:
-        ReparamError: The folder cannot be written, or is that of another run.
+        ReparamError: The folder cannot be written, or belongs to another run.
     """
     args, side = setup.args, setup.data_config['input_size'][-1]
     path = None if resumed is None else resumed[0]
@@ -297,12 +316,12 @@ def open_saver(setup: Setup, state: CheckpointState, resumed: tuple[Path, dict[s
             folder = _make_new(folder)
         folder.mkdir(parents=True, exist_ok=True)
         is_resumed = path is not None and path.parent.samefile(folder)
-        # --resume auto also takes up a run that was killed before its first checkpoint
+        # --resume auto also continues a run that was killed before its first checkpoint.
         claims = not is_resumed and args.resume != 'auto'
         if (checkpoints_in(folder) and not is_resumed) or (claims and not _claim(folder)):
             raise ReparamError(
-                f'--experiment {args.experiment}: another run has begun in {folder}; --resume auto goes on with it, or '
-                'name another'
+                f'--experiment {args.experiment}: another run has begun in {folder}; continue it with --resume auto, '
+                'or choose another name'
             )
     except OSError as error:
         raise ReparamError(f'--output {folder}: cannot be written ({error.strerror})') from error
@@ -320,7 +339,7 @@ def _output_root(args: Namespace) -> Path:
 
 
 def _make_new(folder: Path) -> Path:
-    """Make a folder of this name or, where there is one, with the first free number after it; return it."""
+    """Create a folder of this name, or with the first free number after it; return its path."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     name, number = folder.name, 0
     while True:
@@ -333,7 +352,7 @@ def _make_new(folder: Path) -> Path:
 
 
 def _claim(folder: Path) -> bool:
-    """Make args.yaml: False if another run was first."""
+    """Create args.yaml; return False if another run has created it already."""
     try:
         (folder / 'args.yaml').touch(exist_ok=False)
     except FileExistsError:

@@ -1,4 +1,4 @@
-"""Datasets, their checks, and the loaders of both splits."""
+"""Datasets, checks of their classes and splits, and the loaders of both splits."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ class Digits(torch.utils.data.Dataset):
     """The handwritten digits inside scikit-learn: 1,797 grey images of 8x8 pixels, in the interface of timm's datasets.
 
     Args:
-        split: 'train' or 'training'; any other name is the held-out fifth (always the same one, stratified).
+        split: 'train' or 'training'; any other name is the held-out fifth (always the same images, stratified).
         input_img_mode: PIL mode of the images.
     """
 
@@ -55,7 +55,7 @@ class Digits(torch.utils.data.Dataset):
 
 
 def create_datasets(setup: Setup) -> tuple[Any, Any]:
-    """Open the training split and the validation split, None without --val-split, and check that they fit together."""
+    """Open both splits, and check that they match; the validation split is None without --val-split."""
     args = setup.args
     img_mode = 'RGB' if setup.data_config['input_size'][0] == 3 else 'L'
     train = _create_split(args, args.train_split, True, img_mode)
@@ -83,11 +83,13 @@ def _create_split(args: Namespace, split: str, is_training: bool, img_mode: str)
         )
     except TIMM_ERRORS as error:
         where = args.data_dir or args.dataset
-        raise ReparamError(f'{where}: no usable split {split!r} ({error or type(error).__name__})') from error
+        raise ReparamError(
+            f'{where}: no usable split {split!r} ({error or type(error).__name__}); see --train-split and --val-split'
+        ) from error
 
 
 def class_names(dataset: Any) -> list[str] | None:
-    """Names of a dataset's classes in order, or None where the dataset has none."""
+    """Names of a dataset's classes in order, or None if the dataset has no names."""
     reader = getattr(dataset, 'reader', None)
     mapping = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)  # a folder, a tar
     if mapping:
@@ -97,7 +99,7 @@ def class_names(dataset: Any) -> list[str] | None:
 
 
 def _check_classes(args: Namespace, train: Any, validation: Any) -> None:
-    """Refuse a folder without classes, splits with different classes, and a classifier that is too small."""
+    """Raise ReparamError if a folder has no classes, the splits differ in theirs, or the classifier is too small."""
     names = class_names(train)
     if dataset_kind(args) == 'folder':
         if names in (None, ['']):
@@ -109,8 +111,8 @@ def _check_classes(args: Namespace, train: Any, validation: Any) -> None:
         if validation is not None and class_names(validation) != names:
             differing = sorted(set(names) ^ set(class_names(validation) or ()))
             raise ReparamError(
-                f'{args.data_dir}: the splits have different classes ({", ".join(differing[:5])}), labels would '
-                'not mean the same; make the folders equal'
+                f'{args.data_dir}: expected the same classes in both splits, but they have different classes '
+                f'({", ".join(differing[:5])}); make the folders equal'
             )
     if names is None:
         return
@@ -121,12 +123,12 @@ def _check_classes(args: Namespace, train: Any, validation: Any) -> None:
 
 
 def _check_split_folders(args: Namespace, train: Any, validation: Any) -> None:
-    """timm falls back to the whole folder where it finds no split: never train or validate on that unnoticed."""
+    """Warn or raise if timm found no folder of a split, where it silently uses the whole dataset instead."""
     roots = [getattr(getattr(dataset, 'reader', None), 'root', None) for dataset in (train, validation)]
     whole, named = roots[0] == args.data_dir, args.train_split != 'train'
     if roots[0] == roots[1]:
         _logger.warning('%s: no folders of splits; validating on the training images', args.data_dir)
-    elif whole and (named or validation is not None):  # the whole folder holds the validation images, too
+    elif whole and (named or validation is not None):  # the whole folder includes the validation images
         raise ReparamError(f'{args.data_dir}: no split {args.train_split!r}; name its folder with --train-split')
     elif whole and os.path.isdir(args.data_dir):
         _logger.warning('%s: no folder %r; training on the images of all folders', args.data_dir, args.train_split)
@@ -137,7 +139,7 @@ def _check_split_folders(args: Namespace, train: Any, validation: Any) -> None:
 
 
 def _create_loader(setup: Setup, dataset: Any, name: str, **options: Any) -> Any:
-    """Create timm's loader with the options that both splits share."""
+    """Create timm's loader with the options common to both splits."""
     args = setup.args
     with named_errors(f'the {name} loader cannot be made'):
         return create_loader(
@@ -154,7 +156,7 @@ def _create_loader(setup: Setup, dataset: Any, name: str, **options: Any) -> Any
 
 
 def create_train_loader(setup: Setup, dataset: Any) -> Any:
-    """Create the loader of augmented and mixed training batches."""
+    """Create the loader of training batches, with augmentation and mixing."""
     args, collate_fn = setup.args, None
     if args.mixup > 0 or args.cutmix > 0:
         with named_errors('--mixup, --cutmix'):
@@ -189,16 +191,18 @@ def create_train_loader(setup: Setup, dataset: Any) -> Any:
         num_aug_splits=args.aug_splits,
         interpolation=interpolation or setup.data_config['interpolation'],
         collate_fn=collate_fn,
-        # Workers that live on keep random states that no checkpoint holds, and do not see mixup go off.
+        # Persistent workers have random states that no checkpoint saves, and would not notice when mixing ends.
         persistent_workers=False,
     )
     if len(loader) == 0:
-        raise ReparamError(f'--batch-size {args.batch_size}: larger than the training split ({len(dataset)} images)')
+        raise ReparamError(
+            f'--batch-size {args.batch_size}: larger than the training split ({len(dataset)} images); reduce it'
+        )
     return loader
 
 
 def create_validation_loader(setup: Setup, dataset: Any) -> Any:
-    """Create the loader of validation batches; None where there is no split."""
+    """Create the loader of validation batches; None without a validation split."""
     if dataset is None:
         return None
     return _create_loader(
@@ -213,7 +217,7 @@ def create_validation_loader(setup: Setup, dataset: Any) -> Any:
 
 
 def set_epoch(args: Namespace, loader: Any, epoch: int) -> None:
-    """Tell everything that shuffles which epoch it is, and stop mixing from --mixup-off-epoch on."""
+    """Set the epoch of everything that shuffles, and stop mixing from --mixup-off-epoch on."""
     for part in (loader.dataset, loader.batch_sampler, loader.sampler):
         if hasattr(part, 'set_epoch'):
             part.set_epoch(epoch)

@@ -37,16 +37,16 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-# Images that go through the verification of a fusion at a time.
+# Number of images in a batch of the verification.
 VERIFY_BATCH = 32
-# Images of noise that stand in for a validation split, or help out where one is small.
+# Number of images of noise that replace a missing validation split or supplement a small one.
 NOISE_IMAGES = 64
 
 
 def train_one_epoch(setup: Setup, state: CheckpointState, loader: Any, saver: Saver | None) -> float:
-    """Train from the position of the run to the end of its epoch, and return the mean of the loss.
+    """Train from the position of the run to the end of its epoch, and return the mean loss.
 
-    The first process has a saver of recovery checkpoints.
+    `saver` writes recovery checkpoints; only the first process has one.
     """
     args, device, task, optimizer, position = setup.args, setup.device, state.task, state.optimizer, state.position
     epoch, primary = position.epoch, utils.is_primary(args)
@@ -54,7 +54,7 @@ def train_one_epoch(setup: Setup, state: CheckpointState, loader: Any, saver: Sa
     task.train()
     optimizer.zero_grad()
     batches, accumulation = len(loader), args.grad_accum_steps
-    # the last update of an epoch may have fewer batches than the others
+    # The last update of an epoch may have fewer batches than the others.
     last_group = batches % accumulation or accumulation
     updates = math.ceil(batches / accumulation)
     total, count = position.losses
@@ -110,12 +110,12 @@ def train_one_epoch(setup: Setup, state: CheckpointState, loader: Any, saver: Sa
 
 
 def _progress_bar(total: int, name: str, unit: str, primary: bool) -> tqdm:
-    """Progress bar of the first process, on a terminal."""
+    """Progress bar, which only the first process shows, and only on a terminal."""
     return tqdm(total=total, desc=name, unit=unit, leave=False, disable=None if primary else True)
 
 
 def backward(args: Namespace, state: CheckpointState, loss: torch.Tensor, need_update: bool) -> None:
-    """Backward pass and, when the gradients of an update are complete, the update."""
+    """Run the backward pass and, with `need_update`, update the parameters."""
     create_graph = getattr(state.optimizer, 'is_second_order', False)
     parameters = clipped_parameters(args, state.model, state.task) if need_update else None
     if state.scaler is not None:
@@ -137,13 +137,13 @@ def backward(args: Namespace, state: CheckpointState, loss: torch.Tensor, need_u
 
 
 def current_rate(optimizer: torch.optim.Optimizer) -> float:
-    """Mean learning rate of the parameter groups."""
+    """Mean learning rate over the parameter groups."""
     rates = [group['lr'] for group in optimizer.param_groups]
     return sum(rates) / len(rates)
 
 
 def updates_done(args: Namespace, position: Position, batches: int) -> int:
-    """Updates of the whole run before a position, in epochs of so many batches."""
+    """Number of updates of the whole run before a position, with `batches` batches in an epoch."""
     steps = args.grad_accum_steps
     return position.epoch * math.ceil(batches / steps) + math.ceil(position.batch / steps)
 
@@ -155,9 +155,9 @@ def distribute_statistics(args: Namespace, model: nn.Module) -> None:
 
 
 def fuse_form(setup: Setup, weights: dict[str, torch.Tensor]) -> nn.Module:
-    """Load weights into the form, and return its fusion; the form itself where it has no variant layers."""
+    """Load weights into the form, and return its fusion, or the form itself if it has no variant layers."""
     form = setup.form
-    # auxiliary batch norms of --split-bn serve training only
+    # The auxiliary batch norms of --split-bn are for training only.
     form.load_state_dict({name: value for name, value in weights.items() if '.aux_bn.' not in name})
     fused = fuse_model(form) if variant_of(form) else form
     if setup.args.channels_last:
@@ -168,35 +168,35 @@ def fuse_form(setup: Setup, weights: dict[str, torch.Tensor]) -> nn.Module:
 def verify_form(
     setup: Setup, fused: nn.Module, batches: Callable[[], Iterable[torch.Tensor]], where: str
 ) -> FusionReport:
-    """Compare a fusion with the form that was fused, on the images that `batches` gives.
+    """Verify a fusion against the train-time form, on the images of `batches`.
 
     Raises:
-        ReparamError: The fusion is not verified; the message starts with `where`.
+        ReparamError: The verification failed; the message starts with `where`.
     """
 
-    def pieces() -> Iterator[torch.Tensor]:  # small ones, because the exact copies compute in float64
+    def pieces() -> Iterator[torch.Tensor]:  # small batches, because verification computes in float64
         return (piece for batch in batches() for piece in batch.split(VERIFY_BATCH))
 
     report = verify_fusion(setup.form, fused, inputs=pieces())
     if not report.passed and report.num_inputs < NOISE_IMAGES:
-        # the largest of a few rounding errors is a matter of luck, so look at more of them
+        # The largest of a few rounding errors varies by chance, so more images are compared.
         report = verify_fusion(setup.form, fused, inputs=(*pieces(), *noise_images(setup).split(VERIFY_BATCH)))
     if not report.passed:
-        raise ReparamError(f'{where}: the fused copy is not the model that trains; {report}')
+        raise ReparamError(f'{where}: expected a fused copy that equals the trained model; {report}')
     return report
 
 
 def noise_images(setup: Setup) -> torch.Tensor:
-    """Seeded noise in the shape of a batch."""
+    """A batch of seeded noise."""
     noise = torch.randn(NOISE_IMAGES, *setup.data_config['input_size'], generator=torch.Generator().manual_seed(0))
     return noise.to(setup.device)
 
 
 @torch.no_grad()
 def validate(setup: Setup, state: CheckpointState, loader: Any) -> dict[str, float]:
-    """Measure top1, top5 and loss with a fused copy, which the first batch compares with the model."""
+    """Measure top1, top5 and loss with a fused copy, which is verified on the first batch."""
     args, primary = setup.args, utils.is_primary(setup.args)
-    # fusing draws the random start of new layers: not from the numbers that training draws from
+    # Fusing creates layers with random weights; the random state of training must not change.
     stream = RandomStream(setup.device, VALIDATION, args.seed, args.rank)
     with stream:
         fused = fuse_form(setup, state.weights())

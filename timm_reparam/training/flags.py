@@ -1,4 +1,4 @@
-"""The command line of train.py: flags of timm's train script, by name, default and meaning, and a few of its own."""
+"""The command line of train.py: flags of timm's train script with their names, defaults and meaning, and a few more."""
 
 import argparse
 import ast
@@ -17,7 +17,7 @@ from ..variants import VARIANTS
 
 __all__ = ['build_parser', 'dataset_kind', 'parse_args', 'result_tag']
 
-# What `python train.py` does when no data is named. A flag or a key of --config that names the same thing wins.
+# Defaults of `python train.py` without a dataset. Flags and keys of --config override them.
 DEFAULT_RECIPE: dict[str, Any] = dict(
     dataset='digits',
     model='resnet18_doconv',
@@ -31,7 +31,7 @@ DEFAULT_RECIPE: dict[str, Any] = dict(
     workers=0,
 )
 
-# What --dataset digits means for the data flags that nobody set: small grey images, in which left and right matter.
+# Defaults of the data flags with --dataset digits: small grey images, which must not be flipped.
 DIGITS_DATA: dict[str, Any] = dict(
     input_size=[3, 32, 32],
     num_classes=10,
@@ -42,7 +42,8 @@ DIGITS_DATA: dict[str, Any] = dict(
     ratio=[0.85, 1.18],
 )
 
-# The other flags of timm's train script, of older releases too, with the defaults that a complete args.yaml holds.
+# Flags of timm's train script that train.py does not have, including those of older releases, with the defaults that a
+# complete args.yaml contains.
 # fmt: off
 OTHER_FLAGS: dict[str, Any] = {
     **dict.fromkeys((
@@ -77,7 +78,7 @@ OTHER_FLAGS: dict[str, Any] = {
 _OTHER_SCRIPT = "run timm's own script with --device-modules timm_reparam, then timm-reparam fuse"
 _OTHER_WAY = f"a flag of timm's train script that train.py does not have; {_OTHER_SCRIPT}"
 
-# Flags that only some kinds of dataset read.
+# Flags that apply to some kinds of dataset only.
 _READ_BY = {
     'data_dir': ('folder', 'torch', 'hfds'),
     'dataset_download': ('torch',),
@@ -96,12 +97,12 @@ def _number(kind: Callable[[str], Any], least: float, below: float = math.inf) -
             raise argparse.ArgumentTypeError(f'expected at least {least:g}{limit}, got {text}')
         return number
 
-    convert.__name__ = kind.__name__  # argparse names it in its error
+    convert.__name__ = kind.__name__  # for the error message of argparse
     return convert
 
 
 def _key_value(text: str) -> tuple[str, Any]:
-    """Read ``key=value``; the value is a Python literal, or text."""
+    """Parse ``key=value``; the value is a Python literal or a string."""
     key, separator, value = text.partition('=')
     if not separator:
         raise argparse.ArgumentTypeError(f'expected key=value, got {text!r}')
@@ -127,32 +128,32 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     count: dict[str, Any] = dict(type=_number(int, 1), metavar='N')
     number: dict[str, Any] = dict(type=float, metavar='X')
     # fmt: off
-    parser.add_argument('data', nargs='?', metavar='DIR', help='the same as --data-dir')
+    parser.add_argument('data', nargs='?', metavar='DIR', help='same as --data-dir')
     parser.add_argument('-c', '--config', metavar='FILE', help='args.yaml of a run; flags on the command line win')
 
     add = parser.add_argument_group('data').add_argument
     add('--data-dir', metavar='DIR', help='root folder of the dataset, or a .tar file')
     add('--dataset', default='', metavar='NAME', help='torch/NAME, hfds/NAME, or digits; a folder or tar if empty')
     add('--train-split', default='train', metavar='NAME', help='split to train on')
-    add('--val-split', default='validation', metavar='NAME', help='split to validate on; an empty name: none')
-    add('--dataset-download', **switch, help='download a torch/ dataset that is missing')
-    add('--input-key', metavar='NAME', help='field of a sample that holds the image')
-    add('--target-key', metavar='NAME', help='field of a sample that holds the label')
+    add('--val-split', default='validation', metavar='NAME', help='split to validate on; empty for none')
+    add('--dataset-download', **switch, help='download a missing torch/ dataset')
+    add('--input-key', metavar='NAME', help='field of a sample with the image')
+    add('--target-key', metavar='NAME', help='field of a sample with the label')
 
     add = parser.add_argument_group('model').add_argument
     add('--model', default='resnet50', metavar='NAME', help='architecture[.tag], variants included: resnet18_doconv')
     add('--pretrained', **switch, help='start from the published weights of that tag')
     add('--pretrained-path', metavar='PATH', help='start from this checkpoint, adapted; implies --pretrained')
-    add('--initial-checkpoint', default='', metavar='FILE', help='load a checkpoint of the very same architecture')
+    add('--initial-checkpoint', default='', metavar='FILE', help='load a checkpoint of exactly this architecture')
     add('--num-classes', **count, help='size of the classifier (default: that of the model)')
     add('--img-size', **count, help='side of square input images')
     add('--in-chans', **count, help='channels of the input images')
     add('--input-size', type=_number(int, 1), nargs=3, metavar=('C', 'H', 'W'),
         help='channels and size of the images (default: those of the model)')
     add('--crop-pct', **number, help='share of a validation image that the centre crop keeps')
-    add('--mean', **number, nargs='+', help='mean of the pixel values, one number or one a channel')
+    add('--mean', **number, nargs='+', help='mean of the pixel values, one number or one per channel')
     add('--std', **number, nargs='+', help='standard deviation of the pixel values, likewise')
-    add('--interpolation', default='', metavar='NAME', help='how validation images are resized')
+    add('--interpolation', default='', metavar='NAME', help='interpolation of validation images')
     add('--drop', **number, default=0.0, help='dropout before the classifier')
     add('--drop-path', **number, help='probability with which a residual branch is dropped')
     add('--model-kwargs', **pairs, help='further arguments of the model')
@@ -164,10 +165,10 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add('--grad-accum-steps', **count, default=1, help='batches whose gradients are added up before an update')
     # timm's default is cuda
     add('--device', metavar='NAME', help='device to train on (default: the accelerator, if there is one, or cpu)')
-    add('--device-modules', nargs='+', metavar='NAME', help='Python modules to import first, say of a device')
+    add('--device-modules', nargs='+', metavar='NAME', help='Python modules to import first, such as those of a device')
     add('--amp', **switch, help='train in mixed precision')
     add('--amp-dtype', choices=('float16', 'bfloat16'), default='float16', help='low precision of --amp')
-    add('--channels-last', **switch, help='keep weights and images in channels_last order')
+    add('--channels-last', **switch, help='use the channels_last memory format')
     add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND',
         help='compile the training step (torch.compile); validation runs the fused copy uncompiled')
 
@@ -177,9 +178,9 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add('--opt-betas', **number, nargs='+', help="the optimizer's betas")
     add('--momentum', **number, default=0.9, help="the optimizer's momentum")
     add('--weight-decay', **number, default=2e-5, help='weight decay; one-dimensional parameters have none')
-    add('--clip-grad', **number, help='limit of the gradients, in the sense of --clip-mode')
+    add('--clip-grad', **number, help='limit of the gradients, see --clip-mode')
     add('--clip-mode', choices=('norm', 'value', 'agc'), default='norm',
-        help='agc is adaptive; what a variant adds is exempt from it')
+        help='agc is adaptive; parameters that a variant adds are exempt from it')
     add('--layer-decay', **number, help='factor on the learning rate from each layer to the one before it')
     add('--opt-kwargs', **pairs, help='further arguments of the optimizer')
 
@@ -190,15 +191,15 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add('--lr-base', **number, default=0.1,
         help='learning rate for --lr-base-size images an update, scaled to the batch')
     add('--lr-base-size', **count, default=256, help='images an update that --lr-base is meant for')
-    add('--lr-noise', **number, nargs='+', help='shares of the schedule at which noise on the rate starts and stops')
+    add('--lr-noise', **number, nargs='+', help='fractions of the schedule at which noise on the rate starts and stops')
     add('--warmup-lr', **number, default=1e-5, help='rate at which the warm-up starts')
     add('--min-lr', **number, default=0, help='rate at which the schedule ends')
     add('--epochs', **count, default=300, help='epochs of the schedule')
-    add('--stop-epoch', **count, help='stop after so many epochs of the schedule, which stays as it is')
+    add('--stop-epoch', **count, help='stop after N epochs of an unchanged schedule')
     add('--decay-milestones', **whole, nargs='+', default=[90, 180, 270], help='epochs of the multistep schedule')
-    add('--decay-epochs', **number, help='epochs between drops of step (90); share of wsd that decays (0.2)')
+    add('--decay-epochs', **number, help='epochs between drops of step (90); fraction of wsd that decays (0.2)')
     add('--warmup-epochs', type=_number(int, 0), metavar='N', default=5, help='epochs of warm-up')
-    add('--warmup-prefix', **switch, help='put the warm-up in front of the schedule, not inside it')
+    add('--warmup-prefix', **switch, help='put the warm-up before the schedule, not inside it')
     add('--cooldown-epochs', **whole, default=0, help='epochs at the lowest rate after the schedule')
     add('--decay-rate', '--dr', **number, default=0.1, help='factor of a drop; the power of the poly schedule')
 
@@ -209,23 +210,23 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add('--hflip', **number, default=0.5, help='probability of a horizontal flip')
     add('--vflip', **number, default=0.0, help='probability of a vertical flip')
     add('--color-jitter', **number, default=0.4, help='strength of colour jitter')
-    add('--aa', metavar='POLICY', help='AutoAugment, RandAugment, AugMix or 3-Augment, in the spelling of timm')
-    add('--aug-repeats', **number, default=0, help='copies of an image over the processes of a distributed run')
+    add('--aa', metavar='POLICY', help="AutoAugment, RandAugment, AugMix or 3-Augment, in timm's notation")
+    add('--aug-repeats', **number, default=0, help='copies of an image across the processes of a distributed run')
     add('--aug-splits', type=_number(int, 0), metavar='N', default=0,
         help='differently augmented copies of a batch, the first one clean; 0 or at least 2')
     add('--reprob', **number, default=0.0, help='probability of random erasing')
     add('--remode', choices=('const', 'rand', 'pixel'), default='pixel', help='black, one random colour, or noise')
-    add('--resplit', **switch, help='erase nothing in the first, clean split')
+    add('--resplit', **switch, help='no random erasing in the first, clean split')
     add('--mixup', **number, default=0.0, help='alpha of mixup; 0 is off')
     add('--cutmix', **number, default=0.0, help='alpha of cutmix; 0 is off')
     add('--mixup-prob', **number, default=1.0, help='probability that a batch is mixed')
     add('--mixup-switch-prob', **number, default=0.5, help='probability of cutmix when both are on')
-    add('--mixup-off-epoch', **whole, default=0, help='first epoch without mixing; 0 mixes to the end')
+    add('--mixup-off-epoch', **whole, default=0, help='first epoch without mixing; 0 for never')
     add('--train-interpolation', default='random', metavar='NAME', help='random, bilinear or bicubic')
 
     add = parser.add_argument_group('loss').add_argument
     add('--smoothing', type=_number(float, 0, 1), metavar='X', default=0.1, help='label smoothing')
-    add('--jsd-loss', **switch, help='pull the predictions of the --aug-splits together')
+    add('--jsd-loss', **switch, help='Jensen-Shannon divergence between the predictions of the --aug-splits')
     add('--bce-loss', **switch, help='binary cross-entropy for each class')
     add('--bce-target-thresh', **number, help='targets above this count as 1 in that loss, others as 0')
 
@@ -233,38 +234,38 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add('--sync-bn', **switch, help='batch statistics over all processes')
     add('--dist-bn', choices=('reduce', 'broadcast', ''), default='reduce',
         help='average, or copy, running statistics after an epoch')
-    add('--split-bn', **switch, help='batch norm layers of its own for each augmentation split')
+    add('--split-bn', **switch, help='separate batch norm layers for each augmentation split')
     add('--model-ema', **switch, help='validate and save a moving average of the weights')
-    add('--model-ema-decay', **number, default=0.9998, help='share of the average that an update keeps')
-    add('--model-ema-warmup', **switch, help='start with a smaller share')
+    add('--model-ema-decay', **number, default=0.9998, help='decay of the average per update')
+    add('--model-ema-warmup', **switch, help='start with a smaller decay')
 
     add = parser.add_argument_group('run').add_argument
     add('--output', default='', metavar='DIR', help='folder of experiments (output/train if empty)')
     add('--experiment', default='', metavar='NAME', help="name of the run's folder; date, time and model if empty")
-    add('--resume', default='', metavar='FILE', help='go on from this checkpoint; "auto": the newest of --experiment')
+    add('--resume', default='', metavar='FILE', help='resume from this checkpoint; "auto": the newest of --experiment')
     add('--no-resume-opt', **switch, help='resume the weights only, with a fresh optimizer')
     add('--seed', type=_number(int, 0), metavar='N', default=42, help='seed of all random numbers')
-    add('--val-interval', **count, default=1, help='epochs between two validations, and checkpoints')
+    add('--val-interval', **count, default=1, help='epochs between two validations and checkpoints')
     add('--recovery-interval', type=_number(int, 0), metavar='N', default=0,
-        help='updates between two recovery checkpoints; 0 writes none')
-    add('--checkpoint-hist', **count, default=10, help='number of checkpoints kept, the best ones')
-    add('--eval-metric', choices=('top1', 'top5', 'loss'), default='top1', help='what the best checkpoint is best in')
+        help='updates between two recovery checkpoints; 0 for none')
+    add('--checkpoint-hist', **count, default=10, help='number of best checkpoints to keep')
+    add('--eval-metric', choices=('top1', 'top5', 'loss'), default='top1', help='metric of the best checkpoint')
     add('--log-interval', **count, default=50, help='updates between two lines of the log')
     add('--log-wandb', **switch, help='also log to Weights & Biases')
-    add('--wandb-project', metavar='NAME', help='its project')
+    add('--wandb-project', metavar='NAME', help='project of --log-wandb')
     add('-j', '--workers', type=_number(int, 0), metavar='N', default=4, help='loader processes')
-    add('--pin-mem', **switch, help='page-locked memory for batches on their way to the device')
+    add('--pin-mem', **switch, help='pin memory of batches before they go to the device')
 
     add = parser.add_argument_group("train.py's own").add_argument
     add('--variant', choices=sorted(VARIANTS), help='turn --model into this variant')
-    add('--conv-options', **pairs, help="options of the variant's convolutions, say depth_multiplier=18")
+    add('--conv-options', **pairs, help="options of the variant's convolutions, such as depth_multiplier=18")
     add('--variant-lr', type=_number(float, 0), metavar='FACTOR', default=1.0,
         help='factor on the learning rate of the kernels and maps that the variant adds')
     add('--tag', metavar='NAME', help="name of the result (default: the dataset's name)")
     add('--zoo', default='zoo', metavar='DIR', help='folder in which both forms are saved at the end')
-    add('--publish', metavar='OWNER', help='publish both forms on the Hub at the end, under this name')
-    add('--license', metavar='NAME', help='licence of the weights, where they start from none that has a licence')
-    add('-v', '--verbose', **switch, help='more lines in the log, and errors with their traceback')
+    add('--publish', metavar='OWNER', help='publish both forms on the Hub at the end, under this user or organisation')
+    add('--license', metavar='NAME', help='licence of the weights, if that of the initial weights is unknown')
+    add('-v', '--verbose', **switch, help='more log messages, and tracebacks of errors')
     # fmt: on
     for action in parser._actions:
         if action.default not in (None, '', False, [], {}, argparse.SUPPRESS):
@@ -273,14 +274,17 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
 
 
 def parse_args(argv: Sequence[str] | None = None, description: str | None = None) -> argparse.Namespace:
-    """Read the command line over the --config file over the defaults of the dataset over the flags' own defaults.
+    """Parse the command line.
+
+    The command line takes precedence over the --config file, then come the defaults of the dataset and those of the
+    flags.
 
     Args:
         argv: Command line without the name of the script; sys.argv by default.
-        description: What --help says first.
+        description: First text of --help.
 
     Returns:
-        The arguments, checked as far as they can be before anything is loaded.
+        The arguments, checked as far as possible before anything is loaded.
 
     Raises:
         ReparamError: A flag or a key of the file is unknown, has a wrong value, or contradicts another.
@@ -288,9 +292,9 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
     parser = build_parser(description)
     named = _parse(parser, argv)
     if named.data and named.data_dir and named.data != named.data_dir:
-        raise ReparamError(f'--data-dir {named.data_dir}: DIR is {named.data}; both mean the same, give one of them')
+        raise ReparamError(f'--data-dir {named.data_dir}: DIR is {named.data}; both have the same meaning, give one')
     config = _read_config(parser, named.config) if named.config else {}
-    if named.data or named.data_dir:  # in either form over that of the config in either form
+    if named.data or named.data_dir:  # either form overrides both forms in the config
         config = {key: value for key, value in config.items() if key not in ('data', 'data_dir')}
     defaults: dict[str, Any] = {}
     places = named.data, named.data_dir, config.get('data'), config.get('data_dir')
@@ -302,7 +306,7 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
     parser.set_defaults(**{**defaults, **config, 'dataset': dataset})
     args = _parse(parser, argv)
     args.data_dir = args.data_dir or args.data
-    args.data = args.data and args.data_dir  # args.yaml does not name two
+    args.data = args.data and args.data_dir  # so that args.yaml has one folder only
     for name in ('model_kwargs', 'opt_kwargs', 'conv_options'):
         setattr(args, name, dict(getattr(args, name)))
     check_args(args)
@@ -310,7 +314,7 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse a command line; errors are those of this package, in one line."""
+    """Parse a command line; raises ReparamError with a one-line message."""
     try:
         args, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
@@ -325,7 +329,7 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
 
 
 def _read_config(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
-    """Read the flags in an args.yaml, of this script or of timm's."""
+    """Read the flags in an args.yaml of this script or of timm's."""
     try:
         with open(path, encoding='utf-8') as file:
             config = yaml.safe_load(file) or {}
@@ -337,7 +341,7 @@ def _read_config(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
     values = {}
     for key, value in config.items():
         if key in actions:
-            # None is also what timm's script writes where it works the default out later
+            # timm's script also writes None for defaults that it computes later.
             if value is not None or key == 'color_jitter':
                 values[key] = _checked(parser, actions[key], value, f'--config {path}: {key}')
         elif key in OTHER_FLAGS:
@@ -346,12 +350,12 @@ def _read_config(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
         elif value not in (None, False, '', [], {}):
             raise ReparamError(f'--config {path}: {key}: no flag of that name; see train.py --help')
     if values.get('device') == 'cuda':
-        del values['device']  # timm writes its default to every args.yaml: nobody asked for it
+        del values['device']  # timm's default, which is in every args.yaml
     return values
 
 
 def _checked(parser: argparse.ArgumentParser, action: argparse.Action, value: Any, place: str) -> Any:
-    """Return what the command line makes of a value from a yaml file."""
+    """Parse a value from a yaml file as on the command line."""
     if isinstance(action.default, dict) or action.nargs == 0 or value is None:
         kind = dict if isinstance(action.default, dict) else bool
         if value is not None and not isinstance(value, kind):
@@ -375,23 +379,25 @@ def dataset_kind(args: argparse.Namespace) -> str:
     prefix, slash, _ = args.dataset.partition('/')
     prefix = prefix.lower()
     if slash and prefix in ('hfids', 'tfds', 'wds'):
-        raise ReparamError(f'--dataset {args.dataset}: streams are not read here; {_OTHER_SCRIPT}')
+        raise ReparamError(f'--dataset {args.dataset}: streams are not supported; {_OTHER_SCRIPT}')
     return prefix if args.dataset == 'digits' or (slash and prefix in ('torch', 'hfds')) else 'folder'
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Refuse arguments that contradict each other or cannot be honoured, before anything is loaded or written."""
+    """Raise ReparamError if arguments conflict or cannot be used, before anything is loaded or written."""
     own = vars(build_parser().parse_args([]))  # without --config and the defaults of the dataset
     kind = dataset_kind(args)
     for name, kinds in _READ_BY.items():
         value, flag = getattr(args, name), '--' + name.replace('_', '-')
         if kind not in kinds and (value or own[name]) != own[name]:
-            raise ReparamError(f'{flag} {value}: read by datasets of kind {", ".join(kinds)} only, not by {kind}')
+            raise ReparamError(
+                f'{flag} {value}: expected a dataset of kind {" or ".join(kinds)}, got {kind}; leave the flag out'
+            )
     mixing = args.mixup > 0 or args.cutmix > 0
     scratch = not args.pretrained or args.pretrained_path or args.initial_checkpoint
     # fmt: off
     for wrong, message in (
-        (kind == 'folder' and not args.data_dir, f'--dataset {args.dataset}: its folder is missing; give --data-dir'),
+        (kind == 'folder' and not args.data_dir, f'--dataset {args.dataset}: expected a folder; give --data-dir'),
         (args.sched == 'plateau', f'--sched plateau: deprecated by timm; {_OTHER_SCRIPT}'),
         (args.aug_splits == 1, '--aug-splits: expected 0 or at least 2, got 1'),
         (args.jsd_loss and args.bce_loss, '--jsd-loss and --bce-loss: choose one'),
@@ -404,10 +410,10 @@ def check_args(args: argparse.Namespace) -> None:
         (args.variant_lr != 1 and args.sched == 'none',
          f'--variant-lr {args.variant_lr:g}: the schedule applies the factor; give --sched constant, not none'),
         (args.resume == 'auto' and not args.experiment,
-         '--resume auto: looks into the folder of --experiment; name one'),
-        (args.license and not args.publish, '--license: is for --publish; add it'),
+         '--resume auto: needs the folder of a run; add --experiment'),
+        (args.license and not args.publish, '--license: needs --publish; add it'),
         (args.publish and not args.license and scratch,
-         '--publish: weights trained from scratch, or from a file, have no known licence; add --license'),
+         '--publish: the licence of weights trained from scratch, or from a file, is unknown; add --license'),
         (args.log_wandb and importlib.util.find_spec('wandb') is None,
          '--log-wandb: the package wandb is not installed; pip install wandb, or leave the flag out'),
     ):

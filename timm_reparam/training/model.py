@@ -1,4 +1,4 @@
-"""The model of a run, its task and its optimizer."""
+"""The model of a run, its task, optimizer and schedule."""
 
 import logging
 import warnings
@@ -45,11 +45,12 @@ _logger = logging.getLogger(__name__)
 
 
 def model_name(args: Namespace) -> str:
-    """Name of the architecture to train, registered with timm if it was not."""
+    """Name of the architecture to train, which is registered with timm if necessary."""
     if ':' in args.model:
         if args.variant:
             raise ReparamError(
-                f'--variant {args.variant}: converts architectures by name, as resnet18.a1_in1k, not {args.model}'
+                f'--variant {args.variant}: expected the name of an architecture, such as resnet18.a1_in1k, got '
+                f'{args.model}; give --model without a source'
             )
         return args.model
     architecture, dot, tag = args.model.partition('.')
@@ -69,15 +70,15 @@ def model_name(args: Namespace) -> str:
 
 
 def create_model(args: Namespace) -> Any:
-    """Create timm's model of a run on the CPU, with the weights it starts from; fills in ``args.num_classes``.
+    """Create the model of a run on the CPU, with its initial weights; sets ``args.num_classes`` if it is None.
 
     Raises:
-        ReparamError: timm cannot create it, or a flag does not fit it.
+        ReparamError: timm cannot create the model, or a flag does not apply to it.
     """
     name = model_name(args)
     conv_options = _conv_options(args)
     if conv_options and ':' not in name and name.partition('.')[0].rpartition('_')[2] not in VARIANTS:
-        raise ReparamError(f'--conv-options: {name} has no convolutions of this package; add --variant')
+        raise ReparamError(f'--conv-options: {name} has no over-parameterised convolutions; add --variant')
     if ':' not in name and not timm.is_model(name.partition('.')[0]):
         raise ReparamError(f'--model {name}: no architecture of timm, nor a variant of one; see timm.list_models()')
     overlay = None
@@ -86,10 +87,10 @@ def create_model(args: Namespace) -> Any:
         file = path / 'model.safetensors' if path.is_dir() else path
         if not file.is_file():
             raise ReparamError(f'--pretrained-path {file}: no such file')
-        overlay = dict(file=str(file), num_classes=-1)  # -1: whatever the checkpoint's classifier is, it gets adapted
+        overlay = dict(file=str(file), num_classes=-1)  # -1: timm adapts a classifier of any size
     with warnings.catch_warnings(record=True) as caught, named_errors(f'--model {args.model}'):
         warnings.simplefilter('always')
-        model: Any = timm.create_model(  # with methods that nn.Module does not declare
+        model: Any = timm.create_model(  # Any: nn.Module does not declare timm's methods
             name,
             pretrained=args.pretrained or bool(args.pretrained_path),
             pretrained_cfg_overlay=overlay,
@@ -118,20 +119,20 @@ def _conv_options(args: Namespace) -> dict[str, Any]:
 
 
 def _load_initial_checkpoint(model: nn.Module, path: str) -> None:
-    """Load a checkpoint of exactly this architecture, or of the stock one, which its layers take as a lift."""
+    """Load a checkpoint of exactly this architecture, or of its stock architecture as a lift."""
     try:
         load_checkpoint(model, path)
     except FileNotFoundError as error:
         raise ReparamError(f'--initial-checkpoint {path}: no such file') from error
     except RuntimeError as error:
         raise ReparamError(
-            f'--initial-checkpoint {path}: not of {architecture_of(model)}, nor of its stock architecture; weights for '
-            f'another number of classes are for --pretrained-path. {error}'
+            f'--initial-checkpoint {path}: expected weights of {architecture_of(model)} or of its stock architecture; '
+            f'use --pretrained-path for weights with another number of classes. {error}'
         ) from error
 
 
 def input_config(args: Namespace, model: nn.Module) -> dict[str, Any]:
-    """Preprocessing of the model's images, after the flags."""
+    """Preprocessing of the images, from the model and the flags."""
     try:
         return resolve_input_data_config(model, vars(args))
     except ValueError as error:
@@ -147,9 +148,9 @@ def variant_layers(model: nn.Module) -> list[ReparamLayer]:
 
 
 def set_temperature_schedule(args: Namespace, model: nn.Module, batches: int, epochs: int) -> None:
-    """Let the attention of dynamic convolutions anneal over 10 epochs, or the first third of a shorter run.
+    """Anneal the temperature of dynamic convolutions over 10 epochs, or over the first third of a shorter run.
 
-    The layers count forward passes, one for each batch. A length that the user gave stays, and so does a schedule that
+    The layers count forward passes, one for each batch. A length that the user gave is kept, and so is a schedule that
     a loaded checkpoint has begun.
     """
     if 'temperature_steps' in _conv_options(args):
@@ -164,7 +165,7 @@ def set_temperature_schedule(args: Namespace, model: nn.Module, batches: int, ep
 
 
 def convert_norms(args: Namespace, model: nn.Module, device: torch.device) -> nn.Module:
-    """Replace the batch norms as --split-bn and --sync-bn ask; the latter makes --dist-bn unnecessary."""
+    """Replace the batch norms for --split-bn and --sync-bn; the latter switches --dist-bn off."""
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
     if args.sync_bn and args.distributed:
@@ -176,12 +177,12 @@ def convert_norms(args: Namespace, model: nn.Module, device: torch.device) -> nn
 
 
 def create_task(args: Namespace, model: nn.Module, device: torch.device) -> TrainingTask:
-    """Create the forward pass of training and its loss."""
+    """Create the training task: the forward pass and its loss."""
     given = {} if args.bce_target_thresh is None else dict(bce_target_thresh=args.bce_target_thresh)
     loss = create_classification_loss(
         'jsd' if args.jsd_loss else 'bce' if args.bce_loss else None,
         smoothing=args.smoothing,
-        soft_targets=args.mixup > 0 or args.cutmix > 0,  # mixing smooths the labels itself
+        soft_targets=args.mixup > 0 or args.cutmix > 0,  # mixing applies the label smoothing
         jsd_splits=args.aug_splits,
         **given,
     )
@@ -189,7 +190,7 @@ def create_task(args: Namespace, model: nn.Module, device: torch.device) -> Trai
 
 
 def learning_rate(args: Namespace) -> float:
-    """The learning rate that --lr gives, or that follows from --lr-base and the images of an update."""
+    """The learning rate: --lr, or --lr-base scaled to the number of images of an update."""
     if args.lr:
         return args.lr
     images = args.batch_size * args.world_size * args.grad_accum_steps
@@ -200,10 +201,10 @@ def learning_rate(args: Namespace) -> float:
 
 
 def added_kernels(model: nn.Module) -> list[nn.Parameter]:
-    """Return the kernels and maps that a variant adds, which --variant-lr is for.
+    """Return the kernels and maps that a variant adds, to which --variant-lr applies.
 
-    These are the parameters of a variant layer with more than one dimension, but for the stock weight and the layers
-    that compute an attention. Gammas, scales and biases have one dimension.
+    These are the parameters of variant layers with more than one dimension, except the stock weight and the layers of
+    an attention. Gammas, scales and biases have one dimension.
     """
     return [
         parameter
@@ -214,7 +215,7 @@ def added_kernels(model: nn.Module) -> list[nn.Parameter]:
 
 
 def create_optimizer(args: Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    """Create timm's optimizer; with --variant-lr, the kernels that a variant adds are in groups of their own."""
+    """Create timm's optimizer; with --variant-lr, the kernels that a variant adds are in separate groups."""
     options: dict[str, Any] = {}
     if args.variant_lr != 1:
         options['param_group_fn'] = partial(_groups_with_factor, args)
@@ -223,7 +224,7 @@ def create_optimizer(args: Namespace, model: nn.Module) -> torch.optim.Optimizer
 
 
 def _groups_with_factor(args: Namespace, model: Any) -> list[dict[str, Any]]:
-    """Split timm's groups of parameters: what a variant adds gets a rate of its own."""
+    """Split timm's parameter groups, so that the kernels that a variant adds have their own learning rate."""
     added = {id(parameter) for parameter in added_kernels(model)}
     rules = dict(weight_decay=args.weight_decay)
     if hasattr(model, 'no_weight_decay'):
@@ -237,13 +238,13 @@ def _groups_with_factor(args: Namespace, model: Any) -> list[dict[str, Any]]:
         scale = group.get('lr_scale', 1.0)
         for members, factor in ((False, 1.0), (True, args.variant_lr)):
             chosen = [parameter for parameter in group['params'] if (id(parameter) in added) == members]
-            if chosen:  # the schedules of timm multiply every rate by lr_scale
+            if chosen:  # timm's schedules multiply the learning rate of a group by lr_scale
                 split.append({**group, 'params': chosen, 'lr_scale': scale * factor})
     return split
 
 
 def create_scheduler(args: Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> tuple[Any, int]:
-    """Create timm's schedule of the learning rate, None with --sched none; return it and the epochs until it ends."""
+    """Create timm's schedule, None with --sched none; return it and its number of epochs."""
     with named_errors(f'--sched {args.sched}'):
         scheduler, epochs = create_scheduler_v2(
             optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch
@@ -254,7 +255,7 @@ def create_scheduler(args: Namespace, optimizer: torch.optim.Optimizer, updates_
 
 
 def wrap_model(args: Namespace, model: nn.Module, task: TrainingTask, device: torch.device) -> None:
-    """Compile and distribute what trains. The plain model shares its parameters and buffers."""
+    """Compile and distribute the task's model, which shares parameters and buffers with the plain model."""
     if args.torchcompile:
         task.compile(backend=args.torchcompile)
     if args.distributed:
@@ -263,9 +264,9 @@ def wrap_model(args: Namespace, model: nn.Module, task: TrainingTask, device: to
 
 
 def _share_frozen_kernels(model: nn.Module, task: TrainingTask) -> None:
-    """Copy frozen kernels, RefConv's, from the first process to the others, once.
+    """Broadcast frozen kernels (RefConv) from the first process once.
 
-    They are buffers, which DistributedDataParallel would send at every step.
+    They are buffers, which DistributedDataParallel would broadcast in every step.
     """
     frozen = [layer.weight for layer in variant_layers(model) if not isinstance(layer.weight, nn.Parameter)]
     for kernel in frozen:
@@ -273,7 +274,7 @@ def _share_frozen_kernels(model: nn.Module, task: TrainingTask) -> None:
         dist.broadcast(dense, 0)
         kernel.copy_(dense)
     addresses = {kernel.data_ptr() for kernel in frozen}
-    module: Any = task.get_trainable_module()  # what DistributedDataParallel will wrap
+    module: Any = task.get_trainable_module()  # the module that DistributedDataParallel wraps
     names = [name for name, buffer in module.named_buffers() if buffer.data_ptr() in addresses]
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
 
@@ -281,8 +282,8 @@ def _share_frozen_kernels(model: nn.Module, task: TrainingTask) -> None:
 def clipped_parameters(args: Namespace, model: nn.Module, task: TrainingTask) -> list[nn.Parameter] | None:
     """Parameters whose gradients are clipped; None without --clip-grad.
 
-    Adaptive clipping allows a gradient in proportion to the parameter. The parameters that a variant adds start at or
-    near zero, where that would all but freeze them: they are exempt, like the classifier.
+    Adaptive clipping limits a gradient in proportion to the parameter. The parameters that a variant adds start at or
+    near zero, where it would almost freeze them. They are exempt, like the classifier.
     """
     if args.clip_grad is None:
         return None

@@ -1,4 +1,4 @@
-"""What a run leaves: both forms, verified and measured, a table of them, and their publication."""
+"""The result of a run: both forms, verified, measured, saved and published."""
 
 import logging
 import sys
@@ -34,22 +34,20 @@ _logger = logging.getLogger(__name__)
 
 
 def check_result(args: Namespace, model: nn.Module) -> None:
-    """Check, before hours of training, that both forms can be saved and published at the end.
+    """Check before the training that both forms can be saved and published at the end.
 
     Raises:
-        ReparamError: The zoo cannot take them, or publishing would refuse their name or licence.
+        ReparamError: They cannot be saved in the zoo, or their name or licence cannot be published.
     """
     architecture, tag = architecture_of(model), result_tag(args)
     try:
         check_pair(architecture, args.zoo, tag=tag)
     except ReparamError as error:
-        raise ReparamError(
-            f'--zoo {args.zoo}: {error}; the folder that holds it has to exist, see also --tag'
-        ) from error
+        raise ReparamError(f'--zoo {args.zoo}: {error}; its parent folder must exist, see also --tag') from error
     if not args.publish:
         return
     if variant_of(model) is None:
-        raise ReparamError(f'--publish: publishes both forms, {args.model} has one; add --variant')
+        raise ReparamError(f'--publish: expected a model with two forms, got {args.model}; add --variant')
     cfg: Any = model.pretrained_cfg
     place = f'--publish {args.publish}'
     try:
@@ -66,23 +64,23 @@ def save_result(
     """Fuse the best weights, verify them on the whole validation split, save both forms, and return a table of them.
 
     Args:
-        setup: What did not change in the run.
-        state: Its training task, which knows its measures, and its arguments as they were given.
+        setup: The setup of the run.
+        state: State of the run, with the training task and the arguments as given.
         weights: The best weights.
-        datasets: Training split and validation split, which may be None.
-        loader: Loader of the latter, or None.
+        datasets: Training split, and validation split or None.
+        loader: Loader of the validation split, or None.
 
     Raises:
-        ReparamError: The fusion is not verified, or a folder cannot be written.
+        ReparamError: The verification failed, or a folder cannot be written.
     """
     args, form, data_config = setup.args, setup.form, setup.data_config
     fused = fuse_form(setup, weights)
-    # both are saved, and measured, in the ordinary order of dimensions
+    # Both are saved and measured in contiguous memory format.
     form.to(memory_format=torch.contiguous_format)
     fused.to(memory_format=torch.contiguous_format)
 
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """The validation split; without one, seeded noise and no targets."""
+        """Batches of the validation split, or of seeded noise without targets."""
         if loader is None:
             yield noise_images(setup), None
             return
@@ -124,7 +122,7 @@ def save_result(
 def _compare_forms(
     form: nn.Module, fused: nn.Module, task: TrainingTask, batches: Iterator[tuple[torch.Tensor, torch.Tensor | None]]
 ) -> tuple[list[dict[str, float]], float]:
-    """Metrics of both forms, if there are targets, and the largest difference between their logits."""
+    """Metrics of both forms, empty without targets, and the largest difference between their logits."""
     matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     evaluators = [task.create_evaluator() for _ in range(2)]
@@ -149,7 +147,7 @@ def _facts(
     difference: float,
     profiles: list,
 ) -> dict[str, Any]:
-    """What the saved folders say about this training; of its settings, those that differ from the flags' defaults."""
+    """Facts about this training for the saved folders; its recipe holds the flags that differ from their defaults."""
     forms = ('train_time', 'fused')
     cfg: Any = form.pretrained_cfg
     train, validation = datasets
@@ -178,7 +176,7 @@ def _facts(
 
 
 def publish_result(args: Namespace, form: nn.Module) -> str:
-    """Publish both saved forms; return what became of them."""
+    """Publish both saved forms; return the report as text."""
     folder = Path(args.zoo) / folder_name(architecture_of(form), result_tag(args), False)
-    limit_requests(60.0)  # of this process, which is ours
+    limit_requests(60.0)  # for the whole process
     return str(publish(folder, args.publish, license=args.license))

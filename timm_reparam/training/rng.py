@@ -1,4 +1,4 @@
-"""Random numbers: streams for one purpose each, and states that a checkpoint can hold."""
+"""Random numbers: separate streams for training and validation, and random states for checkpoints."""
 
 import random
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ from timm import utils
 
 __all__ = ['TRAINING', 'VALIDATION', 'RandomStream', 'draw', 'gather_random_states', 'set_random_state']
 
-# What a stream is for. Together with seed, epoch and rank it makes the stream.
+# Purpose of a stream. Together with seed, epoch and rank it seeds the stream.
 TRAINING, VALIDATION = 0, 1
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Random states of Python, NumPy, torch and the device, as entries that torch.load(weights_only=True) reads."""
+    """Random states of Python, NumPy, torch and the device, in types that torch.load(weights_only=True) reads."""
     name, keys, *rest = cast(tuple, np.random.get_state())
     numpy = (str(name), torch.from_numpy(keys.astype(np.int64)), *(type(value)(value) for value in rest))
     accelerator = None
@@ -26,7 +26,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put random states back."""
+    """Restore random states."""
     version, keys, gauss = state['python']
     random.setstate((version, tuple(keys), gauss))
     name, keys, *rest = state['numpy']
@@ -50,15 +50,15 @@ def gather_random_states(device: torch.device, distributed: bool = False) -> lis
 
 
 class RandomStream:
-    """Random numbers of their own for one purpose.
+    """A separate stream of random numbers.
 
-    Inside ``with stream:`` all random numbers come from the stream, and the state outside does not change. So the
-    batches of an epoch depend on their seeds alone, not on how many numbers dropout took in between, and can be drawn
-    again after a restart in the middle of the epoch.
+    Inside ``with stream:`` all random numbers come from the stream, and the state outside does not change. The batches
+    of an epoch then depend on their seeds only, not on the random numbers of dropout in between, and can be drawn again
+    after a restart in the middle of the epoch.
 
     Args:
-        device: Device whose random state belongs to the stream, too.
-        *seeds: Numbers, at least 0, that make the stream.
+        device: Device whose random state is part of the stream.
+        *seeds: Non-negative numbers that seed the stream.
     """
 
     def __init__(self, device: torch.device, *seeds: int):
@@ -78,7 +78,7 @@ class RandomStream:
 
 
 def draw(loader: Any, stream: RandomStream, skip: int = 0) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Yield (index, input, target) for the batches of an epoch but the first ones, all randomness from the stream."""
+    """Yield (index, input, target) for the batches of an epoch after the first `skip`, drawn with the stream."""
     with stream:
         iterator = iter(loader)
     index = 0

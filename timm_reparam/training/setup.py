@@ -1,4 +1,4 @@
-"""What stays the same from the first epoch of a run to its result; device and precision of the run."""
+"""The setup of a run, its device and its precision."""
 
 import logging
 from argparse import Namespace
@@ -19,7 +19,7 @@ __all__ = ['TIMM_ERRORS', 'Setup', 'choose_device', 'choose_precision', 'named_e
 
 _logger = logging.getLogger(__name__)
 
-# What timm lets through, also of the Hub's client: its error of a dropped connection is not one of Python's.
+# Errors that timm raises, including those of the Hub's client, whose connection errors are classes of its own.
 TIMM_ERRORS: tuple[type[Exception], ...] = (
     *(AssertionError, ImportError, LookupError, TypeError, ValueError),
     *CLIENT_ERRORS,
@@ -28,7 +28,7 @@ TIMM_ERRORS: tuple[type[Exception], ...] = (
 
 @contextmanager
 def named_errors(place: str) -> Iterator[None]:
-    """Turn an error of timm into one that names the flags it is about."""
+    """Turn an error of timm into one that begins with the flags in `place`."""
     try:
         yield
     except ReparamError:
@@ -39,11 +39,11 @@ def named_errors(place: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Setup:
-    """What stays the same from the first epoch of a run to its result.
+    """The parts of a run that do not change from its first epoch to its result.
 
     Args:
-        args: The arguments of the run, with what was worked out from them.
-        form: The model as it was created, without wrappers: it takes the weights that are fused, verified and saved.
+        args: The arguments of the run, including derived ones.
+        form: The model as created, without wrappers. The weights to fuse, verify and save are loaded into it.
         device: Device of this process.
         data_config: Preprocessing of the images.
         autocast: Context of the forward pass.
@@ -57,7 +57,7 @@ class Setup:
 
 
 def choose_device(args: Namespace) -> torch.device:
-    """Join the other processes, if any, and take the device that was asked for, or the best there is.
+    """Initialise distributed training, if any, and return the requested device, or the best available one.
 
     timm adds ``rank``, ``world_size`` and ``distributed`` to the arguments.
     """
@@ -68,10 +68,10 @@ def choose_device(args: Namespace) -> torch.device:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         args.device = 'cpu' if accelerator is None else accelerator.type
     elif torch.device(asked).type == 'cuda' and not torch.cuda.is_available():
-        raise ReparamError(f'--device {asked}: there is no CUDA device here; give --device cpu, or leave the flag out')
+        raise ReparamError(f'--device {asked}: there is no CUDA device; give --device cpu, or leave the flag out')
     device = utils.init_distributed_device(args)
     if not utils.is_primary(args):
-        logging.disable(logging.WARNING)  # one process says it
+        logging.disable(logging.WARNING)  # only the first process logs them
     note = ', no accelerator was found' if asked is None and device.type == 'cpu' else ''
     _logger.info('device: %s, process %d of %d%s', device, args.rank, args.world_size, note)
     if device.type == 'cuda':
@@ -83,7 +83,7 @@ def choose_device(args: Namespace) -> torch.device:
 def choose_precision(
     args: Namespace, device: torch.device
 ) -> tuple[Callable[[], AbstractContextManager], utils.NativeScaler | None]:
-    """Return the context of the forward pass, and the scaler of the loss where float16 needs one."""
+    """Return the context of the forward pass, and a scaler of the loss if float16 needs one."""
     if not args.amp:
         return nullcontext, None
     autocast = partial(torch.autocast, device_type=device.type, dtype=getattr(torch, args.amp_dtype))
