@@ -220,7 +220,7 @@ def test_a_folded_model_is_not_saved(tmp_path) -> None:
             lambda found=found: publish(found, 'owner', tag='a', license='mit'),
             lambda found=found: save_checkpoint(found, tmp_path / 'folder'),
         ):
-            with pytest.raises(ReparamError, match=r'BatchNorms are folded.*; save the train-time model'):
+            with pytest.raises(ReparamError, match=r'got a model with folded BatchNorms.*; save the train-time model'):
                 save()
     assert not list(tmp_path.iterdir())
 
