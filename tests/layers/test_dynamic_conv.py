@@ -108,12 +108,17 @@ WAYS = (DynamicConv2d._mix_kernels, DynamicConv2d._mix_outputs, DynamicConv2d._m
 
 
 @most_often
-def test_every_way_of_computing_is_the_same_function(method: Method, case: Case) -> None:
-    """Output and gradients, with enough samples for all ways."""
+@pytest.mark.parametrize('batch', [1, 9], ids=['one_image', 'images'])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['', 'channels_last'])
+def test_every_way_of_computing_is_the_same_function(
+    method: Method, case: Case, batch: int, memory_format: torch.memory_format
+) -> None:
+    """Output and gradients."""
     results = []
     for way in WAYS if case.area == 1 and case.groups == 1 and case.padding == 0 else WAYS[:2]:
-        layer, x = randomised(method, case), case.input(batch=9).requires_grad_()
-        coefficients = normal((9, layer.num_kernels - 1), generator(3)).requires_grad_()
+        layer, x = randomised(method, case), case.input(batch=batch)
+        x = x.contiguous(memory_format=memory_format).requires_grad_()
+        coefficients = normal((batch, layer.num_kernels - 1), generator(3)).requires_grad_()
         y = way(layer, x, coefficients)
         (y * normal(y.shape, generator(4))).sum().backward()
         gradients = [value.grad for value in (x, coefficients, layer.weight, layer.residual_weight)]
@@ -123,6 +128,17 @@ def test_every_way_of_computing_is_the_same_function(method: Method, case: Case)
     for other in results[1:]:
         for found, expected in zip(other, results[0], strict=True):
             assert relative_difference(found, expected) <= ALGEBRA
+
+
+@pytest.mark.parametrize('batch', [1, 9])
+@pytest.mark.parametrize('case', [POINTWISE, BIASED], ids=identifier)
+def test_memory_format_of_the_output_is_that_of_the_input(case: Case, batch: int) -> None:
+    """So that no layer of a model in channels-last order copies its input."""
+    layer, x = DynamicConv2d.from_conv(case.conv()), torch.randn(batch, 4, 9, 9, dtype=torch.float64)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        assert layer._is_pointwise() == (case is POINTWISE) and not layer._has_few_positions(x)
+        if case is POINTWISE or batch == 1:
+            assert layer(x.to(memory_format=memory_format)).is_contiguous(memory_format=memory_format)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +165,7 @@ def test_pooling_does_not_overflow_in_float16() -> None:
     assert layer(torch.full((1, 4, 64, 64), 60.0, dtype=torch.float16)).isfinite().all()
 
 
-@pytest.mark.parametrize('batch', [2, 9])
+@pytest.mark.parametrize('batch', [1, 2, 9])
 def test_mix(batch: int) -> None:
     layer = DynamicConv2d(1, 1, 1, num_kernels=4)
     inputs = [normal(shape, generator(i)).requires_grad_() for i, shape in enumerate([(batch, 3), (2, 3), (6, 3)])]

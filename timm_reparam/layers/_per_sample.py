@@ -1,9 +1,9 @@
 """One kernel for each sample, ``W + sum_k c_k R_k`` with coefficients c (batch, residuals), and how it is computed.
 
 Either kernels are mixed: each sample is convolved with its own, by a matrix product for each sample where kernels are
-1x1, elsewhere by one convolution with batch * groups groups. Or outputs are mixed: those of the convolutions with W and
-every R_k. That is K times the arithmetic, but no kernel for each sample, which is less where there are few output
-positions. Its graph has a fixed shape, so it is what an export takes.
+1x1, elsewhere by one convolution with batch * groups groups, which for one image is an ordinary convolution. Or outputs
+are mixed: those of the convolutions with W and every R_k. That is K times the arithmetic, but no kernel for each
+sample, which is less where there are few output positions. Its graph has a fixed shape, so it is what an export takes.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -82,9 +82,10 @@ class PerSampleConv2d(ReparamConv2d):
         """Whether the graph of this forward pass has to be the same for every batch size."""
         if torch.jit.is_scripting():
             return self.exportable
+        if self.exportable or not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
+            return self.exportable
         # a trace takes the groups of a convolution for constants, and so the samples of a convolution of all samples
-        is_traced = torch.jit.is_tracing() and not self._is_pointwise()
-        return self.exportable or torch.onnx.is_in_onnx_export() or is_traced
+        return torch.onnx.is_in_onnx_export() or (torch.jit.is_tracing() and not self._is_pointwise())
 
     def _is_pointwise(self) -> bool:
         return self.kernel_size == (1, 1) and max(self._reversed_padding_repeated_twice) == 0
@@ -137,10 +138,7 @@ class PerSampleConv2d(ReparamConv2d):
         else:
             with autocast_disabled(self.weight.device.type):
                 kernels, biases = self._mix_all(coefficients)
-        y = self._convolve_samples(x, kernels)
-        if biases is not None:
-            y = y + biases.to(y.dtype)[:, :, None, None]
-        return y
+        return self._convolve_samples(x, kernels, biases)
 
     def _mix_all(self, coefficients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         kernels = self._mix(coefficients, self.weight, self.residual_weight)
@@ -148,8 +146,12 @@ class PerSampleConv2d(ReparamConv2d):
             return kernels, self._mix(coefficients, self.bias, self.residual_bias)
         return kernels, None
 
-    def _convolve_samples(self, x: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
-        """Convolve sample b of x with kernels[b]."""
+    def _convolve_samples(self, x: torch.Tensor, kernels: torch.Tensor, biases: torch.Tensor | None) -> torch.Tensor:
+        """Convolve sample b of x with kernels[b], and add biases[b]."""
+        if self._is_pointwise() and self.groups == 1:
+            return self._multiply_samples(x[:, :, :: self.stride[0], :: self.stride[1]], kernels.flatten(2), biases)
+        if x.shape[0] == 1:
+            return self._convolve(x, kernels[0], None if biases is None else biases[0])
         if self._pads_itself(x):
             x, padding = self._pad(x), (0, 0)
         else:
@@ -161,12 +163,29 @@ class PerSampleConv2d(ReparamConv2d):
             height, width = x.shape[2], x.shape[3]
             x = x.reshape(batch_size, self.groups, in_channels // self.groups, height * width)
             kernels = kernels.reshape(batch_size, self.groups, self.out_channels // self.groups, x.shape[2])
-            return torch.matmul(kernels, x).view(batch_size, self.out_channels, height, width)
-        # the samples side by side as groups of one convolution
-        x = x.reshape(1, batch_size * in_channels, height, width)
-        kernels = kernels.flatten(0, 1)
-        y = F.conv2d(x, kernels, None, self.stride, padding, self.dilation, batch_size * self.groups)
-        return y.view(batch_size, self.out_channels, y.shape[2], y.shape[3])
+            y = torch.matmul(kernels, x).view(batch_size, self.out_channels, height, width)
+        else:
+            # the samples side by side as groups of one convolution
+            x = x.reshape(1, batch_size * in_channels, height, width)
+            kernels = kernels.flatten(0, 1)
+            y = F.conv2d(x, kernels, None, self.stride, padding, self.dilation, batch_size * self.groups)
+            y = y.view(batch_size, self.out_channels, y.shape[2], y.shape[3])
+        return y if biases is None else y + biases.to(y.dtype)[:, :, None, None]
+
+    def _multiply_samples(self, x: torch.Tensor, kernels: torch.Tensor, biases: torch.Tensor | None) -> torch.Tensor:
+        """Multiply sample b of x with kernels[b], (batch, out_channels, in_channels), and add biases[b].
+
+        The output is in the memory format of the input.
+        """
+        batch_size, in_channels, height, width = x.shape
+        if x.stride(1) == 1:
+            rows = x.permute(0, 2, 3, 1).reshape(batch_size, height * width, in_channels)
+            kernels = kernels.transpose(1, 2)
+            y = torch.bmm(rows, kernels) if biases is None else torch.baddbmm(biases[:, None, :], rows, kernels)
+            return y.view(batch_size, height, width, self.out_channels).permute(0, 3, 1, 2)
+        columns = x.reshape(batch_size, in_channels, height * width)
+        y = torch.bmm(kernels, columns) if biases is None else torch.baddbmm(biases[:, :, None], kernels, columns)
+        return y.view(batch_size, self.out_channels, height, width)
 
     def _pads_itself(self, x: torch.Tensor) -> bool:
         """Whether to pad before the convolution of all samples, on a map smaller than the kernel.
@@ -180,7 +199,8 @@ class PerSampleConv2d(ReparamConv2d):
         """mean + sum_k coefficients_k residuals_k for each sample, (batch, *mean.shape)."""
         flat, residuals = mean.reshape(1, -1), residuals.reshape(self.num_kernels - 1, -1)
         if torch.jit.is_scripting() or not _Mix.is_faster(coefficients, flat, residuals):
-            mixed = flat + torch.matmul(coefficients, residuals)
+            # not torch.addmm, which TorchScript takes apart, so that it would round otherwise
+            mixed = torch.baddbmm(flat[None], coefficients[None], residuals[None])[0]
         else:
             mixed = _Mix.apply(coefficients, flat, residuals)
         return mixed.unflatten(1, mean.shape)

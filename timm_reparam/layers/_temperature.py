@@ -125,10 +125,12 @@ class TemperatureSchedule(ReparamLayer):
             return torch.ones((), device=self.weight.device)
         return _temperature(position, self.temperature_steps, self.temperature)
 
-    def _next_temperature(self) -> torch.Tensor:
-        """Temperature of this forward pass, which counts if it is one of training."""
+    def _next_temperature(self) -> torch.Tensor | None:
+        """Temperature of this forward pass, which counts if it is one of training; None without a schedule."""
         position = self.temperature_position
-        if position is None or self.temperature is None or not self.training:
+        if position is None or self.temperature is None:
+            return None
+        if not self.training:
             return self._temperature_at(position)
         counts = torch.is_grad_enabled()
         if not torch.jit.is_scripting():

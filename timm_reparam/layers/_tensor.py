@@ -28,7 +28,10 @@ _Module = TypeVar('_Module', bound=nn.Module)
 
 def autocast_disabled(device_type: str) -> AbstractContextManager:
     """A context in which autocast is off on `device_type` (nothing to switch off on the meta device)."""
-    return nullcontext() if device_type == 'meta' else torch.autocast(device_type, enabled=False)
+    # asked first in eager mode, where small layers notice the time that torch.autocast takes
+    if device_type == 'meta' or not (torch.compiler.is_compiling() or torch.is_autocast_enabled(device_type)):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 @torch.jit.unused  # scripted code asks for that first

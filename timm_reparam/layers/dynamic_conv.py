@@ -196,13 +196,13 @@ class DynamicConv2d(TemperatureSchedule, PerSampleConv2d):
         if self.temperature is not None:
             self.reset_temperature()
 
-    def _coefficients(self, x: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    def _coefficients(self, x: torch.Tensor, temperature: torch.Tensor | None) -> torch.Tensor:
         """pi_k - pi_K, (batch, num_kernels - 1), in the parameters' dtype."""
         # not x.mean, whose gradient is a tensor of the input's size; in float32 at least, float16 is soon too small
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         pooled = x.sum((2, 3), dtype=wide) / (x.shape[2] * x.shape[3])
         logits = self.attention(pooled.to(self.weight.dtype))
-        attention = _softmax(logits / temperature)
+        attention = _softmax(logits if temperature is None else logits / temperature)
         others, last = attention.split([self.num_kernels - 1, 1], dim=1)
         return others - last
 
