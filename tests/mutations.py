@@ -109,7 +109,7 @@ MUTATIONS = [Mutation(*fields) for fields in (
     # conversion, fusion, verification
     ('a model records the given options of its layers without the defaults', 'convert.py',
      'options = {**VARIANTS[variant].layer.default_options(), **options}', 'options = dict(options)',
-     'test_old_checkpoints.py::test_what_is_converted_keeps_the_options_of_0_1_0'),
+     'hub/test_checkpoint.py::test_pair_loads_as_saved'),
     ('a convolution of four channels is no stem', 'convert.py', 'first.in_channels <= _IMAGE_CHANNELS',
      'first.in_channels < _IMAGE_CHANNELS', 'test_convert.py::test_only_a_convolution_of_images_can_be_a_stem'),
     ('hooks of fused layers are lost', 'fuse.py', 'copy.deepcopy({**kept, **layer.added_attributes()}, copied)',
@@ -184,7 +184,7 @@ MUTATIONS = [Mutation(*fields) for fields in (
      "        crop_pct=setup.data_config['crop_pct'],\n", '', 'test_train_flags.py::test_every_flag_reaches_its_place'),
     ('the summary keeps a row of an epoch that is trained again', 'training/checkpoint.py',
      "'summary.csv'), state.position.epoch)", "'summary.csv'), state.position.epoch + 1)",
-     'test_train.py::test_resuming_after_a_kill_is_exact'),
+     'test_train.py::test_resuming_in_the_middle_of_an_epoch_is_exact'),
     ('a resumed schedule starts its updates again', 'train.py',
      'scheduler.step_update(updates_done(args, state.position, len(train_loader)))', 'scheduler.step_update(0)',
      'test_train.py::test_resuming_in_the_middle_of_an_epoch_is_exact'),

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import csv
 import dataclasses
 import functools
@@ -832,13 +833,19 @@ def test_a_stock_model_has_no_kernels_of_a_variant(flags, capsys):
 
 def test_the_average_is_validated_and_saved(flags, tmp_path, monkeypatch):
     start = prepare(flags('--model-ema', experiment='start')).state.model.fc.weight
-    averaged = []
+    averaged, validated, fuse_form = [], [], engine.fuse_form
     monkeypatch.setattr(train, 'distribute_statistics', lambda args, model: averaged.append(model))
+    monkeypatch.setattr(
+        engine,
+        'fuse_form',
+        lambda setup, weights: validated.append(copy.deepcopy(weights)) or fuse_form(setup, weights),
+    )
     assert train.main(flags('--model-ema', '--model-ema-decay', '0.5')) == 0
     assert len(averaged) == 4 and len({id(model) for model in averaged}) == 2  # model and average, after each epoch
     best = torch.load(tmp_path / 'output/run/model_best.pth.tar', weights_only=True)
     saved = load_folder(tmp_path / 'zoo/resnet18_doconv.photos').state_dict()
     same(dict(saved), dict(best['state_dict_ema']))
+    same(dict(validated[best['epoch']]), dict(best['state_dict_ema']))
     assert not torch.equal(saved['fc.weight'], best['state_dict']['fc.weight'])
     assert not torch.equal(saved['fc.weight'], start)
 
@@ -1166,6 +1173,9 @@ def test_resuming_in_the_middle_of_an_epoch_is_exact(model, extra, flags, tmp_pa
     files = checkpoint.checkpoints_in(folder)
     found = max(files, key=lambda path: checkpoint.position_of(read_training(path), path))
     assert found.name == 'recovery-1-1.pth.tar'
+    # as if it had been stopped after the row of the second epoch and before its checkpoint
+    text = (folder / 'summary.csv').read_text()
+    (folder / 'summary.csv').write_text(f'{text}1{text.splitlines()[1].removeprefix("0")}\n')
     assert train_only([*argv, '--resume', 'auto']) == 0
     assert train_only([*argv, '--experiment', 'whole']) == 0
     assert_same_run(folder, folder.with_name('whole'))
@@ -1235,6 +1245,7 @@ def test_resuming_what_no_training_saves(flags, tmp_path, capsys):
 # gradients finds. The processes are those of torchrun, or forks with what it sets in their environment.
 PROCESSES = """
 import contextlib
+import copy
 import functools
 import json
 import os
