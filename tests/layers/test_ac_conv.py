@@ -315,25 +315,6 @@ def test_kernels_of_any_size_are_added_on_the_middle() -> None:
     assert all(torch.equal(each.grad, torch.ones_like(each)) for each in (kernel, *branches))
 
 
-def test_kernels_on_the_middle_may_have_scales() -> None:
-    random = generator(1)
-    kernel, *branches = (
-        torch.randn(2, 3, *size, generator=random, dtype=torch.float64).requires_grad_()
-        for size in [(5, 3), (5, 1), (1, 3), (1, 1), (5, 3)]
-    )
-    branches.append(branches[2].expand(-1, -1, 5, 3))  # a mean's
-    scales = [torch.randn(2, generator=random, dtype=torch.float64).requires_grad_() for _ in branches]
-    scaled = [scale.view(-1, 1, 1, 1) * branch for scale, branch in zip(scales, branches)]
-    assert relative_difference(add_on_middle(kernel, branches, scales), add_on_middle(kernel, scaled)) <= ALGEBRA
-
-    def function(kernel: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        return add_on_middle(kernel, list(inputs[: len(branches)]), list(inputs[len(branches) :]))
-
-    inputs = (kernel, *(branch.detach().contiguous().requires_grad_() for branch in branches), *scales)
-    assert torch.autograd.gradcheck(function, inputs, check_batched_grad=True, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(function, inputs)
-
-
 def test_gradients_of_a_1x1_kernel_accumulate() -> None:
     """The three kernels get the same gradient, and each needs memory of its own for it."""
     layer = ACConv2d(2, 2, 1, branch_norm='none')

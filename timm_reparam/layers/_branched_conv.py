@@ -23,6 +23,7 @@ from ._branches import (
     add_scaled_synchronised,
     convolve_branches,
     per_channel,
+    per_output,
     shares_of_newest,
 )
 from ._tensor import fast_uniform_, is_transforming
@@ -233,13 +234,14 @@ class BranchedConv2d(ReparamConv2d):
 
     def _compose(self) -> torch.Tensor:
         kernels = self._branch_kernels(self._branch_weights())
-        if self.branch_norm == 'none':
-            kernel = add_on_middle(self._stock_kernel(), kernels)
-            return kernel if self.scale == 1 else self.scale * kernel
-        scales, running_vars = self._gammas(), self._running_vars()
-        for index in range(len(running_vars)):
-            scales[index] = scales[index] * torch.rsqrt(running_vars[index] + self.eps)
-        return add_on_middle(self._stock_kernel(), kernels, scales)
+        gammas, running_vars = self._gammas(), self._running_vars()
+        for index in range(len(gammas)):
+            scale = gammas[index]
+            if len(running_vars) > 0:
+                scale = scale * torch.rsqrt(running_vars[index] + self.eps)
+            kernels[index] = per_output(scale) * kernels[index]
+        kernel = add_on_middle(self._stock_kernel(), kernels)
+        return kernel if self.scale == 1 else self.scale * kernel
 
     def _forward_impl(self, x: torch.Tensor) -> torch.Tensor:
         if not self._uses_batch():

@@ -70,66 +70,43 @@ def _inset(kernel_size: tuple[int, int], kernel: torch.Tensor) -> tuple[int, int
     return (kernel_size[0] - kernel.shape[2]) // 2, (kernel_size[1] - kernel.shape[3]) // 2
 
 
-def add_on_middle(
-    kernel: torch.Tensor, branches: list[torch.Tensor], scales: list[torch.Tensor] | None = None
-) -> torch.Tensor:
+def add_on_middle(kernel: torch.Tensor, branches: list[torch.Tensor]) -> torch.Tensor:
     """Add the kernels of branches to the middle of a kernel.
 
     Args:
-        kernel: Kernel (out_channels, in_channels/groups, kh, kw).
+        kernel: Kernel (.., kh, kw).
         branches: Kernels of the branches (.., kh - 2 * rows, kw - 2 * columns).
-        scales: Factors of the branches, each (out_channels,); None if they have none.
     """
     size = (kernel.shape[2], kernel.shape[3])
-    factors: list[torch.Tensor] = [] if scales is None else scales
-    if not torch.jit.is_scripting() and not is_tracing_or_transforming([kernel] + branches + factors):
-        insets = [_inset(size, branch) for branch in branches]
-        return _AddOnMiddle.apply(kernel, insets, *branches, *factors)
+    if not torch.jit.is_scripting() and not is_tracing_or_transforming([kernel] + branches):
+        return _AddOnMiddle.apply(kernel, [_inset(size, branch) for branch in branches], *branches)
     total = kernel
-    for index, branch in enumerate(branches):
+    for branch in branches:
         rows, columns = _inset(size, branch)
-        padded = F.pad(branch, [columns, columns, rows, rows])
-        total = torch.addcmul(total, per_output(factors[index]), padded) if len(factors) > 0 else total + padded
+        total = total + F.pad(branch, [columns, columns, rows, rows])
     return total.view(kernel.shape)  # the legacy ONNX exporter does not know the shape after a pad
 
 
 class _AddOnMiddle(torch.autograd.Function):
-    """:func:`add_on_middle` in one copy of the kernel, without a scaled copy of any branch."""
+    """:func:`add_on_middle` in one copy of the kernel, and gradients that are views."""
 
     generate_vmap_rule = True  # for what checkpointing repeats in a batched backward pass, where nothing is batched
 
     @staticmethod
-    def forward(kernel: torch.Tensor, insets: list[tuple[int, int]], *tensors: torch.Tensor) -> torch.Tensor:
+    def forward(kernel: torch.Tensor, insets: list[tuple[int, int]], *branches: torch.Tensor) -> torch.Tensor:
         total = kernel.clone()
-        branches, scales = tensors[: len(insets)], tensors[len(insets) :]
-        for index, (branch, inset) in enumerate(zip(branches, insets)):
+        for branch, inset in zip(branches, insets):
             middle = _middle(total, inset)
-            if scales:
-                middle.addcmul_(per_output(scales[index]), branch)
-            else:
-                middle += branch
+            middle += branch
         return total
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         ctx.insets = inputs[1]
-        ctx.save_for_backward(*(inputs[2:] if len(inputs) > 2 + len(ctx.insets) else ()))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        middles = [_middle(gradients[0], inset) for inset in ctx.insets]
-        saved = ctx.saved_tensors
-        if not saved:
-            return gradients[0], None, *middles
-        branches, scales = saved[: len(middles)], saved[len(middles) :]
-        for_branches = [per_output(scale) * middle for scale, middle in zip(scales, middles)]
-        return gradients[0], None, *for_branches, *(_channel_products(*pair) for pair in zip(middles, branches))
-
-
-def _channel_products(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """The sum over each output channel of the product of two kernels, without the product itself."""
-    channels = one.shape[0]
-    return torch.bmm(one.reshape(channels, 1, -1), other.reshape(channels, -1, 1)).view(channels)
+        return gradients[0], None, *(_middle(gradients[0], inset) for inset in ctx.insets)
 
 
 def pointwise_then(inner: torch.Tensor, outer: torch.Tensor, groups: int) -> torch.Tensor:

@@ -164,17 +164,16 @@ class OREPAConv2d(BranchedConv2d):
         ]
 
     def _compose(self) -> torch.Tensor:
+        stock = self._stock_kernel()
         if self.first_weight is not None:
-            product = pointwise_then(self.first_weight, self.second_weight, self.groups)
-            return add_on_middle(self._stock_kernel(), [product], [self.product_gamma])
+            second = per_output(self.product_gamma) * self.second_weight
+            return stock + pointwise_then(self.first_weight, second, self.groups)
+        # every factor goes to a 1x1 kernel where there is one, which takes few passes over whole kernels
+        point = per_output(self.point_gamma) * self.point_weight
+        outer = per_output(self.sequential_gamma) * self.outer_weight
         inner = self.inner_weight + identity_kernel(self.inner_weight)
-        sequential = pointwise_then(inner, self.outer_weight, self.groups)
-        # the factors of mean and prior are in the first kernel, which takes fewer passes over whole kernels
-        return add_on_middle(
-            self._spread(),
-            [self.weight, self.point_weight, sequential, self._separable()],
-            [self.weight_gamma, self.point_gamma, self.sequential_gamma, self.separable_gamma],
-        )
+        sequential = pointwise_then(inner, outer, self.groups)
+        return add_on_middle(stock, [self._spread(), point, sequential, self._separable()])
 
     def _spread(self) -> torch.Tensor:
         """The kernels of mean and prior: for each output channel, two 1x1 kernels times two windows."""
@@ -190,7 +189,8 @@ class OREPAConv2d(BranchedConv2d):
         groups, of_group = self.groups, self.in_channels // self.groups
         expansion = self.depthwise_weight.shape[0] // self.in_channels
         kernels = self.depthwise_weight.view(groups, of_group, expansion, -1)
-        maps = self.pointwise_weight.view(groups, self.out_channels // groups, of_group, expansion)
+        maps = per_output(self.separable_gamma) * self.pointwise_weight
+        maps = maps.view(groups, self.out_channels // groups, of_group, expansion)
         return torch.einsum('goit,gits->gois', maps, kernels).reshape(self.weight.shape)
 
     def _stock_kernel(self) -> torch.Tensor:
