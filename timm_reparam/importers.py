@@ -36,9 +36,10 @@ def import_state_dict(state_dict: dict[str, torch.Tensor], model: nn.Module) -> 
     equivalent kernel.
 
     The official blocks of ACNet replace a convolution *and* its BatchNorm. If the checkpoint has no entries for the
-    BatchNorm that follows in the model, they are computed. They are exact in evaluation. In training mode the variance
-    is an estimate, as if the input were white noise. If the checkpoint has entries for the BatchNorm,
-    the bias of the block, which that norm removes, is subtracted from its running mean.
+    BatchNorm that follows in the model, they are computed. They are exact in evaluation. In training mode the scale is
+    approximate: it comes from a variance that is estimated as if the input were white noise, and is unknown for fused
+    blocks. If the checkpoint has entries for the BatchNorm, the bias of the block, which that norm removes, is
+    subtracted from its running mean.
 
     Args:
         state_dict: Any checkpoint with timm's names around the convolutions, with or without the prefixes of wrappers
@@ -218,8 +219,8 @@ def _place_constants(state: dict[str, torch.Tensor], imported: dict[str, Transla
         state.update(_prefixed(norm_name, made))
     if unknown:
         _logger.warning(
-            'a fused block stores no statistics, so the norms that follow are correct in evaluation only; run a few '
-            'batches before fine-tuning: %s',
+            'a fused block stores no statistics, so the norms that follow are correct in evaluation only; to train on, '
+            'import the train-time checkpoint: %s',
             ', '.join(unknown),
         )
 

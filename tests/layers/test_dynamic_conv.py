@@ -590,6 +590,19 @@ def test_static_graph_is_traced_and_scripted(case: Case) -> None:
         assert relative_difference(scripted(x), layer(x)) <= ALGEBRA
 
 
+@pytest.mark.filterwarnings('ignore:.*torch.jit.*:FutureWarning', 'ignore:.*torch.jit.*:DeprecationWarning')
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
+@pytest.mark.parametrize('batch', [1, 2])
+@pytest.mark.parametrize('groups', [1, 2, 4])
+def test_a_traced_1x1_layer_takes_any_batch(groups: int, batch: int) -> None:
+    """Whatever the batch that it was traced with, one image included; larger kernels have a static graph."""
+    layer = randomised(DYNAMIC_METHODS[0], Case('traced', 1, out_channels=8, groups=groups))
+    traced = torch.jit.trace(layer, torch.randn(batch, 4, 5, 5, dtype=torch.float64))
+    for other in (1, 2, 5):
+        x = torch.randn(other, 4, 5, 5, dtype=torch.float64)
+        assert relative_difference(traced(x), layer(x)) <= ALGEBRA
+
+
 # The inference form ---------------------------------------------------------------------------------------------------
 
 

@@ -202,7 +202,8 @@ class HubClient:
 
         Raises:
             Conflict: The repo was changed after it was read.
-            ReparamError: The commit failed. The repo is unchanged, unless its state could not be read.
+            ReparamError: The commit failed. No file of the repo was changed, unless its state could not be read; a new
+                repo or a pull request may exist.
         """
         for pause in (*_PAUSES, None):
             try:

@@ -1,4 +1,4 @@
-"""Fetch the two repos of a pair: only safetensors, within limits on the size of each file, and hashes compared."""
+"""Fetch the two repos of a pair: weights as safetensors only, limits on the size of other files, hashes compared."""
 
 import tempfile
 from collections.abc import Sequence

@@ -127,8 +127,9 @@ def verify_pair(folder: str | Path, fused_folder: str | Path | None = None) -> V
 
     For each form, the configuration is compared with the header of the weights (names, shapes, number of classes, cost
     of a forward pass), and the front matter of the card with the other files. For the pair, the configurations and the
-    facts are compared, and the hashes that each form records of the other. If the files are from one save, both models
-    are built. Then the fusion is verified, and the self-check tensors are compared if there are any.
+    facts are compared, and the hashes that each form records of the other. The models are built only if both
+    configurations pass and the files are from one save. Then the fusion is verified, and the self-check tensors are
+    compared if there are any.
 
     Args:
         folder: Folder of the train-time form; of either form if no other folder is given.

@@ -54,7 +54,7 @@ class SyncReport:
 
     @property
     def refused(self) -> list[RepoResult]:
-        """Repos whose pair cannot be published."""
+        """Repos whose pair is not valid or cannot be fetched."""
         return self.of('refused')
 
     @property

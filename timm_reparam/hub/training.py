@@ -127,8 +127,9 @@ def read_training(path: str | Path, mmap: bool = False) -> dict[str, Any]:
         weights = checkpoint.get(key) or {}
         for name, value in weights.items():
             if not isinstance(name, str) or not _is_tensor(value):
+                kind = f' ({value.layout}, {value.device})' if isinstance(value, torch.Tensor) else ''
                 raise ReparamError(
-                    f'{path}: {key}: expected dense tensors by name, got {type(value).__name__} for {name!r:.80}'
+                    f'{path}: {key}: expected dense tensors by name, got {type(value).__name__}{kind} for {name!r:.80}'
                 )
         if (size := sum(value.nbytes for value in weights.values())) > largest:
             raise ReparamError(

@@ -150,7 +150,7 @@ class PerSampleConv2d(ReparamConv2d):
         """Convolve sample b of x with kernels[b], and add biases[b]."""
         if self._is_pointwise() and self.groups == 1:
             return self._multiply_samples(x[:, :, :: self.stride[0], :: self.stride[1]], kernels.flatten(2), biases)
-        if x.shape[0] == 1:
+        if x.shape[0] == 1 and not self._is_pointwise():  # those are traced, for any batch size
             return self._convolve(x, kernels[0], None if biases is None else biases[0])
         if self._pads_itself(x):
             x, padding = self._pad(x), (0, 0)
