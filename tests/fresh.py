@@ -36,21 +36,24 @@ def finished(target: Callable[..., None], *args: str, folder: Path) -> subproces
     """Call a function of this module in a process of its own, in a folder; say how that ended and what it printed."""
     with started(target, *args, folder=folder) as (process, streams):
         process.join(120)
-        process.kill()
-        process.join()
-        return subprocess.CompletedProcess(args, process.exitcode, *(stream.read_text() for stream in streams))
+        printed = [stream.read_text() for stream in streams]
+    return subprocess.CompletedProcess(args, process.exitcode, *printed)
 
 
 @contextmanager
 def started(
     target: Callable[..., None], *args: str, folder: Path
 ) -> Iterator[tuple[multiprocessing.process.BaseProcess, list[Path]]]:
-    """The same while it runs: the process, and the files of what it prints and of its errors."""
+    """The same while it runs: the process, which ends with the block, and the files of its two streams."""
     with tempfile.TemporaryDirectory() as printed:
         streams = [Path(printed, name) for name in ('stdout', 'stderr')]
         process = multiprocessing.get_context('forkserver').Process(target=_call, args=(target, args, folder, streams))
         process.start()
-        yield process, streams
+        try:
+            yield process, streams
+        finally:
+            process.kill()
+            process.join()
 
 
 def _call(target: Callable[..., None], args: tuple[str, ...], folder: Path, streams: list[Path]) -> None:

@@ -12,14 +12,14 @@ from hub.server import HubServer
 from timm.models import save_for_hf
 from torch import nn
 
+from timm_reparam.layers._branched_conv import BranchedConv2d
 from timm_reparam.variants import VARIANTS
 
-# Every variant, for tests of what does not know the methods: there one list of branches stands for the others, which
-# run in the slow checks. What each method computes is tested in layers/.
-KINDS = [
-    pytest.param(variant, marks=pytest.mark.slow) if variant in ('dbbconv', 'orepaconv') else variant
-    for variant in VARIANTS
-]
+# The variants that are lists of branches.
+BRANCHED = [name for name, variant in VARIANTS.items() if issubclass(variant.layer, BranchedConv2d)]
+# Every variant, for tests of what does not know the methods: there the first list of branches stands for the others,
+# which run in the slow checks. What each method computes is tested in layers/.
+KINDS = [pytest.param(variant, marks=pytest.mark.slow) if variant in BRANCHED[1:] else variant for variant in VARIANTS]
 
 
 def randomise(model: nn.Module, seed: int) -> nn.Module:

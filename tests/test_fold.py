@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from layers.cases import assert_same_state, relative_difference, state
-from stand_in import disturbed, images, random_model
+from stand_in import BRANCHED, disturbed, images, random_model
 from timm.layers import BatchNormAct2d, Conv2dSame
 from timm.utils import reparameterize_model
 from timm.utils.model import freeze_batch_norm_2d
@@ -22,7 +22,7 @@ from timm_reparam.variants import VARIANTS
 
 # architecture, variant, how many norms fold and how many stay
 MODELS = [
-    *(('resnet10t', variant, 14, 0) for variant in ('doconv', 'acconv', 'refconv', 'dyconv')),
+    *(('resnet10t', variant, 14, 0) for variant in VARIANTS if variant not in BRANCHED[1:]),
     ('mobilenetv2_050', 'dyconv', 52, 0),
     ('tf_mobilenetv3_small_075', 'doconv', 34, 0),  # Conv2dSame
     ('repghostnet_050', 'doconv', 16, 96),  # blocks that fold their own

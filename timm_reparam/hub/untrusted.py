@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
 
+from .._evaluation import removed_afterwards
 from ..errors import ReparamError
 from ..models._registry import ensure_registered, is_variant_name, saved_arguments
 from .client import one_line
@@ -254,11 +255,8 @@ def _limited_layers(number: int, architecture: str) -> Iterator[None]:
         torch_module.register_module_buffer_registration_hook(hook),
         torch_module.register_module_module_registration_hook(hook),
     ]
-    try:
+    with removed_afterwards(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def check_size(size: Any, place: str) -> tuple[int, int, int]:
