@@ -134,6 +134,7 @@ def test_some_committed_costs_are_current(name: str):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # of every model of every family
 def test_all_committed_costs_are_current():
     assert check_cards(recount=True) == [], 'run tests/benchmarks/family_cards.py'
 
